@@ -1,0 +1,54 @@
+"""Muon, QK-Clip and MuonClip as composable Optax transformations for any Flax model.
+
+In the order in which data flows:
+"""
+
+# ruff: noqa: RUF022 (data-flow order)
+from muonclip_jax import layouts
+from muonclip_jax.attention import dot_product_attention, read_max_logits, sow_max_logits
+from muonclip_jax.diagnostics import eigenvalue_participation_ratio, participation_ratio
+from muonclip_jax.layouts import Layout, find_layout
+from muonclip_jax.orthogonalize import Schedule, orthogonality_error, orthogonalize, schedules
+from muonclip_jax.recipes import muon, muonclip
+from muonclip_jax.routing import describe, muon_dimension_numbers
+from muonclip_jax.transforms import (
+    MuonState,
+    QKClipState,
+    apply_qk_clip,
+    qk_clip,
+    qk_clip_state,
+    scale_by_muon,
+    scale_by_update_rms,
+)
+
+__all__ = [
+    # kernel
+    "orthogonalize",
+    "schedules",
+    "Schedule",
+    # transformations
+    "scale_by_muon",
+    "MuonState",
+    "scale_by_update_rms",
+    "qk_clip",
+    "QKClipState",
+    "qk_clip_state",
+    "apply_qk_clip",
+    # recipes: the chains
+    "muon",
+    "muonclip",
+    # which parameters, which heads
+    "muon_dimension_numbers",
+    "layouts",
+    "Layout",
+    "find_layout",
+    "describe",
+    # max logits
+    "dot_product_attention",
+    "sow_max_logits",
+    "read_max_logits",
+    # read-only
+    "orthogonality_error",
+    "participation_ratio",
+    "eigenvalue_participation_ratio",
+]

@@ -1,0 +1,362 @@
+"""A small decoder with multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+Axis names, used in every shape comment and einops pattern below:
+
+    b  batch            t  query position      s  key position
+    d  model width      h  heads               k  key heads (GQA)
+    n  nope features    r  rope features       v  value features     f  any head features
+    c  key/value latent q  query latent
+
+Each attention has two forms: `__call__` for training, and `decode` for one token with a cache.
+MLA's decode is *absorbed*: it never forms keys or values, only the cached latent. That is why
+QK-norm does not fit MLA, and QK-Clip, which changes nothing but weights, does.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import einsum, rearrange, repeat
+from flax import nnx
+
+import muonclip_jax as mc
+
+Cache = dict[str, jax.Array]
+
+
+class KeyActivations(nnx.Variable):
+    """Sown keys, `b s k f`, as they enter the logits; capture this type to look at them."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of the decoder.
+
+    Attributes:
+      attention: `mla`; or for comparison `mha`, `gqa` with head size `nope + rope`, all rotary.
+      q_rank: Width of the query latent; 0 leaves out query compression (MLA only).
+      qk_norm: RMSNorm on queries and keys: `full` (MHA, GQA) or `partial` (MLA: on q_nope,
+        q_rope and k_rope, the parts that exist in decoding).
+      soft_cap: `cap * tanh(logit / cap)` before the softmax.
+      dtype: Of the activations; parameters are always float32, so that no clip rounds away.
+    """
+
+    vocab_size: int
+    d_model: int = 192
+    layers: int = 4
+    heads: int = 6
+    kv_heads: int = 2
+    nope: int = 32
+    rope: int = 16
+    v: int = 32
+    q_rank: int = 96
+    kv_rank: int = 64
+    d_ff: int = 512
+    max_length: int = 256
+    rope_base: float = 10_000.0
+    attention: Literal["mla", "mha", "gqa"] = "mla"
+    qk_norm: Literal["none", "full", "partial"] = "none"
+    soft_cap: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and value < (0 if name == "q_rank" else 1):
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        rotary = self.rope if self.attention == "mla" else self.nope + self.rope
+        if rotary % 2:
+            raise ValueError(f"RoPE turns pairs of features: {rotary} rotary features is odd.")
+        if self.attention == "gqa" and self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} heads cannot share {self.kv_heads} key heads evenly; choose kv_heads "
+                "among the divisors of heads."
+            )
+        if self.qk_norm == "full" and self.attention == "mla":
+            raise ValueError(
+                "qk_norm=full needs whole queries and keys, which MLA's decoding never forms; use "
+                "qk_norm=partial, or attention=mha or gqa."
+            )
+        if self.qk_norm == "partial" and self.attention != "mla":
+            raise ValueError("qk_norm=partial is for attention=mla; use qk_norm=full.")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"soft_cap must be above 0, got {self.soft_cap}.")
+
+
+def attention_layout(config: ModelConfig) -> mc.Layout:
+    """Where QK-Clip finds this model's queries and keys."""
+    if config.attention == "mla":
+        query = "wq_b" if config.q_rank else "wq"
+        return mc.layouts.mla(config.nope, config.rope, config.v, query=query)
+    kv_heads = config.heads if config.attention == "mha" else config.kv_heads
+    return mc.layouts.gqa(kv_heads, heads=config.heads, query="wq", key="wk")
+
+
+def linear(ins: int, outs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    """A kernel `[in, out]` without bias."""
+    return nnx.Linear(ins, outs, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def rms_norm(features: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(features, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def apply_rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotates feature pairs (i, i + f/2) of `b t h f` by position `t` (RoFormer, arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = rearrange(positions.astype(jnp.float32), "t -> t 1 1") * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend_to_cache(logits: jax.Array, position: jax.Array, config: ModelConfig) -> jax.Array:
+    """Softmax weights `b h s` over the positions that are filled so far."""
+    if config.soft_cap is not None:
+        logits = config.soft_cap * jnp.tanh(logits / config.soft_cap)
+    filled = jnp.arange(logits.shape[-1]) <= position
+    return jax.nn.softmax(jnp.where(filled, logits, -jnp.inf), axis=-1)
+
+
+def store(cache: jax.Array, entry: jax.Array, position: jax.Array) -> jax.Array:
+    """Writes `b 1 ...` at `position` of `b s ...`."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, entry.astype(cache.dtype), position, axis=1)
+
+
+class LatentAttention(nnx.Module):
+    """MLA: queries and key/values through narrow latents, one rotary key shared by all heads."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        per_head = config.nope + config.rope
+        if config.q_rank:
+            self.wq_a = linear(config.d_model, config.q_rank, config, rngs)
+            self.q_norm = rms_norm(config.q_rank, config, rngs)
+            self.wq_b = linear(config.q_rank, config.heads * per_head, config, rngs)
+        else:
+            self.wq = linear(config.d_model, config.heads * per_head, config, rngs)
+        self.wkv_a = linear(config.d_model, config.kv_rank + config.rope, config, rngs)
+        self.kv_norm = rms_norm(config.kv_rank, config, rngs)
+        self.wkv_b = linear(config.kv_rank, config.heads * (config.nope + config.v), config, rngs)
+        self.wo = linear(config.heads * config.v, config.d_model, config, rngs)
+        if config.qk_norm == "partial":
+            self.q_nope_norm = rms_norm(config.nope, config, rngs)
+            self.q_rope_norm = rms_norm(config.rope, config, rngs)
+            self.k_rope_norm = rms_norm(config.rope, config, rngs)
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.config.nope + self.config.rope)
+
+    def queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`b t d` → q_nope `b t h n`, q_rope `b t h r`."""
+        config = self.config
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if config.q_rank else self.wq(x)
+        q = rearrange(q, "b t (h f) -> b t h f", h=config.heads)
+        q_nope, q_rope = jnp.split(q, [config.nope], axis=-1)
+        if config.qk_norm == "partial":
+            q_nope, q_rope = self.q_nope_norm(q_nope), self.q_rope_norm(q_rope)
+        return q_nope, apply_rope(q_rope, positions, config.rope_base)
+
+    def latents(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`b s d` → latent `b s c`, shared rotary key `b s r`: all that decoding keeps."""
+        config = self.config
+        latent, k_rope = jnp.split(self.wkv_a(x), [config.kv_rank], axis=-1)
+        if config.qk_norm == "partial":
+            k_rope = self.k_rope_norm(k_rope)
+        k_rope = apply_rope(rearrange(k_rope, "b s r -> b s 1 r"), positions, config.rope_base)
+        return self.kv_norm(latent), rearrange(k_rope, "b s 1 r -> b s r")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, positions = self.config, jnp.arange(x.shape[1])
+        q_nope, q_rope = self.queries(x, positions)
+        latent, k_rope = self.latents(x, positions)
+        kv = rearrange(self.wkv_b(latent), "b s (h f) -> b s h f", h=config.heads)
+        k_nope, v = jnp.split(kv, [config.nope], axis=-1)
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, repeat(k_rope, "b s r -> b s h r", h=config.heads)], axis=-1)
+        self.sow(KeyActivations, "keys", k)
+        out, max_logits = mc.dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, soft_cap=config.soft_cap
+        )
+        mc.sow_max_logits(self, max_logits)
+        return self.wo(rearrange(out, "b t h v -> b t (h v)"))
+
+    def init_cache(self, batch: int) -> Cache:
+        config = self.config
+        return {
+            "latent": jnp.zeros((batch, config.max_length, config.kv_rank)),
+            "k_rope": jnp.zeros((batch, config.max_length, config.rope)),
+        }
+
+    def decode(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
+        """One token `b 1 d`; the key and value up-projections are absorbed into q and o."""
+        config = self.config
+        q_nope, q_rope = self.queries(x, position[None])
+        latent, k_rope = self.latents(x, position[None])
+        cache = {
+            "latent": store(cache["latent"], latent, position),
+            "k_rope": store(cache["k_rope"], k_rope, position),
+        }
+        up = rearrange(self.wkv_b.kernel[...], "c (h f) -> c h f", h=config.heads)
+        up_key, up_value = jnp.split(up, [config.nope], axis=-1)
+        q_latent = einsum(q_nope, up_key, "b t h n, c h n -> b t h c")
+        logits = einsum(q_latent, cache["latent"], "b t h c, b s c -> b t h s")
+        logits += einsum(q_rope, cache["k_rope"], "b t h r, b s r -> b t h s")
+        weights = attend_to_cache(logits * self.scale, position, config)
+        mixed = einsum(weights, cache["latent"], "b t h s, b s c -> b t h c")
+        out = einsum(mixed, up_value, "b t h c, c h v -> b t h v")
+        return self.wo(rearrange(out, "b t h v -> b t (h v)")), cache
+
+
+class GroupedAttention(nnx.Module):
+    """MHA and GQA, for comparison; every feature of the head is rotary."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.kv_heads = config.heads if config.attention == "mha" else config.kv_heads
+        per_head = config.nope + config.rope
+        self.wq = linear(config.d_model, config.heads * per_head, config, rngs)
+        self.wk = linear(config.d_model, self.kv_heads * per_head, config, rngs)
+        self.wv = linear(config.d_model, self.kv_heads * config.v, config, rngs)
+        self.wo = linear(config.heads * config.v, config.d_model, config, rngs)
+        if config.qk_norm == "full":
+            self.q_norm = rms_norm(per_head, config, rngs)
+            self.k_norm = rms_norm(per_head, config, rngs)
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.config.nope + self.config.rope)
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """`b t d` → q `b t h f`, k `b t k f`, v `b t k v`."""
+        q = rearrange(self.wq(x), "b t (h f) -> b t h f", h=self.config.heads)
+        k = rearrange(self.wk(x), "b t (k f) -> b t k f", k=self.kv_heads)
+        v = rearrange(self.wv(x), "b t (k v) -> b t k v", k=self.kv_heads)
+        if self.config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        base = self.config.rope_base
+        return apply_rope(q, positions, base), apply_rope(k, positions, base), v
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = self.project(x, jnp.arange(x.shape[1]))
+        self.sow(KeyActivations, "keys", k)
+        out, max_logits = mc.dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, soft_cap=self.config.soft_cap
+        )
+        mc.sow_max_logits(self, max_logits)
+        return self.wo(rearrange(out, "b t h v -> b t (h v)"))
+
+    def init_cache(self, batch: int) -> Cache:
+        config, length = self.config, self.config.max_length
+        return {
+            "k": jnp.zeros((batch, length, self.kv_heads, config.nope + config.rope)),
+            "v": jnp.zeros((batch, length, self.kv_heads, config.v)),
+        }
+
+    def decode(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
+        """One token `b 1 d` against the cached keys and values."""
+        q, k, v = self.project(x, position[None])
+        cache = {"k": store(cache["k"], k, position), "v": store(cache["v"], v, position)}
+        grouped = rearrange(q, "b t (k g) f -> b t k g f", k=self.kv_heads)
+        logits = einsum(grouped, cache["k"], "b t k g f, b s k f -> b t k g s") * self.scale
+        weights = attend_to_cache(logits, position, self.config)
+        out = einsum(weights, cache["v"], "b t k g s, b s k v -> b t k g v")
+        return self.wo(rearrange(out, "b t k g v -> b t (k g v)")), cache
+
+
+class SwiGLU(nnx.Module):
+    """`(silu(x W_gate) * x W_up) W_down` (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.gate = linear(config.d_model, config.d_ff, config, rngs)
+        self.up = linear(config.d_model, config.d_ff, config, rngs)
+        self.down = linear(config.d_ff, config.d_model, config, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        attention = LatentAttention if config.attention == "mla" else GroupedAttention
+        self.attn_norm = rms_norm(config.d_model, config, rngs)
+        self.attn = attention(config, rngs)
+        self.mlp_norm = rms_norm(config.d_model, config, rngs)
+        self.mlp = SwiGLU(config, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.attn_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def decode(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
+        attended, cache = self.attn.decode(self.attn_norm(x), cache, position)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, pre-norm layers, unembedding."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size, config.d_model, dtype=jnp.dtype(config.dtype), rngs=rngs
+        )
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+        self.norm = rms_norm(config.d_model, config, rngs)
+        self.lm_head = linear(config.d_model, config.vocab_size, config, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 `b t` → float32 logits `b t vocab`."""
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x)).astype(jnp.float32)
+
+    def init_cache(self, batch: int) -> list[Cache]:
+        return [layer.attn.init_cache(batch) for layer in self.layers]
+
+    def decode(
+        self, tokens: jax.Array, caches: list[Cache], position: jax.Array
+    ) -> tuple[jax.Array, list[Cache]]:
+        """One token per sequence, int32 `b` → float32 logits `b vocab`, and the caches."""
+        x = self.embed(tokens)[:, None]
+        filled = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.decode(x, cache, position)
+            filled.append(cache)
+        return self.lm_head(self.norm(x))[:, 0].astype(jnp.float32), filled
+
+
+@nnx.jit(static_argnames="steps")
+def generate(
+    model: Decoder, prompt: jax.Array, steps: int, temperature: Any, key: jax.Array
+) -> jax.Array:
+    """Continues `prompt` (int32 `t`, at least one token) by `steps` sampled tokens.
+
+    Returns the prompt and its continuation; temperature 0 takes the likeliest token.
+    """
+    length = len(prompt) + steps
+    if not len(prompt) or length > model.config.max_length:
+        raise ValueError(
+            f"A prompt of {len(prompt)} tokens and {steps} more must be within 1 and the model's "
+            f"max_length of {model.config.max_length}."
+        )
+    given = jnp.pad(prompt, (0, steps))
+
+    def step(carry, inputs):
+        caches, previous = carry
+        position, key = inputs
+        token = jnp.where(position < len(prompt), given[position], previous)
+        logits, caches = model.decode(token[None], caches, position)
+        sampled = jax.random.categorical(key, logits[0] / jnp.maximum(temperature, 1e-6))
+        following = jnp.where(temperature > 0, sampled, logits[0].argmax(-1)).astype(prompt.dtype)
+        return (caches, following), token
+
+    start = (model.init_cache(1), prompt[0])
+    _, tokens = jax.lax.scan(step, start, (jnp.arange(length), jax.random.split(key, length)))
+    return tokens

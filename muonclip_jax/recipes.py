@@ -1,0 +1,135 @@
+"""The chains: Muon, and Muon followed by QK-Clip."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muonclip_jax import paths, routing
+from muonclip_jax.layouts import Layout
+from muonclip_jax.orthogonalize import Schedule, schedules
+from muonclip_jax.transforms.muon import scale_by_muon
+from muonclip_jax.transforms.qk_clip import qk_clip
+from muonclip_jax.transforms.update_rms import Rule, scale_by_update_rms
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    other: optax.GradientTransformation = optax.scale_by_adam(b1=0.9, b2=0.95),  # noqa: B008
+    momentum: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008
+    update_rms: Rule | Callable[[int, int], float] = "match_adam",
+    weight_decay: jax.typing.ArrayLike = 0.1,
+    weight_decay_mask: Any = routing.decay_mask,
+    dimension_numbers: routing.DimensionNumbers = routing.muon_dimension_numbers,
+    dtype: jax.typing.DTypeLike | None = jnp.bfloat16,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for matrices, another optimizer for everything else, one learning rate for both.
+
+        grads ─► [ Muon: momentum → orthogonalize → shape scale | other ]
+              ─► decoupled weight decay ─► learning rate
+
+    With the default `update_rms="match_adam"`, Muon's updates have Adam's size (RMS 0.2), so an
+    AdamW learning rate and weight decay carry over (Moonlight, arXiv 2502.16982). For another
+    learning rate in the other group, make it part of `other`:
+    `optax.chain(optax.scale_by_adam(), optax.scale(0.3))`.
+
+    Args:
+      learning_rate: η, a number or an Optax schedule.
+      other: What embeddings, unembeddings, norms, biases and scalars get; a transformation
+        without learning rate or decay of its own, since both follow in the chain.
+      momentum: μ of `scale_by_muon`.
+      nesterov: As in `scale_by_muon`.
+      schedule: The Newton–Schulz polynomials.
+      update_rms: The rule of `scale_by_update_rms`.
+      weight_decay: λ: each step subtracts `η λ W`.
+      weight_decay_mask: Tree of bools or function to one; by default all but biases, norm
+        scales and scalars decay.
+      dimension_numbers: Which parameters are Muon's, as which matrices; by default
+        `muon_dimension_numbers`. `describe(params)` prints the outcome. Trees of
+        `optax.contrib.MuonDimensionNumbers` are understood, None meaning `other`.
+      dtype: The dtype of the Newton–Schulz iteration.
+      mu_dtype: The dtype of Muon's momentum.
+
+    Raises:
+      ValueError: At init, a parameter that the routing does not cover; its path, shape and fix.
+    """
+
+    def for_matrices(numbers: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_muon(
+                momentum,
+                nesterov,
+                schedule,
+                dimension_numbers=numbers,
+                dtype=dtype,
+                mu_dtype=mu_dtype,
+            ),
+            scale_by_update_rms(update_rms, dimension_numbers=numbers),
+        )
+
+    return optax.chain(
+        _partition(for_matrices, other, dimension_numbers),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muonclip(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    layout: Layout,
+    threshold: jax.typing.ArrayLike = 100.0,
+    **muon_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
+
+        grads ─► muon ─► qk_clip ─► optax.apply_updates
+        forward pass ─► sow(max_logits) ──┘
+
+    Each update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`.
+
+    Args:
+      learning_rate: η, a number or an Optax schedule.
+      layout: Which kernels hold the queries and keys: `find_layout(params)`, `layouts.mha()`,
+        `layouts.gqa()` or `layouts.mla(nope, rope, v)`.
+      threshold: τ of `qk_clip`.
+      **muon_options: Everything else that `muon` takes.
+
+    Raises:
+      ValueError: As `muon` and `qk_clip`.
+    """
+    return optax.chain(
+        muon(learning_rate, **muon_options),
+        qk_clip(layout, threshold),
+    )
+
+
+def _partition(
+    for_matrices: Callable[[Any], optax.GradientTransformation],
+    other: optax.GradientTransformation,
+    dimension_numbers: routing.DimensionNumbers,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.partition` by dimension numbers, which are worked out before anything is masked:
+    inside a partition the norms and biases that tell stacked kernels apart are out of sight."""
+
+    def build(tree: Any) -> optax.GradientTransformationExtraArgs:
+        specs = routing.resolve(dimension_numbers, tree)
+        numbers = paths.map_with_path(lambda path, _: specs[path], tree)
+        labels = paths.map_with_path(
+            lambda path, _: "other" if specs[path] is None else "muon", tree
+        )
+        return optax.partition({"muon": for_matrices(numbers), "other": other}, labels)
+
+    def init(params):
+        return build(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        return build(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)

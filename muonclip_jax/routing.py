@@ -1,0 +1,310 @@
+"""Which parameters Muon takes, and as which matrices.
+
+Flax kernels are `[in, out]`: the reduction axis of a `MuonDimensionNumbers` is the input.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+from optax import MaskedNode
+from optax.contrib import MuonDimensionNumbers
+
+from muonclip_jax import paths
+from muonclip_jax.layouts import Layout, is_flax_attention
+from muonclip_jax.paths import Path
+
+# A tree of MuonDimensionNumbers (None: not for Muon), or a function from parameters to one.
+DimensionNumbers = Any | Callable[[Any], Any]
+
+MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+_INPUT_HEADS = MuonDimensionNumbers(reduction_axis=-3, output_axis=-1)  # [in, heads, head_features]
+_FIX = (
+    "Say how to treat it: dimension_numbers=functools.partial(muon_dimension_numbers, "
+    "rules={{'{pattern}': MuonDimensionNumbers(reduction_axis=..., output_axis=...)}}), or None "
+    "for the other optimizer."
+)
+
+_UNEMBEDDING = re.compile(r"(^|_)(lm_head|head|unembed\w*|logits\w*|classifier|output_layer)$")
+
+
+def muon_dimension_numbers(
+    params: Any, rules: Mapping[str, MuonDimensionNumbers | None] | None = None
+) -> Any:
+    """The default routing: a `MuonDimensionNumbers` for every matrix that Muon should take.
+
+    To the other optimizer (None) go: parameters named `bias` or `scale` (norms), everything
+    with fewer than two axes, embeddings (a parameter or its module has "embed" in its name) and
+    unembeddings (a module called `lm_head`, `head`, `unembed...`, `logits...`, `classifier` or
+    `output_layer`). To Muon go `kernel`s:
+
+    - `[in, out]` as one matrix, `[stack..., in, out]` (scanned or vmapped layers) as a batch;
+    - in Flax's attention modules, query, key and value `[stack..., in, heads, head_features]`
+      as one `[in, head_features]` matrix per head, and out `[stack..., heads, head_features, out]`
+      as one `[head_features, out]` matrix per head.
+
+    How many leading axes are a stack is read from the bias beside the kernel or, without one,
+    from the norm scales nearby (one axis each before stacking). A kernel with an axis left over
+    (a convolution, an expert axis, a projection to heads outside Flax's attention) could mean
+    several things, so it raises.
+
+    Args:
+      params: The parameters; only shapes and paths are read.
+      rules: Glob over parameter paths → what to do, tried first. `{"**/experts/kernel":
+        MuonDimensionNumbers(-2, -1), "*/patch/kernel": None}`; `*` also crosses `/`.
+
+    Returns:
+      A tree like `params`, each leaf a `MuonDimensionNumbers` or None.
+
+    Raises:
+      ValueError: A parameter that nothing covers, a rule that matches nothing, or two rules
+        that disagree on a parameter; with path, shape and fix.
+    """
+    rules = rules or {}
+    shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
+    for pattern in rules:
+        if not any(_matches(path, pattern) for path in shapes):
+            raise ValueError(
+                f"The routing rule {pattern!r} matches no parameter; there are: "
+                f"{', '.join(paths.show(path) for path in list(shapes)[:8])}, ..."
+            )
+    return paths.map_with_path(lambda path, _: _route(path, shapes, rules), params)
+
+
+def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]:
+    """Dimension numbers for every parameter path, from a tree, a prefix of one, or a function.
+
+    Masked parameters (inside `optax.partition`) are skipped.
+
+    Raises:
+      ValueError: A parameter that the tree does not cover, an entry that matches nothing, or
+        axes that the parameter does not have.
+    """
+    tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
+    entries = dict(paths.leaves(tree, is_leaf=_is_entry))
+    resolved = {}
+    for path, leaf in paths.leaves(params):
+        prefixes = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
+        if not prefixes:
+            raise ValueError(
+                f"dimension_numbers says nothing about {paths.show(path)} {tuple(leaf.shape)}. "
+                "Give it a MuonDimensionNumbers, or None for the other optimizer."
+            )
+        resolved[path] = entries[prefixes[-1]]
+        check_axes(path, tuple(leaf.shape), resolved[path])
+    every_path = [path for path, _ in paths.leaves(params, is_leaf=_is_masked)]
+    for entry in entries:
+        if not any(path[: len(entry)] == entry for path in every_path):
+            raise ValueError(
+                f"dimension_numbers has an entry for {paths.show(entry)}, which is no parameter."
+            )
+    return resolved
+
+
+def matrices(dimension_numbers: DimensionNumbers | None, params: Any) -> dict[Path, Any]:
+    """`resolve` for transformations that were given matrices only: nothing may be left out.
+
+    Without dimension numbers, parameters of two axes are matrices whatever their name.
+    """
+    if dimension_numbers is None:
+        shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
+        resolved = {
+            path: MATRIX if len(shape) == 2 else _route(path, shapes, {})
+            for path, shape in shapes.items()
+        }
+    else:
+        resolved = resolve(dimension_numbers, params)
+    for path, leaf in paths.leaves(params):
+        if resolved[path] is None:
+            raise ValueError(
+                f"{paths.show(path)} of shape {tuple(leaf.shape)} is no matrix for Muon. Use "
+                "mc.muon(...), which sends such parameters to another optimizer, or put "
+                "scale_by_muon inside optax.partition."
+            )
+    return resolved
+
+
+def axes(shape: tuple[int, ...], spec: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
+    """(batch, in, out) axes of a parameter, counted from the front."""
+    as_tuple = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)  # noqa: E731
+    ins, outs = (
+        tuple(axis % len(shape) for axis in as_tuple(part))
+        for part in (spec.reduction_axis, spec.output_axis)
+    )
+    return tuple(axis for axis in range(len(shape)) if axis not in ins + outs), ins, outs
+
+
+def matrix_shape(shape: tuple[int, ...], spec: MuonDimensionNumbers) -> tuple[int, int, int]:
+    """(number of matrices, in, out) that a parameter is treated as."""
+    batch, ins, outs = (math.prod(shape[axis] for axis in part) for part in axes(shape, spec))
+    return batch, ins, outs
+
+
+def check_axes(path: Path, shape: tuple[int, ...], spec: MuonDimensionNumbers | None) -> None:
+    """Raises ValueError when `spec` does not fit a parameter of this shape."""
+    if spec is None:
+        return
+    both = jax.tree.leaves(tuple(spec))
+    in_range = all(-len(shape) <= axis < len(shape) for axis in both)
+    if not in_range or len({axis % len(shape) for axis in both}) < len(both) or len(both) < 2:
+        raise ValueError(
+            f"{paths.show(path)} of shape {shape} cannot be read with {spec}: reduction and output "
+            f"axes must be different axes in [-{len(shape)}, {len(shape) - 1}]."
+        )
+
+
+def decay_mask(params: Any) -> Any:
+    """Weight decay for everything but biases, norm scales and scalars (a tree of bools)."""
+    return paths.map_with_path(lambda path, leaf: not _is_vector(path, leaf.shape), params)
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One line of `describe`."""
+
+    path: str
+    shape: tuple[int, ...]
+    optimizer: str  # "muon" or "other"
+    matrices: str  # "8 × [512, 64]", or "" for the other optimizer
+    role: str  # of attention layouts: "q_nope, q_rope", else ""
+
+
+class Description(tuple[ParameterRow, ...]):
+    """The rows of `describe`; prints as a table."""
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "optimizer", "matrices [in, out]", "attention role")
+        cells = [(r.path, str(r.shape), r.optimizer, r.matrices, r.role) for r in self]
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        lines = [header, tuple("─" * width for width in widths), *cells]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def describe(
+    params: Any,
+    layout: Layout | None = None,
+    *,
+    dimension_numbers: DimensionNumbers = muon_dimension_numbers,
+) -> Description:
+    """What happens to every parameter: its optimizer, its matrices, its attention role.
+
+    Args:
+      params: The parameters (arrays or `jax.ShapeDtypeStruct`s).
+      layout: The attention layout given to `qk_clip`, if any.
+      dimension_numbers: As given to `muon`.
+
+    Returns:
+      A tuple of `ParameterRow`s that prints as a table.
+
+    Raises:
+      ValueError: What the routing or the layout would raise at the first training step.
+    """
+    specs = resolve(dimension_numbers, params)
+    roles: dict[Path, str] = {}
+    for block in layout.blocks(params) if layout is not None else ():
+        for projection in block.projections:
+            names = ", ".join(piece.role for piece in projection.pieces)
+            roles |= {projection.kernel: names} | (
+                {projection.bias: names} if projection.bias else {}
+            )
+    return Description(
+        ParameterRow(
+            paths.show(path),
+            tuple(leaf.shape),
+            "other" if specs[path] is None else "muon",
+            _show_matrices(tuple(leaf.shape), specs[path]),
+            roles.get(path, ""),
+        )
+        for path, leaf in paths.leaves(params)
+    )
+
+
+def _show_matrices(shape: tuple[int, ...], spec: MuonDimensionNumbers | None) -> str:
+    if spec is None:
+        return ""
+    count, ins, outs = matrix_shape(shape, spec)
+    return f"{count} × [{ins}, {outs}]"
+
+
+def _route(
+    path: Path, shapes: Mapping[Path, tuple[int, ...]], rules: Mapping[str, Any]
+) -> MuonDimensionNumbers | None:
+    shape = shapes[path]
+    matching = [pattern for pattern in rules if _matches(path, pattern)]
+    if any(rules[pattern] != rules[matching[0]] for pattern in matching):
+        raise ValueError(f"Routing rules {matching} disagree on {paths.show(path)} {shape}.")
+    if matching:
+        check_axes(path, shape, rules[matching[0]])
+        return rules[matching[0]]
+    if _is_vector(path, shape) or _is_embedding(path):
+        return None
+    if path[-1] != "kernel":
+        raise ValueError(
+            f"{paths.show(path)} of shape {shape} is neither a kernel nor an embedding, bias or "
+            "scale by its name. " + _FIX.format(pattern=paths.show(path))
+        )
+    return _kernel_matrices(path, shapes)
+
+
+def _kernel_matrices(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> MuonDimensionNumbers:
+    shape, module = shapes[path], path[:-1]
+    in_attention = is_flax_attention(module[:-1], shapes)
+    if in_attention and module[-1] in ("query", "key", "value"):
+        own_axes, bias_axes, spec = 3, 2, _INPUT_HEADS
+    elif in_attention and module[-1] == "out":
+        own_axes, bias_axes, spec = 3, 1, MATRIX
+    else:
+        own_axes, bias_axes, spec = 2, 1, MATRIX
+    if len(shape) == own_axes:
+        return spec
+    bias = shapes.get((*module, "bias"))
+    stack = _stack_axes(path, shapes) if bias is None else len(bias) - bias_axes
+    if stack is not None and stack + own_axes != len(shape):
+        raise ValueError(
+            f"{paths.show(path)} of shape {shape} has {len(shape) - stack} axes besides "
+            f"{stack} stacked one(s), where a kernel has {own_axes}: is it a convolution, a stack of "
+            "experts, a projection to heads? " + _FIX.format(pattern=paths.show(path))
+        )
+    return spec
+
+
+def _stack_axes(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> int | None:
+    """Stacked leading axes, judged by the norm scales of the nearest module that has some."""
+    for depth in reversed(range(len(path) - 1)):
+        ranks = [
+            len(shape)
+            for other, shape in shapes.items()
+            if other[-1] == "scale" and other[:depth] == path[:depth]
+        ]
+        if ranks:
+            return min(ranks) - 1
+    return None
+
+
+def _is_vector(path: Path, shape: tuple[int, ...]) -> bool:
+    return len(shape) < 2 or path[-1] in ("bias", "scale")
+
+
+def _is_embedding(path: Path) -> bool:
+    return any("embed" in part.lower() for part in path[-2:]) or any(
+        _UNEMBEDDING.search(part.lower()) for part in path[-2:]
+    )
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    return fnmatchcase(paths.show(path), pattern)
+
+
+def _is_entry(node: Any) -> bool:
+    return node is None or isinstance(node, MuonDimensionNumbers)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, MaskedNode)

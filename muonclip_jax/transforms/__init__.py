@@ -1,0 +1,22 @@
+"""Updates → updates: the links of the chain."""
+
+from muonclip_jax.transforms.muon import MuonState, scale_by_muon
+from muonclip_jax.transforms.qk_clip import (
+    QKClipState,
+    apply_qk_clip,
+    clip_factor,
+    qk_clip,
+    qk_clip_state,
+)
+from muonclip_jax.transforms.update_rms import scale_by_update_rms
+
+__all__ = [
+    "MuonState",
+    "QKClipState",
+    "apply_qk_clip",
+    "clip_factor",
+    "qk_clip",
+    "qk_clip_state",
+    "scale_by_muon",
+    "scale_by_update_rms",
+]

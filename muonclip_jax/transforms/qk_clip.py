@@ -1,0 +1,355 @@
+"""QK-Clip: rescale the query and key weights of the heads whose logits grew too large.
+
+Source: Su Jianlin, "QK-Clip" (spaces.ac.cn/archives/11126); Kimi K2 report, arXiv 2507.20534.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from muonclip_jax import paths
+from muonclip_jax.attention import read_max_logits
+from muonclip_jax.layouts import Block, Layout, Projection, module_path
+from muonclip_jax.paths import Path
+
+Scope = Literal["head", "layer"]
+
+
+class QKClipState(NamedTuple):
+    """What the last step saw and did; read it by name with `qk_clip_state(opt_state)`.
+
+    Attributes:
+      max_logits: For each attention block (by path), the maxima given to the last update,
+        float32 `[stack..., heads]`; -inf before the first.
+      gamma: The clip factors of the last update, same keys and shapes; 1 where not clipped.
+      heads_clipped: int32, heads clipped in the last update, over all blocks.
+      nonfinite_heads: int32, running count of NaN or +Inf maxima. Such a head is left as it is.
+      lost_heads: int32, running count of head clips that rounding to the parameters' own
+        half-precision dtype undid by more than half. Keep float32 master weights if it grows.
+    """
+
+    max_logits: dict[str, jax.Array]
+    gamma: dict[str, jax.Array]
+    heads_clipped: jax.Array
+    nonfinite_heads: jax.Array
+    lost_heads: jax.Array
+
+
+def qk_clip(
+    layout: Layout,
+    threshold: jax.typing.ArrayLike = 100.0,
+    *,
+    alpha: jax.typing.ArrayLike = 0.5,
+    scope: Scope = "head",
+) -> optax.GradientTransformationExtraArgs:
+    """Clips attention heads after the optimizer's own update: the last link of the chain.
+
+    With S the largest logit of head h in this step's batch and `gamma = threshold / S` where
+    S > threshold (else 1), the weights that the step arrives at are multiplied by
+
+    | attention | query side | key side |
+    | --- | --- | --- |
+    | MHA | `gamma**alpha` | `gamma**(1-alpha)` |
+    | GQA, MQA | `gamma_h / kappa` | `kappa = min(gamma over the key head's group)**(1-alpha)` |
+    | MLA | nope `gamma**alpha`, rope `gamma` | nope `gamma**(1-alpha)`, shared rope untouched |
+
+    so that every head's logits scale by exactly its own `gamma`. `alpha=1` changes queries
+    only, the other choice for GQA and MQA. Biases scale with their kernel. Any Optax optimizer
+    may come before it: `optax.chain(optax.adamw(1e-3), qk_clip(layout))` is AdamClip.
+
+    The update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`
+    with what `sow` produced (see `read_max_logits`). Arithmetic is float32 (float64 for float64
+    parameters); updates keep their dtype. Cost: one pass over the query and key kernels, fused
+    into the update; no host synchronisation.
+
+    Half-precision parameters: a clip milder than the dtype's spacing (0.4% in bfloat16) can
+    round away; `lost_heads` counts those. Keep parameters in float32 and compute in bfloat16
+    (Flax: `param_dtype=jnp.float32, dtype=jnp.bfloat16`).
+
+    Args:
+      layout: Which kernels hold the queries and keys of which head.
+      threshold: τ > 0, in units of the logit; 100 in Kimi K2.
+      alpha: The share of the factor that goes to the queries, in [0, 1].
+      scope: `"head"` clips each head by its own factor. `"layer"` is the first version of the
+        method, kept for comparison: all heads of a layer take the layer's smallest factor, so
+        heads that did nothing are clipped too.
+
+    Raises:
+      ValueError: threshold <= 0, alpha outside [0, 1] or an unknown scope when built; when
+        applied, what `Layout.blocks` raises, no `max_logits`, or maxima that do not pair with
+        the blocks, each named.
+    """
+    _check_options(layout, threshold, alpha, scope)
+
+    def init(params: optax.Params) -> QKClipState:
+        blocks = layout.blocks(params)
+        zero = jnp.zeros([], jnp.int32)
+        return QKClipState(
+            max_logits={b.name: jnp.full(b.shape, -jnp.inf, jnp.float32) for b in blocks},
+            gamma={b.name: jnp.ones(b.shape, jnp.float32) for b in blocks},
+            heads_clipped=zero,
+            nonfinite_heads=zero,
+            lost_heads=zero,
+        )
+
+    def update(updates, state, params=None, *, max_logits=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError("qk_clip rescales weights: call tx.update(grads, state, params, ...).")
+        blocks = layout.blocks(params)
+        maxima = _pair(blocks, max_logits)
+        gamma = {b.name: clip_factor(maxima[b.name], threshold, scope) for b in blocks}
+        multipliers = _multipliers(blocks, gamma, alpha)
+
+        def clip(path, update, param):
+            if path not in multipliers:
+                return update
+            return _arrive_at_multiple(update, param, multipliers[path])
+
+        clipped = paths.map_with_path(clip, updates, params)
+        arrivals = [
+            dict(paths.leaves(optax.apply_updates(params, step))) for step in (updates, clipped)
+        ]
+        lost = _count(_lost_heads(b, gamma[b.name], multipliers, *arrivals) for b in blocks)
+        return clipped, QKClipState(
+            max_logits=_float32(maxima),
+            gamma=_float32(gamma),
+            heads_clipped=_count(g < 1 for g in gamma.values()),
+            nonfinite_heads=state.nonfinite_heads + _count(_is_fault(s) for s in maxima.values()),
+            lost_heads=state.lost_heads + lost,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def apply_qk_clip(
+    params: Any,
+    max_logits: Any,
+    layout: Layout,
+    threshold: jax.typing.ArrayLike = 100.0,
+    *,
+    alpha: jax.typing.ArrayLike = 0.5,
+    scope: Scope = "head",
+) -> Any:
+    """The same clip as `qk_clip`, from parameters to parameters.
+
+    For training loops without Optax, and for clipping a finished model once.
+
+    Args:
+      params: The parameters, as for `Layout.blocks`.
+      max_logits: The sown maxima, as for `read_max_logits`.
+      layout: Which kernels hold the queries and keys of which head.
+      threshold: τ > 0.
+      alpha: The share of the factor that goes to the queries, in [0, 1].
+      scope: `"head"` or `"layer"`, see `qk_clip`.
+
+    Returns:
+      The parameters, same tree and dtypes; leaves that are no query or key are the same arrays.
+
+    Raises:
+      ValueError: As `qk_clip`.
+    """
+    _check_options(layout, threshold, alpha, scope)
+    blocks = layout.blocks(params)
+    maxima = _pair(blocks, max_logits)
+    gamma = {b.name: clip_factor(maxima[b.name], threshold, scope) for b in blocks}
+    multipliers = _multipliers(blocks, gamma, alpha)
+
+    def clip(path, param):
+        if path not in multipliers:
+            return param
+        dtype = _at_least_float32(param.dtype)
+        return (param.astype(dtype) * multipliers[path].astype(dtype)).astype(param.dtype)
+
+    return paths.map_with_path(clip, params)
+
+
+def clip_factor(
+    max_logits: jax.Array, threshold: jax.typing.ArrayLike, scope: Scope = "head"
+) -> jax.Array:
+    """γ = threshold / S for every head whose maximum S is finite and above it, else exactly 1.
+
+    Args:
+      max_logits: `[..., heads]`. A head with S <= 0, -inf (it saw no key), NaN or +Inf gets 1.
+      threshold: τ > 0.
+      scope: `"layer"` gives every head the smallest factor among the heads.
+
+    Returns:
+      γ in (0, 1], same shape, float32 or wider.
+    """
+    maxima = max_logits.astype(_at_least_float32(max_logits.dtype))
+    threshold = jnp.asarray(threshold, maxima.dtype)
+    exceeds = jnp.isfinite(maxima) & (maxima > threshold)
+    gamma = jnp.where(exceeds, threshold / jnp.where(exceeds, maxima, 1), 1)
+    if scope == "layer":
+        gamma = jnp.broadcast_to(gamma.min(axis=-1, keepdims=True), gamma.shape)
+    return gamma
+
+
+def qk_clip_state(opt_state: Any) -> QKClipState:
+    """The `QKClipState` inside any Optax state (or `nnx.Optimizer.opt_state`), for logging.
+
+    Args:
+      opt_state: Any tree that holds one.
+
+    Returns:
+      It, with plain arrays for NNX's variables.
+
+    Raises:
+      ValueError: There is none, or more than one.
+    """
+    is_clip_state = lambda node: isinstance(node, QKClipState)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_clip_state) if is_clip_state(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"Expected one QKClipState in this optimizer state, found {len(found)}. Is qk_clip in "
+            "the chain (once)?"
+        )
+    return nnx.pure(found[0])
+
+
+def _check_options(layout, threshold, alpha, scope):
+    if not isinstance(layout, Layout):
+        raise TypeError(
+            f"layout must be a layout such as layouts.mha() or find_layout(params), got {layout!r}."
+        )
+    if scope not in get_args(Scope):
+        raise ValueError(f'scope must be "head" or "layer", got {scope!r}.')
+    # Traced values come from optax.inject_hyperparams, which has seen the concrete one.
+    if not isinstance(threshold, jax.core.Tracer) and not np.all(np.asarray(threshold) > 0):
+        raise ValueError(f"threshold must be above 0 (a logit; Kimi K2 uses 100), got {threshold}.")
+    if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha, the queries' share of the clip, must be in [0, 1], got {alpha}.")
+
+
+def _pair(blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
+    """Each block's maxima as `[stack..., heads]`; every sown value must find its block."""
+    if max_logits is None:
+        raise ValueError(
+            "qk_clip got no max_logits. Pass what the forward pass sowed: "
+            "tx.update(grads, state, params, max_logits=intermediates), where intermediates comes "
+            'from model.apply(..., mutable=["intermediates"]) in Linen or '
+            "nnx.capture(model, nnx.Intermediate) in NNX; Flax's TrainState.apply_gradients does "
+            "not forward it, call tx.update yourself."
+        )
+    unpaired = read_max_logits(max_logits)
+    sown_names = ", ".join(paths.show(path) for path in unpaired)
+    maxima = {}
+    for block in blocks:
+        where = module_path(block.path)
+        mine = {p: unpaired.pop(p) for p in list(unpaired) if p[: len(where)] == where}
+        if not mine:
+            raise ValueError(
+                f"{block.name} has query and key kernels but sowed no max_logits; sown: "
+                f"{sown_names}. Sow them in that module (sow_max_logits, or sow_weights=True for "
+                "Flax's attention), or leave the block out with the layout's block= pattern."
+            )
+        maxima[block.name] = jnp.stack([_fit(block, x) for x in mine.values()]).max(axis=0)
+    if unpaired:
+        raise ValueError(
+            f"max_logits were sown in {', '.join(map(paths.show, unpaired))}, where the layout "
+            f"finds no query and key kernels; it has {', '.join(b.name for b in blocks)}. Sow in "
+            "the attention module itself, or correct the layout."
+        )
+    return maxima
+
+
+def _fit(block: Block, sown: jax.Array) -> jax.Array:
+    """Reduces axes that the kernels do not have (a batch, a vmapped call) by the maximum."""
+    depth, extra = len(block.stack), sown.ndim - 1 - len(block.stack)
+    after_stack = sown.shape[:depth] == block.stack
+    before_stack = sown.shape[extra:-1] == block.stack if extra >= 0 else False
+    if sown.shape[-1:] != (block.heads,) or extra < 0 or not (after_stack or before_stack):
+        raise ValueError(
+            f"{block.name} sowed max_logits of shape {sown.shape}, but its kernels have "
+            f"{block.heads} query heads in stacked layers {block.stack}: expected {block.shape}."
+        )
+    if depth and extra and after_stack and before_stack:
+        raise ValueError(
+            f"{block.name} sowed max_logits of shape {sown.shape}: which axis is the stack "
+            f"{block.stack} is ambiguous. Reduce the others with jnp.max before sowing."
+        )
+    axes = range(depth, depth + extra) if after_stack else range(extra)
+    return sown.max(axis=tuple(axes))
+
+
+def _multipliers(
+    blocks: tuple[Block, ...], gamma: Mapping[str, jax.Array], alpha: jax.typing.ArrayLike
+) -> dict[Path, jax.Array]:
+    return {
+        path: array
+        for block in blocks
+        for path, array in block.multipliers(_role_factors(block, gamma[block.name], alpha)).items()
+    }
+
+
+def _role_factors(
+    block: Block, gamma: jax.Array, alpha: jax.typing.ArrayLike
+) -> dict[str, jax.Array]:
+    """The table of `qk_clip`. With one query head per key head, GQA's rule is MHA's."""
+    group = block.heads // block.kv_heads
+    grouped = gamma.reshape(*block.stack, block.kv_heads, group)
+    kappa = grouped.min(axis=-1) ** (1 - jnp.asarray(alpha, gamma.dtype))
+    query = (grouped / kappa[..., None]).reshape(gamma.shape)
+    return {"q": query, "q_nope": query, "q_rope": gamma, "k": kappa, "k_nope": kappa}
+
+
+def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """The update after which the parameter is `multiplier * (param + update)`.
+
+    Written so that a multiplier of 1 gives the update back bit for bit.
+    """
+    dtype = jnp.promote_types(_at_least_float32(param.dtype), update.dtype)
+    m, u, p = (x.astype(dtype) for x in (multiplier, update, param))
+    return (m * u + (m - 1) * p).astype(update.dtype)
+
+
+def _lost_heads(
+    block: Block,
+    gamma: jax.Array,
+    multipliers: Mapping[Path, jax.Array],
+    without_clip: Mapping[Path, jax.Array],
+    with_clip: Mapping[Path, jax.Array],
+) -> jax.Array:
+    """Clipped heads of which a half-precision kernel moved less than half as far as asked.
+
+    Returns:
+      bool `[stack..., heads]`.
+    """
+    lost = jnp.zeros(block.shape, bool)
+    for projection in block.projections:
+        before, after = without_clip[projection.kernel], with_clip[projection.kernel]
+        if jnp.finfo(before.dtype).bits >= 32:
+            continue
+        before, after = before.astype(jnp.float32), after.astype(jnp.float32)
+        asked = _per_head(projection, (1 - multipliers[projection.kernel]) * before * before)
+        moved = _per_head(projection, (before - after) * before)
+        lost |= jnp.repeat(moved < 0.5 * asked, block.heads // projection.heads, axis=-1)
+    return lost & (gamma < 1)
+
+
+def _per_head(projection: Projection, values: jax.Array) -> jax.Array:
+    """Sums kernel-shaped values over everything but the stack and the heads."""
+    heads = values.reshape(*values.shape[: len(projection.stack) + 1], projection.heads, -1)
+    return heads.sum(axis=(-3, -1))
+
+
+def _is_fault(maxima: jax.Array) -> jax.Array:
+    return jnp.isnan(maxima) | jnp.isposinf(maxima)
+
+
+def _count(masks: Iterable[jax.Array]) -> jax.Array:
+    return sum((mask.sum(dtype=jnp.int32) for mask in masks), start=jnp.zeros([], jnp.int32))
+
+
+def _float32(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,61 @@
+"""How large an orthogonalized update is, by the shape of its matrix."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import optax
+
+from muonclip_jax import paths, routing
+
+Rule = Literal["match_adam", "jordan", "spectral", "none"]
+
+# For Flax kernels [in, out]. PyTorch code writes [out, in]: its "rows" are our `out`.
+_RULES: dict[str, Callable[[int, int], float]] = {
+    "match_adam": lambda ins, outs: 0.2 * math.sqrt(max(ins, outs)),
+    "jordan": lambda ins, outs: math.sqrt(max(1.0, outs / ins)),
+    "spectral": lambda ins, outs: math.sqrt(outs / ins),
+    "none": lambda ins, outs: 1.0,
+}
+
+
+def scale_by_update_rms(
+    rule: Rule | Callable[[int, int], float] = "match_adam",
+    *,
+    dimension_numbers: routing.DimensionNumbers | None = None,
+) -> optax.GradientTransformation:
+    """Scales orthogonalized updates `[in, out]` by a factor of their shape.
+
+    | rule | factor | source |
+    | --- | --- | --- |
+    | `"match_adam"` | `0.2 * sqrt(max(in, out))`: an update RMS of 0.2, as Adam's, so Adam's learning rate and decay carry over | Moonlight, arXiv 2502.16982; `match_rms_adamw` in torch.optim.Muon |
+    | `"jordan"` | `sqrt(max(1, out/in))` | K. Jordan et al. 2024; `original` in torch.optim.Muon; the default of optax.contrib.muon |
+    | `"spectral"` | `sqrt(out/in)`: unit RMS→RMS operator norm | Bernstein & Newhouse, arXiv 2409.20325; Dion, arXiv 2504.05295 |
+    | `"none"` | 1 | |
+
+    Args:
+      rule: One of the names above, or a function of `(in, out)`, both ints.
+      dimension_numbers: As for `scale_by_muon`; give both the same.
+
+    Raises:
+      ValueError: An unknown rule when built; at init and update, as `scale_by_muon`.
+    """  # noqa: E501
+    if not callable(rule) and rule not in _RULES:
+        raise ValueError(f"Unknown update rule {rule!r}; choose from {list(_RULES)} or a function.")
+    factor = rule if callable(rule) else _RULES[rule]
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        routing.matrices(dimension_numbers, params)
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        del params
+        specs = routing.matrices(dimension_numbers, updates)
+
+        def scale(path, u):
+            _, ins, outs = routing.matrix_shape(u.shape, specs[path])
+            return u * factor(ins, outs)
+
+        return paths.map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,331 @@
+"""Every way of wiring it wrong raises early, naming path, finding and fix.
+
+One row a mistake: what the user did, and the words that must stand in the message.
+"""
+
+import dataclasses
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+import muonclip_jax as mc
+from examples.mla.model import ModelConfig, attention_layout
+
+
+def kernel(*shape):
+    return {"kernel": jnp.ones(shape)}
+
+
+def block(heads=4, kv_heads=None, features=6, stack=()):
+    return {
+        "query": kernel(*stack, 8, heads, features),
+        "key": kernel(*stack, 8, kv_heads or heads, features),
+        "value": kernel(*stack, 8, kv_heads or heads, features),
+        "out": kernel(*stack, heads, features, 8),
+    }
+
+
+PARAMS = {"layers": {"attn": block()}}
+MAXIMA = {"layers": {"attn": {"max_logits": jnp.ones(4)}}}
+MLA = {"attn": {"wq_b": kernel(5, 12), "wkv_b": kernel(5, 14)}}  # 2 heads: nope 4, rope 2, v 3
+
+
+def clip(params=PARAMS, maxima=MAXIMA, layout=None, **options):
+    return mc.apply_qk_clip(params, maxima, layout or mc.layouts.mha(), **options)
+
+
+def update(tx, params=PARAMS, **extra):
+    return tx.update(params, tx.init(params), params, **extra)
+
+
+def linen_intermediates(sow_weights=True, mutable=("intermediates",), axes=("params",)):
+    """What a scanned Linen model hands on when it is wired as told."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            attention = nn.MultiHeadDotProductAttention(
+                2, attention_fn=mc.dot_product_attention, name="attn"
+            )
+            scanned = nn.scan(
+                lambda module, x, _: (module(x, sow_weights=sow_weights), None),
+                variable_axes=dict.fromkeys(axes, 0),
+                split_rngs={"params": True},
+                length=2,
+            )
+            return scanned(attention, x, None)[0]
+
+    x = jnp.ones((1, 3, 4))
+    params = Model().init(jax.random.key(0), x)["params"]
+    _, sown = Model().apply({"params": params}, x, mutable=list(mutable))
+    return params, sown
+
+
+def clip_linen(**wiring):
+    params, sown = linen_intermediates(**wiring)
+    return clip(params, sown)
+
+
+def nnx_intermediates_without_capture_type():
+    attention = nnx.MultiHeadAttention(
+        2, 4, decode=False, attention_fn=mc.dot_product_attention, rngs=nnx.Rngs(0)
+    )
+    _, sown = nnx.capture(
+        lambda module: module(jnp.ones((1, 3, 4)), sow_weights=True), nnx.BatchStat
+    )(attention)
+    return mc.read_max_logits(sown)
+
+
+def attention(query=(1, 3, 4, 2), key=(1, 3, 4, 2), value=(1, 3, 4, 2), **options):
+    return mc.dot_product_attention(jnp.ones(query), jnp.ones(key), jnp.ones(value), **options)
+
+
+# (what is wrong, what the user did, words in the message)
+MISTAKES = [
+    # --- options
+    ("threshold zero", lambda: mc.qk_clip(mc.layouts.mha(), 0.0), ["threshold", "above 0", "0.0"]),
+    ("threshold NaN", lambda: mc.qk_clip(mc.layouts.mha(), np.nan), ["threshold", "nan"]),
+    ("alpha above one", lambda: clip(alpha=1.5), ["alpha", "[0, 1]", "1.5"]),
+    ("unknown scope", lambda: clip(scope="model"), ["scope", '"head" or "layer"', "'model'"]),
+    ("layout not called", lambda: mc.qk_clip(mc.layouts.mha), ["layouts.mha()", "function mha"]),
+    ("momentum of one", lambda: mc.scale_by_muon(1.0), ["momentum", "[0, 1)", "1.0"]),
+    ("unknown rule", lambda: mc.scale_by_update_rms("adam"), ["'adam'", "match_adam", "jordan"]),
+    ("MLA size zero", lambda: mc.layouts.mla(4, 0, 3), ["layouts.mla", "rope", "0"]),
+    ("uneven groups", lambda: mc.layouts.gqa(3, heads=4), ["4 query heads", "3 key heads"]),
+    (
+        "a step that turns singular values around",
+        lambda: dataclasses.replace(
+            mc.schedules.jordan(), coefficients=((3.4445, -4.7750, 2.0315), (2.0, -3.5, 0.5))
+        ),
+        ["jordan", "step"],
+    ),
+    # --- the optimizer's wiring
+    ("no max_logits", lambda: update(mc.qk_clip(mc.layouts.mha())), ["max_logits=", "capture"]),
+    (
+        "no params",
+        lambda: mc.qk_clip(mc.layouts.mha()).update(
+            PARAMS, mc.qk_clip(mc.layouts.mha()).init(PARAMS), max_logits=MAXIMA
+        ),
+        ["params", "tx.update(grads, state, params"],
+    ),
+    (
+        "qk_clip inside a partition",
+        lambda: optax.partition(
+            {"a": mc.qk_clip(mc.layouts.mha()), "b": optax.identity()},
+            jax.tree.map(lambda _: "b", PARAMS),
+        ).init(PARAMS),
+        ["masked", "optax.partition", "end of the chain"],
+    ),
+    ("no clip in the chain", lambda: mc.qk_clip_state(optax.adam(1).init(PARAMS)), ["found 0"]),
+    # --- parameter trees
+    (
+        "no attention at all",
+        lambda: clip({"mlp": kernel(4, 4)}),
+        ["no attention block", "query/kernel", "mlp/kernel", "query="],
+    ),
+    (
+        "one kernel missing",
+        lambda: clip({"layers": {"attn": {"query": kernel(8, 4, 6)}}}),
+        ["layers/attn", "expects key/kernel", "query/kernel (8, 4, 6)"],
+    ),
+    (
+        "grouped model, layout mha",
+        lambda: clip({"attn": block(kv_heads=2)}, {"attn": {"max_logits": jnp.ones(4)}}),
+        ["attn/query/kernel", "(8, 4, 6)", "2 key heads", "layouts.gqa()"],
+    ),
+    (
+        "flat kernel, no head count",
+        lambda: clip({"attn": {"query": kernel(8, 24), "key": kernel(8, 24)}}),
+        ["attn/query/kernel", "(8, 24)", "heads="],
+    ),
+    (
+        "flat kernel that does not split",
+        lambda: clip(
+            {"attn": {"query": kernel(8, 25), "key": kernel(8, 25)}}, layout=mc.layouts.mha(heads=4)
+        ),
+        ["attn/query/kernel", "(8, 25)", "25 output features", "4 heads"],
+    ),
+    (
+        "wrong number of key heads",
+        lambda: clip({"attn": block(kv_heads=2)}, layout=mc.layouts.gqa(4)),
+        ["attn/key/kernel", "has 2 heads", "not 4"],
+    ),
+    (
+        "wrong MLA sizes",
+        lambda: clip(MLA, layout=mc.layouts.mla(4, 4, 3)),
+        ["attn/wq_b/kernel", "(5, 12)", "nope, rope, v"],
+    ),
+    (
+        "wrong MLA value size",
+        lambda: clip(MLA, layout=mc.layouts.mla(4, 2, 4)),
+        ["attn/wkv_b/kernel", "(5, 14)"],
+    ),
+    (
+        "MLA without query compression",
+        lambda: clip(
+            {"attn": {"wq": kernel(5, 12), "wkv_b": kernel(5, 14)}}, layout=mc.layouts.mla(4, 2, 3)
+        ),
+        ["attn", "expects wq_b/kernel", "wq/kernel (5, 12)"],
+    ),
+    (
+        "kernels stacked differently",
+        lambda: clip({"attn": {**block(), "key": kernel(3, 8, 4, 6)}}),
+        ["attn/key/kernel", "(3,)", "stacked alike"],
+    ),
+    (
+        "QK-norm behind the kernels",
+        lambda: clip({"attn": {**block(), "query_ln": {"scale": jnp.ones(6)}}}),
+        ["attn/query_ln", "change nothing", "QK-norm"],
+    ),
+    ("find_layout finds nothing", lambda: mc.find_layout({"a": kernel(2, 3)}), ["a/kernel", "mla"]),
+    # --- routing
+    (
+        "unnamed matrix",
+        lambda: mc.muon(0.1).init({"moe": {"wi": jnp.ones((8, 9))}}),
+        ["moe/wi", "(8, 9)", "rules=", "None"],
+    ),
+    (
+        "convolution",
+        lambda: mc.muon(0.1).init(
+            {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
+        ),
+        ["conv/kernel", "(3, 3, 4, 8)", "convolution", "MuonDimensionNumbers"],
+    ),
+    (
+        "vector under scale_by_muon",
+        lambda: mc.scale_by_muon().init({"mlp": {"bias": jnp.ones(3)}}),
+        ["mlp/bias", "(3,)", "mc.muon"],
+    ),
+    (
+        "rule that matches nothing",
+        lambda: mc.muon_dimension_numbers({"a": kernel(2, 3)}, rules={"b/*": None}),
+        ["'b/*'", "matches no parameter", "a/kernel"],
+    ),
+    (
+        "rules that disagree",
+        lambda: mc.muon_dimension_numbers(
+            {"a": kernel(2, 3)}, rules={"a/*": None, "*kernel": MuonDimensionNumbers()}
+        ),
+        ["disagree", "a/kernel", "(2, 3)"],
+    ),
+    (
+        "dimension numbers with a hole",
+        lambda: mc.muon(0.1, dimension_numbers={"a": None}).init(
+            {"a": jnp.ones(2), "b": jnp.ones(3)}
+        ),
+        ["b", "(3,)", "says nothing"],
+    ),
+    (
+        "dimension numbers for no parameter",
+        lambda: mc.muon(0.1, dimension_numbers={"a": None, "c": None}).init({"a": jnp.ones(2)}),
+        ["c", "no parameter"],
+    ),
+    (
+        "dimension numbers out of range",
+        lambda: mc.muon(0.1, dimension_numbers=MuonDimensionNumbers(0, 2)).init(
+            {"a": jnp.ones((2, 3))}
+        ),
+        ["a of shape (2, 3)", "output_axis=2"],
+    ),
+    # --- sown values
+    ("nothing sown", lambda: clip(maxima={}), ["intermediates", "capture", "sow_weights=True"]),
+    (
+        "Linen: collection not mutable",
+        lambda: clip_linen(mutable=(), axes=("params", "intermediates")),
+        ['mutable=["intermediates"]'.replace('"', "'")],
+    ),
+    (
+        "Linen: scan drops the collection",
+        lambda: clip_linen(),
+        ["variable_axes", "intermediates"],
+    ),
+    (
+        "Linen: Flax attention without sow_weights",
+        lambda: clip_linen(sow_weights=False, axes=("params", "intermediates")),
+        ["sow_weights=True"],
+    ),
+    (
+        "NNX: another variable type captured",
+        nnx_intermediates_without_capture_type,
+        ["nnx.Intermediate"],
+    ),
+    (
+        "a block that sowed nothing",
+        lambda: clip({"a": block(), "b": block()}, {"a": {"max_logits": jnp.ones(4)}}),
+        ["b has query and key kernels", "sowed no max_logits", "block="],
+    ),
+    (
+        "sown where no kernels are",
+        lambda: clip(maxima={**MAXIMA, "mlp": {"max_logits": jnp.ones(4)}}),
+        ["sown in mlp", "layers/attn"],
+    ),
+    (
+        "sown with the wrong number of heads",
+        lambda: clip(maxima={"layers": {"attn": {"max_logits": jnp.ones(3)}}}),
+        ["layers/attn", "(3,)", "4 query heads", "(4,)"],
+    ),
+    (
+        "layers reduced away",
+        lambda: clip({"attn": block(stack=(3,))}, {"attn": {"max_logits": jnp.ones(4)}}),
+        ["attn", "(4,)", "(3, 4)"],
+    ),
+    (
+        "ambiguous stack axis",
+        lambda: clip({"attn": block(stack=(3,))}, {"attn": {"max_logits": jnp.ones((3, 3, 4))}}),
+        ["(3, 3, 4)", "ambiguous", "jnp.max"],
+    ),
+    (
+        "a scalar sown",
+        lambda: clip(maxima={"layers": {"attn": {"max_logits": jnp.ones(())}}}),
+        ["layers/attn"],
+    ),
+    # --- kernel and attention
+    ("a vector to orthogonalize", lambda: mc.orthogonalize(jnp.ones(3)), ["(3,)"]),
+    ("integers to orthogonalize", lambda: mc.orthogonalize(jnp.ones((3, 3), int)), ["int32"]),
+    (
+        "schedule by name",
+        lambda: mc.orthogonalize(jnp.ones((3, 3)), "jordan"),
+        ["chedule", "jordan"],
+    ),
+    ("heads do not divide", lambda: attention(key=(1, 3, 3, 2), value=(1, 3, 3, 2)), ["4", "3"]),
+    ("key and value lengths", lambda: attention(value=(1, 5, 4, 2)), ["value", "(1, 5, 4, 2)"]),
+    ("mask of floats", lambda: attention(mask=jnp.ones((1, 1, 3, 3))), ["mask", "float32"]),
+    ("soft cap zero", lambda: attention(soft_cap=0.0), ["soft_cap", "0"]),
+    # --- the example's flags
+    ("odd RoPE", lambda: ModelConfig(64, rope=7), ["7", "odd"]),
+    ("QK-norm with MLA", lambda: ModelConfig(64, qk_norm="full"), ["MLA", "partial"]),
+    ("no layers", lambda: ModelConfig(64, layers=0), ["layers", "at least 1", "0"]),
+    ("kv_heads", lambda: ModelConfig(64, attention="gqa", kv_heads=4), ["6 heads", "4 key heads"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("do", "words"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES]
+)
+def test_mistake(do, words):
+    with warnings.catch_warnings(), pytest.raises((ValueError, TypeError)) as caught:
+        warnings.simplefilter("error", DeprecationWarning)
+        do()
+    message = str(caught.value)
+    for word in words:
+        assert word in message, f"{word!r} is not in: {message}"
+
+
+def test_there_are_enough_mistakes():
+    assert len({row[0] for row in MISTAKES}) == len(MISTAKES) >= 25
+
+
+def test_the_right_wiring_raises_nothing():
+    """The functions that build the mistakes work when told to be right."""
+    clip_linen(axes=("params", "intermediates"))
+    clip(MLA, {"attn": {"max_logits": jnp.ones(2)}}, layout=mc.layouts.mla(4, 2, 3))
+    clip({"attn": block(kv_heads=2)}, {"attn": {"max_logits": jnp.ones(4)}}, mc.layouts.gqa())
+    attention()
+    assert attention_layout(ModelConfig(64)).name == "mla"

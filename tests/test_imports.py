@@ -1,0 +1,53 @@
+"""Imports inside the package go one way."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "muonclip_jax"
+
+# Each part may import the parts before it.
+ORDER = [
+    "paths",
+    "orthogonalize",
+    "attention",
+    "layouts",
+    "routing",
+    "diagnostics",
+    "transforms",
+    "recipes",
+]
+
+
+def part_of(module: str) -> str:
+    return module.removeprefix("muonclip_jax").lstrip(".").split(".")[0]
+
+
+def imports_of(file: pathlib.Path):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("muonclip_jax"):
+            if node.module == "muonclip_jax":
+                yield from (alias.name for alias in node.names)
+            else:
+                yield part_of(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (part_of(a.name) for a in node.names if a.name.startswith("muonclip_jax."))
+
+
+def test_imports_go_one_way():
+    seen = set()
+    for file in PACKAGE.rglob("*.py"):
+        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        assert part in ORDER, f"{part} is new: give it a place in ORDER"
+        seen.add(part)
+        for imported in imports_of(file):
+            assert ORDER.index(imported) <= ORDER.index(part), f"{file.name} imports {imported}"
+    assert seen == set(ORDER)
+
+
+def test_examples_import_only_the_public_surface():
+    for file in (PACKAGE.parent / "examples").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("muonclip_jax."), file.name

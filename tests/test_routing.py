@@ -1,0 +1,177 @@
+"""Which parameters Muon takes, and `describe`."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+import muonclip_jax as mc
+from muonclip_jax import routing
+
+
+def shapes(tree):
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=is_shape
+    )
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm(name="norm")(x)
+        x = x + nn.MultiHeadDotProductAttention(4, name="attn")(y)
+        return x + nn.Dense(16, name="mlp")(x)
+
+
+class Model(nn.Module):
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, 16, name="embed")(tokens)
+        if self.scanned:
+            step = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            x, _ = step(Layer(name="layers"), x, None)
+        else:
+            x = Layer(name="layers")(x)
+        return nn.Dense(11, name="lm_head")(nn.RMSNorm(name="norm")(x))
+
+
+def linen_params(scanned):
+    init = lambda: Model(scanned).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))  # noqa: E731
+    return jax.eval_shape(init)["params"]
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_default_routing_of_a_linen_model(scanned):
+    rows = {row.path: row for row in mc.describe(linen_params(scanned), mc.layouts.mha())}
+    layers = 3 if scanned else 1
+    assert rows["embed/embedding"].optimizer == "other"
+    assert rows["lm_head/kernel"].optimizer == "other"
+    for path, row in rows.items():
+        if path.endswith(("bias", "scale")):
+            assert (row.optimizer, row.matrices) == ("other", "")
+    assert rows["layers/attn/query/kernel"].matrices == f"{4 * layers} × [16, 4]"
+    assert rows["layers/attn/out/kernel"].matrices == f"{4 * layers} × [4, 16]"
+    assert rows["layers/mlp/kernel"].matrices == f"{layers} × [16, 16]"
+    assert rows["layers/attn/query/kernel"].role == "q"
+    assert rows["layers/attn/key/bias"].role == "k"
+    assert rows["layers/attn/value/kernel"].role == ""
+
+
+def test_default_routing_of_an_nnx_model():
+    class Small(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(11, 16, rngs=rngs)
+            self.attn = nnx.MultiHeadAttention(4, 16, use_bias=False, decode=False, rngs=rngs)
+            self.mlp = nnx.List([nnx.Linear(16, 32, use_bias=False, rngs=rngs)])
+            self.lm_head = nnx.Linear(32, 11, rngs=rngs)
+
+    params = nnx.state(nnx.eval_shape(lambda: Small(nnx.Rngs(0))), nnx.Param)
+    rows = {row.path: (row.optimizer, row.matrices) for row in mc.describe(params)}
+    assert rows == {
+        "attn/key/kernel": ("muon", "4 × [16, 4]"),
+        "attn/out/kernel": ("muon", "4 × [4, 16]"),
+        "attn/query/kernel": ("muon", "4 × [16, 4]"),
+        "attn/value/kernel": ("muon", "4 × [16, 4]"),
+        "embed/embedding": ("other", ""),
+        "lm_head/bias": ("other", ""),
+        "lm_head/kernel": ("other", ""),
+        "mlp/0/kernel": ("muon", "1 × [16, 32]"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "expected"),
+    [
+        # No bias and no norm anywhere: three axes are a stack of matrices.
+        ({"mlp": {"kernel": (5, 16, 32)}}, ("mlp", "kernel"), (5, 16, 32)),
+        ({"mlp": {"kernel": (5, 16, 32), "bias": (5, 32)}}, ("mlp", "kernel"), (5, 16, 32)),
+        # Stacked norms tell.
+        (
+            {"layers": {"norm": {"scale": (5, 16)}, "mlp": {"kernel": (5, 16, 32)}}},
+            ("layers", "mlp", "kernel"),
+            (5, 16, 32),
+        ),
+        # A matrix beside stacked layers is still one matrix.
+        (
+            {"layers": {"norm": {"scale": (5, 16)}}, "proj": {"kernel": (16, 32)}},
+            ("proj", "kernel"),
+            (1, 16, 32),
+        ),
+    ],
+)
+def test_stacks_are_told_from_biases_and_norms(tree, path, expected):
+    params = shapes(tree)
+    spec = routing.resolve(mc.muon_dimension_numbers, params)[path]
+    node = params
+    for part in path:
+        node = node[part]
+    assert routing.matrix_shape(node.shape, spec) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "head", "unembed", "logits_dense", "classifier", "decoder_output_layer"]
+)
+def test_unembeddings_go_to_the_other_optimizer(name):
+    assert mc.describe(shapes({name: {"kernel": (16, 99)}}))[0].optimizer == "other"
+
+
+def test_ordinary_modules_are_not_taken_for_unembeddings():
+    for name in ("headings_proj", "multi_heads", "mlp"):
+        assert mc.describe(shapes({name: {"kernel": (16, 99)}}))[0].optimizer == "muon"
+
+
+def test_rules_come_first():
+    params = shapes(
+        {"experts": {"wi": (8, 16, 32)}, "conv": {"kernel": (3, 3, 4, 8), "bias": (8,)}}
+    )
+    rules = {
+        "experts/*": MuonDimensionNumbers(-2, -1),
+        "conv/kernel": MuonDimensionNumbers((0, 1, 2), 3),
+    }
+    rows = mc.describe(
+        params, dimension_numbers=functools.partial(mc.muon_dimension_numbers, rules=rules)
+    )
+    assert {row.path: row.matrices for row in rows} == {
+        "conv/bias": "",
+        "conv/kernel": "1 × [36, 8]",
+        "experts/wi": "8 × [16, 32]",
+    }
+
+
+def test_optax_trees_and_prefixes_of_them():
+    params = shapes({"a": {"w": (4, 5), "u": (4, 5)}, "b": (3, 4, 5), "c": (7,)})
+    tree = {"a": MuonDimensionNumbers(), "b": MuonDimensionNumbers(1, 2), "c": None}
+    rows = {row.path: row.matrices for row in mc.describe(params, dimension_numbers=tree)}
+    assert rows == {"a/u": "1 × [4, 5]", "a/w": "1 × [4, 5]", "b": "3 × [4, 5]", "c": ""}
+
+
+def test_decay_mask():
+    params = linen_params(scanned=True)
+    mask = routing.decay_mask(params)
+    assert mask["embed"]["embedding"] and mask["layers"]["mlp"]["kernel"]
+    assert not mask["layers"]["norm"]["scale"] and not mask["layers"]["attn"]["query"]["bias"]
+
+
+def test_description_prints_every_row():
+    description = mc.describe(linen_params(scanned=True), mc.layouts.mha())
+    text = str(description)
+    assert len(text.splitlines()) == len(description) + 2
+    assert "12 × [16, 4]" in text
+
+
+def test_resolve_skips_masked_parameters():
+    params = {"a": jnp.ones((2, 3)), "b": optax.MaskedNode()}
+    assert set(routing.resolve({"a": MuonDimensionNumbers(), "b": None}, params)) == {("a",)}
