@@ -210,7 +210,10 @@ def qk_clip_state(opt_state: Any) -> QKClipState:
             f"Expected one QKClipState in this optimizer state, found {len(found)}. Is qk_clip in "
             "the chain (once)?"
         )
-    return nnx.pure(found[0])
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    return jax.tree.map(
+        lambda x: x.get_value() if is_variable(x) else x, found[0], is_leaf=is_variable
+    )
 
 
 def _check_options(layout, threshold, alpha, scope):
