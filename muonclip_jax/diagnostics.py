@@ -32,11 +32,13 @@ def eigenvalue_participation_ratio(x: jax.Array) -> jax.Array:
 
 
 def _singular_values(x: jax.Array) -> jax.Array:
-    return jnp.linalg.svd(x.astype(jnp.promote_types(x.dtype, jnp.float32)), compute_uv=False)
+    """Singular values over the largest one, so that their powers stay inside the dtype's range."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    values = jnp.linalg.svd(wide, compute_uv=False)
+    largest = values.max(axis=-1, keepdims=True)
+    return values / jnp.where(largest == 0, 1, largest)
 
 
 def _participation(values: jax.Array) -> jax.Array:
-    # Dividing by the largest first keeps the squares inside the dtype's range.
-    values = values / jnp.maximum(values.max(axis=-1, keepdims=True), jnp.finfo(values.dtype).tiny)
     squares = (values**2).sum(axis=-1)
-    return values.sum(axis=-1) ** 2 / jnp.where(squares > 0, squares, 1)
+    return values.sum(axis=-1) ** 2 / jnp.where(squares == 0, 1, squares)

@@ -69,11 +69,11 @@ def test_flax_nnx_attention():
 
 
 @pytest.mark.skipif(
-    "num_key_value_heads" not in inspect.signature(nnx.MultiHeadAttention.__init__).parameters,
+    "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention.__init__).parameters,
     reason="this Flax has no grouped-query attention in NNX",
 )
 def test_flax_nnx_grouped_attention():
-    params = nnx_params(num_key_value_heads=2)
+    params = nnx_params(num_kv_heads=2)
     layout = mc.find_layout(params)
     assert layout == mc.layouts.gqa()
     assert {(block.heads, block.kv_heads) for block in layout.blocks(params)} == {(4, 2)}

@@ -83,6 +83,11 @@ class ModelConfig:
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise ValueError(f"soft_cap must be above 0, got {self.soft_cap}.")
 
+    @property
+    def scale(self) -> float:
+        """What `q · k` is multiplied by."""
+        return 1 / math.sqrt(self.nope + self.rope)
+
 
 def attention_layout(config: ModelConfig) -> mc.Layout:
     """Where QK-Clip finds this model's queries and keys."""
@@ -147,10 +152,6 @@ class LatentAttention(nnx.Module):
             self.q_rope_norm = rms_norm(config.rope, config, rngs)
             self.k_rope_norm = rms_norm(config.rope, config, rngs)
 
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.config.nope + self.config.rope)
-
     def queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`b t d` → q_nope `b t h n`, q_rope `b t h r`."""
         config = self.config
@@ -180,7 +181,7 @@ class LatentAttention(nnx.Module):
         k = jnp.concatenate([k_nope, repeat(k_rope, "b s r -> b s h r", h=config.heads)], axis=-1)
         self.sow(KeyActivations, "keys", k)
         out, max_logits = mc.dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, soft_cap=config.soft_cap
+            q, k, v, is_causal=True, scale=config.scale, soft_cap=config.soft_cap
         )
         mc.sow_max_logits(self, max_logits)
         return self.wo(rearrange(out, "b t h v -> b t (h v)"))
@@ -206,7 +207,7 @@ class LatentAttention(nnx.Module):
         q_latent = einsum(q_nope, up_key, "b t h n, c h n -> b t h c")
         logits = einsum(q_latent, cache["latent"], "b t h c, b s c -> b t h s")
         logits += einsum(q_rope, cache["k_rope"], "b t h r, b s r -> b t h s")
-        weights = attend_to_cache(logits * self.scale, position, config)
+        weights = attend_to_cache(logits * config.scale, position, config)
         mixed = einsum(weights, cache["latent"], "b t h s, b s c -> b t h c")
         out = einsum(mixed, up_value, "b t h c, c h v -> b t h v")
         return self.wo(rearrange(out, "b t h v -> b t (h v)")), cache
@@ -227,10 +228,6 @@ class GroupedAttention(nnx.Module):
             self.q_norm = rms_norm(per_head, config, rngs)
             self.k_norm = rms_norm(per_head, config, rngs)
 
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.config.nope + self.config.rope)
-
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         """`b t d` → q `b t h f`, k `b t k f`, v `b t k v`."""
         q = rearrange(self.wq(x), "b t (h f) -> b t h f", h=self.config.heads)
@@ -245,7 +242,7 @@ class GroupedAttention(nnx.Module):
         q, k, v = self.project(x, jnp.arange(x.shape[1]))
         self.sow(KeyActivations, "keys", k)
         out, max_logits = mc.dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, soft_cap=self.config.soft_cap
+            q, k, v, is_causal=True, scale=self.config.scale, soft_cap=self.config.soft_cap
         )
         mc.sow_max_logits(self, max_logits)
         return self.wo(rearrange(out, "b t h v -> b t (h v)"))
@@ -262,8 +259,8 @@ class GroupedAttention(nnx.Module):
         q, k, v = self.project(x, position[None])
         cache = {"k": store(cache["k"], k, position), "v": store(cache["v"], v, position)}
         grouped = rearrange(q, "b t (k g) f -> b t k g f", k=self.kv_heads)
-        logits = einsum(grouped, cache["k"], "b t k g f, b s k f -> b t k g s") * self.scale
-        weights = attend_to_cache(logits, position, self.config)
+        logits = einsum(grouped, cache["k"], "b t k g f, b s k f -> b t k g s")
+        weights = attend_to_cache(logits * self.config.scale, position, self.config)
         out = einsum(weights, cache["v"], "b t k g s, b s k v -> b t k g v")
         return self.wo(rearrange(out, "b t k g v -> b t (k g v)")), cache
 
