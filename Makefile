@@ -10,7 +10,10 @@ EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: train compare test test-lowest docs lint clean
+.PHONY: help train compare test test-lowest docs lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 train: $(VENV)/.train-$(JAX)  ## train the MLA language model with MuonClip on real text
 	$(BIN)/python -m examples.mla.train $(ARGS)
@@ -24,18 +27,23 @@ test: $(VENV)/.test-$(JAX)  ## the whole test suite
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	$(BIN)/mkdocs build --strict
 
-lint: $(VENV)/.dev-$(JAX)
+lint: $(VENV)/.dev-$(JAX)  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
-	$(MAKE) test VENV=.venv-lowest PIP_CONSTRAINTS=lowest.txt
+	mkdir -p .venv-lowest
+	$(PYTHON) tests/lowest_versions.py > .venv-lowest/constraints.txt
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
-clean:
-	rm -rf .venv .venv-lowest site
+clean:  ## remove what the targets made
+	rm -rf .venv .venv-lowest .venv-newest site
 
 # One stamp per purpose and JAX build; a changed pyproject.toml installs anew.
 $(VENV)/.%-$(JAX): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $(PYTHON) is not. Say make PYTHON=/path/to/python3 ..."; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(if $(PIP_CONSTRAINTS),-c $(PIP_CONSTRAINTS)) "$(JAX_BUILD)" -e ".[$(EXTRAS_$*)]"
-	touch $@
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(JAX_BUILD)" -e ".[$(EXTRAS_$*)]"
+	@touch $@
