@@ -125,7 +125,8 @@ def dot_product_attention(
     Cost: T·S·N·(H + V) multiply-adds forward and 2.5 times that backward, less the tiles
     hidden by `is_causal` (half of them) or the window. Memory is linear in T + S, besides
     the caller's own mask and bias: one tile is `[..., N, chunk_size, chunk_size]`.
-    Reverse-mode only: `jax.jvp` and `jax.hessian` raise.
+    Reverse-mode only: `jax.jvp` and `jax.hessian` raise. Inside `jax.shard_map`, query, key
+    and value must vary over the same mesh axes (`jax.lax.pcast`).
 
     Args:
       query: `[..., T, N, H]`, any number of leading batch axes.
