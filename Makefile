@@ -8,6 +8,7 @@ EXTRAS_train := examples
 EXTRAS_test := examples,test
 EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
+$(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
 .PHONY: help train compare test test-lowest docs lint clean
@@ -43,7 +44,8 @@ $(VENV)/.%-$(JAX): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is not. Say make PYTHON=/path/to/python3 ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
-		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(JAX_BUILD)" -e ".[$(EXTRAS_$*)]"
+		{ echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV); the first time takes a minute or two"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(JAX_BUILD)" -e ".[$(EXTRAS_$*)]"
 	@touch $@

@@ -1,7 +1,4 @@
-"""Muon, QK-Clip and MuonClip as composable Optax transformations for any Flax model.
-
-In the order in which data flows:
-"""
+"""Muon, QK-Clip and MuonClip as composable Optax transformations for any Flax model."""
 
 # ruff: noqa: RUF022 (data-flow order)
 from muonclip_jax import layouts

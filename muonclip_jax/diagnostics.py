@@ -20,7 +20,7 @@ def participation_ratio(x: jax.Array) -> jax.Array:
 
 
 def eigenvalue_participation_ratio(x: jax.Array) -> jax.Array:
-    """`(Σλ)² / Σλ²` over the eigenvalues λ = σ² of `xᵀx`: the covariance form, always smaller.
+    """`(Σλ)² / Σλ²` over the eigenvalues λ = σ² of `xᵀx`: the covariance form, never larger.
 
     Args:
       x: As for `participation_ratio`.

@@ -9,8 +9,9 @@ Axis names:  stack  leading axes of scanned or vmapped layers, carried through
              head_features  one head's slice of the output features
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from muonclip_jax.paths import Path
 Role = Literal["q", "k", "q_nope", "q_rope", "k_nope"]
 
 QUERY_ROLES = ("q", "q_nope", "q_rope")
+_QK_NORM = re.compile(r"^(q|k|query|key)\w*(_ln|norm)$")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ class Layout:
       kv_heads: Number of key heads; None to read it from the key kernel's head axis (or, with
         flat kernels, to take it equal to `heads`).
       head_features: Features per head of each projection, where the layout knows them.
-      norms: Modules inside the block that would normalise queries or keys *after* the
-        projections; scaling a kernel in front of one does nothing, so they are refused.
+      shared_keys: Whether several query heads may read one key head.
+      harmless_norms: Modules inside the block, with a `scale` as long as one head, that do not
+        normalise queries or keys after their projection. Any other such norm is taken for a
+        QK-norm and refused, since scaling a kernel in front of one does nothing. (A QK-norm
+        without a learned scale leaves no trace in the parameters and cannot be seen.)
       block: Glob over block paths (`layers/*/self_attn`) restricting where to look; None
         takes every module that has the projections.
     """
@@ -72,7 +77,8 @@ class Layout:
     heads: int | None = None
     kv_heads: int | None = None
     head_features: tuple[tuple[str, int], ...] = ()
-    norms: tuple[str, ...] = ()
+    shared_keys: bool = False
+    harmless_norms: tuple[str, ...] = ()
     block: str | None = None
 
     def __post_init__(self):
@@ -84,6 +90,11 @@ class Layout:
             raise ValueError(
                 f"layouts.{self.name}: {self.heads} query heads cannot share "
                 f"{self.kv_heads} key heads evenly; heads must be a multiple of kv_heads."
+            )
+        if self.shared_keys and self.heads and not self.kv_heads:
+            raise ValueError(
+                f"layouts.{self.name}: flat kernels (heads={self.heads}) do not tell how many key "
+                "heads there are; give kv_heads=."
             )
 
     @property
@@ -143,14 +154,6 @@ class Layout:
 
     def _read_block(self, path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> "Block":
         where = paths.show(path)
-        for norm in self.norms:
-            behind = (*path, *norm.split("/"))
-            if any(other[: len(behind)] == behind for other in shapes):
-                raise ValueError(
-                    f"{paths.show(behind)} normalises queries or keys after their projection: "
-                    f"scaling the kernels of {where} would change nothing. QK-norm already bounds "
-                    "the logits; leave these blocks out (layout `block=` pattern) or drop the norm."
-                )
         projections = tuple(
             self._read_projection(path, projection, shapes) for projection in self.projections
         )
@@ -165,14 +168,50 @@ class Layout:
                     f"{paths.show(projection.kernel)} has {projection.stack}; the kernels of one "
                     "attention block must be stacked alike."
                 )
-        if query.heads % key.heads or (self.name != "gqa" and query.heads != key.heads):
+        self._refuse_qk_norm(path, projections, shapes)
+        if query.heads % key.heads or (query.heads != key.heads and not self.shared_keys):
             raise ValueError(
                 f"{where}: {query.heads} query heads ({paths.show(query.kernel)} "
                 f"{shapes[query.kernel]}) and {key.heads} key heads ({paths.show(key.kernel)} "
                 f"{shapes[key.kernel]}) do not fit layouts.{self.name}. Use layouts.gqa() when "
                 "several query heads share a key head."
             )
+        if self.name != "mla" and query.head_features != key.head_features:
+            raise ValueError(
+                f"{where}: {paths.show(query.kernel)} {shapes[query.kernel]} has "
+                f"{query.head_features} features per head and {paths.show(key.kernel)} "
+                f"{shapes[key.kernel]} has {key.head_features}; they must agree. If query heads "
+                "share key heads, use layouts.gqa(kv_heads, heads=...)."
+            )
         return Block(path, query.heads, key.heads, query.stack, projections)
+
+    def _refuse_qk_norm(
+        self, block: Path, projections: tuple["Projection", ...], shapes: Mapping[Path, Any]
+    ) -> None:
+        """Norms inside the block, as long as a head or a part of one, that stand behind the
+        projections; one in front of them is as long as their input."""
+        inputs = {shapes[p.kernel][len(p.stack)] for p in projections}
+        lengths = {
+            length
+            for p in projections
+            for piece in p.pieces
+            for length in (p.head_features, (piece.stop or p.head_features) - piece.start)
+        }
+        for path, shape in shapes.items():
+            inside = path[:-1][len(block) :]
+            if path[-1] != "scale" or path[: len(block)] != block or not shape or not inside:
+                continue
+            named = _QK_NORM.search(inside[-1]) and not (self.name == "mla" and shape[-1] in inputs)
+            if (named or shape[-1] in lengths - inputs) and "/".join(
+                inside
+            ) not in self.harmless_norms:
+                raise ValueError(
+                    f"{paths.show(path)} {shape} normalises queries or keys after their "
+                    f"projection: scaling the kernels of {paths.show(block)} would change nothing. "
+                    "QK-norm already bounds the logits: drop it, or leave the block out with the "
+                    "layout's block= pattern. If this norm does something else, say so with "
+                    f"dataclasses.replace(layout, harmless_norms=({'/'.join(inside)!r},))."
+                )
 
     def _read_projection(
         self, block: Path, name: str, shapes: Mapping[Path, tuple[int, ...]]
@@ -313,7 +352,13 @@ def mha(*, heads: int | None = None, query: str = "query", key: str = "key", blo
       key: Module of the key projection inside the block.
       block: Glob over block paths, to take only some of the model's attention blocks.
     """
-    return replace(gqa(heads=heads, query=query, key=key, block=block), name="mha")
+    return Layout(
+        name="mha",
+        pieces=(Piece("q", query), Piece("k", key)),
+        heads=heads,
+        kv_heads=heads,
+        block=block,
+    )
 
 
 def gqa(
@@ -341,7 +386,7 @@ def gqa(
         pieces=(Piece("q", query), Piece("k", key)),
         heads=heads,
         kv_heads=kv_heads,
-        norms=("query_ln", "key_ln", "query_norm", "key_norm", "q_norm", "k_norm"),
+        shared_keys=True,
         block=block,
     )
 
@@ -390,7 +435,6 @@ def mla(
         ),
         heads=heads,
         head_features=((query, nope + rope), (key_value, nope + v)),
-        norms=("q_nope_norm", "q_rope_norm", "k_nope_norm", "query_norm", "key_norm"),
         block=block,
     )
 

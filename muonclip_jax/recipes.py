@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from muonclip_jax import paths, routing
 from muonclip_jax.layouts import Layout
 from muonclip_jax.orthogonalize import Schedule, schedules
 from muonclip_jax.transforms.muon import scale_by_muon
-from muonclip_jax.transforms.qk_clip import qk_clip
+from muonclip_jax.transforms.qk_clip import Scope, qk_clip
 from muonclip_jax.transforms.update_rms import Rule, scale_by_update_rms
 
 
@@ -24,9 +23,9 @@ def muon(
     schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
     weight_decay: jax.typing.ArrayLike = 0.1,
-    weight_decay_mask: Any = routing.decay_mask,
-    dimension_numbers: routing.DimensionNumbers = routing.muon_dimension_numbers,
-    dtype: jax.typing.DTypeLike | None = jnp.bfloat16,
+    weight_decay_mask: Any | None = None,
+    dimension_numbers: routing.DimensionNumbers | None = None,
+    dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for matrices, another optimizer for everything else, one learning rate for both.
@@ -48,17 +47,23 @@ def muon(
       schedule: The Newton–Schulz polynomials.
       update_rms: The rule of `scale_by_update_rms`.
       weight_decay: λ: each step subtracts `η λ W`.
-      weight_decay_mask: Tree of bools or function to one; by default all but biases, norm
-        scales and scalars decay.
-      dimension_numbers: Which parameters are Muon's, as which matrices; by default
-        `muon_dimension_numbers`. `describe(params)` prints the outcome. Trees of
-        `optax.contrib.MuonDimensionNumbers` are understood, None meaning `other`.
+      weight_decay_mask: Tree of bools or function to one; None decays all but biases, norm
+        scales and scalars.
+      dimension_numbers: Which parameters are Muon's, as which matrices: a tree of
+        `optax.contrib.MuonDimensionNumbers` (None inside it meaning `other`), a prefix of one, or
+        a function from the parameters to one. None is `muon_dimension_numbers`. `describe`
+        prints the outcome. Under `optax.inject_hyperparams`, which takes every function for a
+        schedule, name it in `static_args`.
       dtype: The dtype of the Newton–Schulz iteration.
       mu_dtype: The dtype of Muon's momentum.
 
     Raises:
       ValueError: At init, a parameter that the routing does not cover; its path, shape and fix.
     """
+    if weight_decay_mask is None:
+        weight_decay_mask = routing.decay_mask
+    if dimension_numbers is None:
+        dimension_numbers = routing.muon_dimension_numbers
 
     def for_matrices(numbers: Any) -> optax.GradientTransformation:
         return optax.chain(
@@ -85,6 +90,8 @@ def muonclip(
     *,
     layout: Layout,
     threshold: jax.typing.ArrayLike = 100.0,
+    alpha: jax.typing.ArrayLike = 0.5,
+    scope: Scope = "head",
     **muon_options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
@@ -99,14 +106,17 @@ def muonclip(
       layout: Which kernels hold the queries and keys: `find_layout(params)`, `layouts.mha()`,
         `layouts.gqa()` or `layouts.mla(nope, rope, v)`.
       threshold: τ of `qk_clip`.
-      **muon_options: Everything else that `muon` takes.
+      alpha: As in `qk_clip`, the queries' share of the clip.
+      scope: As in `qk_clip`, `"head"` or `"layer"`.
+      **muon_options: Everything else that `muon` takes. (`optax.inject_hyperparams` cannot see
+        through these: inject `muon` and `qk_clip`, and chain them.)
 
     Raises:
       ValueError: As `muon` and `qk_clip`.
     """
     return optax.chain(
         muon(learning_rate, **muon_options),
-        qk_clip(layout, threshold),
+        qk_clip(layout, threshold, alpha=alpha, scope=scope),
     )
 
 

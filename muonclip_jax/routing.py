@@ -29,7 +29,7 @@ _FIX = (
     "for the other optimizer."
 )
 
-_UNEMBEDDING = re.compile(r"(^|_)(lm_head|head|unembed\w*|logits\w*|classifier|output_layer)$")
+_UNEMBEDDING = re.compile(r"(^|_)(head|unembed\w*|logits\w*|classifier|output_layer)$")
 
 
 def muon_dimension_numbers(
@@ -39,22 +39,23 @@ def muon_dimension_numbers(
 
     To the other optimizer (None) go: parameters named `bias` or `scale` (norms), everything
     with fewer than two axes, embeddings (a parameter or its module has "embed" in its name) and
-    unembeddings (a module called `lm_head`, `head`, `unembed...`, `logits...`, `classifier` or
-    `output_layer`). To Muon go `kernel`s:
+    unembeddings (a module whose name is, or ends with `_` and, `head`, `unembed...`, `logits...`,
+    `classifier` or `output_layer`). To Muon go `kernel`s:
 
     - `[in, out]` as one matrix, `[stack..., in, out]` (scanned or vmapped layers) as a batch;
     - in Flax's attention modules, query, key and value `[stack..., in, heads, head_features]`
       as one `[in, head_features]` matrix per head, and out `[stack..., heads, head_features, out]`
       as one `[head_features, out]` matrix per head.
 
-    How many leading axes are a stack is read from the bias beside the kernel or, without one,
-    from the norm scales nearby (one axis each before stacking). A kernel with an axis left over
-    (a convolution, an expert axis, a projection to heads outside Flax's attention) could mean
-    several things, so it raises.
+    How many leading axes are a stack is read from the bias beside the kernel; without one, from
+    the norm scales nearby (one axis each before stacking); without those either, three axes are
+    a stack of matrices when everything else in the same top-level module has the same first
+    axis. A kernel with an axis left over (a convolution, an expert axis, a projection to heads
+    outside Flax's attention) could mean several things, so it raises.
 
     Args:
       params: The parameters; only shapes and paths are read.
-      rules: Glob over parameter paths → what to do, tried first. `{"**/experts/kernel":
+      rules: Glob over parameter paths → what to do, tried first. `{"*/experts/kernel":
         MuonDimensionNumbers(-2, -1), "*/patch/kernel": None}`; `*` also crosses `/`.
 
     Returns:
@@ -64,13 +65,14 @@ def muon_dimension_numbers(
       ValueError: A parameter that nothing covers, a rule that matches nothing, or two rules
         that disagree on a parameter; with path, shape and fix.
     """
+    _check_tree(params)
     rules = rules or {}
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
     for pattern in rules:
         if not any(_matches(path, pattern) for path in shapes):
             raise ValueError(
-                f"The routing rule {pattern!r} matches no parameter; there are: "
-                f"{', '.join(paths.show(path) for path in list(shapes)[:8])}, ..."
+                f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
+                f"There are: {', '.join(paths.show(path) for path in list(shapes)[:8])}, ..."
             )
     return paths.map_with_path(lambda path, _: _route(path, shapes, rules), params)
 
@@ -100,7 +102,8 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]
     for entry in entries:
         if not any(path[: len(entry)] == entry for path in every_path):
             raise ValueError(
-                f"dimension_numbers has an entry for {paths.show(entry)}, which is no parameter."
+                f"dimension_numbers has an entry for {paths.show(entry)}, which is no parameter; "
+                f"remove it or correct it. There are: {', '.join(map(paths.show, every_path[:8]))}."
             )
     return resolved
 
@@ -159,6 +162,7 @@ def check_axes(path: Path, shape: tuple[int, ...], spec: MuonDimensionNumbers | 
 
 def decay_mask(params: Any) -> Any:
     """Weight decay for everything but biases, norm scales and scalars (a tree of bools)."""
+    _check_tree(params)
     return paths.map_with_path(lambda path, leaf: not _is_vector(path, leaf.shape), params)
 
 
@@ -191,14 +195,14 @@ def describe(
     params: Any,
     layout: Layout | None = None,
     *,
-    dimension_numbers: DimensionNumbers = muon_dimension_numbers,
+    dimension_numbers: DimensionNumbers | None = None,
 ) -> Description:
     """What happens to every parameter: its optimizer, its matrices, its attention role.
 
     Args:
       params: The parameters (arrays or `jax.ShapeDtypeStruct`s).
       layout: The attention layout given to `qk_clip`, if any.
-      dimension_numbers: As given to `muon`.
+      dimension_numbers: As given to `muon`; None for the default.
 
     Returns:
       A tuple of `ParameterRow`s that prints as a table.
@@ -206,7 +210,7 @@ def describe(
     Raises:
       ValueError: What the routing or the layout would raise at the first training step.
     """
-    specs = resolve(dimension_numbers, params)
+    specs = resolve(dimension_numbers or muon_dimension_numbers, params)
     roles: dict[Path, str] = {}
     for block in layout.blocks(params) if layout is not None else ():
         for projection in block.projections:
@@ -239,7 +243,10 @@ def _route(
     shape = shapes[path]
     matching = [pattern for pattern in rules if _matches(path, pattern)]
     if any(rules[pattern] != rules[matching[0]] for pattern in matching):
-        raise ValueError(f"Routing rules {matching} disagree on {paths.show(path)} {shape}.")
+        raise ValueError(
+            f"Routing rules {matching} disagree on {paths.show(path)} {shape}: make one of the "
+            "patterns narrower."
+        )
     if matching:
         check_axes(path, shape, rules[matching[0]])
         return rules[matching[0]]
@@ -266,17 +273,18 @@ def _kernel_matrices(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> Muon
         return spec
     bias = shapes.get((*module, "bias"))
     stack = _stack_axes(path, shapes) if bias is None else len(bias) - bias_axes
-    if stack is not None and stack + own_axes != len(shape):
+    if stack + own_axes != len(shape):
         raise ValueError(
-            f"{paths.show(path)} of shape {shape} has {len(shape) - stack} axes besides "
-            f"{stack} stacked one(s), where a kernel has {own_axes}: is it a convolution, a stack of "
-            "experts, a projection to heads? " + _FIX.format(pattern=paths.show(path))
+            f"{paths.show(path)} of shape {shape} has {len(shape) - stack} axes besides {stack} "
+            f"stacked one(s), as far as the parameters around it tell, where a kernel has "
+            f"{own_axes}: is it a convolution, a stack of experts, a projection to heads? "
+            + _FIX.format(pattern=paths.show(path))
         )
     return spec
 
 
-def _stack_axes(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> int | None:
-    """Stacked leading axes, judged by the norm scales of the nearest module that has some."""
+def _stack_axes(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> int:
+    """Stacked leading axes of a kernel without bias, judged by what stands around it."""
     for depth in reversed(range(len(path) - 1)):
         ranks = [
             len(shape)
@@ -285,7 +293,16 @@ def _stack_axes(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> int | Non
         ]
         if ranks:
             return min(ranks) - 1
-    return None
+    first_axes = {shape[:1] for other, shape in shapes.items() if other[0] == path[0]}
+    return 1 if len(first_axes) == 1 and "conv" not in path[-2].lower() else 0
+
+
+def _check_tree(params: Any) -> None:
+    if isinstance(params, int | float) or getattr(params, "shape", None) == ():
+        raise TypeError(
+            "Expected the parameters, got one number. optax.inject_hyperparams takes every "
+            'function for a schedule: name this argument in static_args=("dimension_numbers", ...).'
+        )
 
 
 def _is_vector(path: Path, shape: tuple[int, ...]) -> bool:

@@ -94,6 +94,8 @@ def layout_of(case):
         heads = case["heads"] if case["flat"] else None
         return mc.layouts.mla(case["features"], case["rope"], case["v"], query="query", heads=heads)
     heads = case["heads"] if case["flat"] else None
+    if case["kind"] == "mha":
+        return mc.layouts.mha(heads=heads)
     return mc.layouts.gqa(case["kv_heads"], heads=heads)
 
 

@@ -4,6 +4,8 @@ One row a mistake: what the user did, and the words that must stand in the messa
 """
 
 import dataclasses
+import pathlib
+import tempfile
 import warnings
 
 import flax.linen as nn
@@ -16,7 +18,10 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
+from examples.mla.cli import InputError
+from examples.mla.data import load_text, training_batches
 from examples.mla.model import ModelConfig, attention_layout
+from examples.mla.train import read_settings
 
 
 def kernel(*shape):
@@ -87,11 +92,35 @@ def attention(query=(1, 3, 4, 2), key=(1, 3, 4, 2), value=(1, 3, 4, 2), **option
     return mc.dot_product_attention(jnp.ones(query), jnp.ones(key), jnp.ones(value), **options)
 
 
+def inject_function():
+    """`inject_hyperparams` calls every function with the step count."""
+    make = optax.inject_hyperparams(mc.muon)
+    return make(0.1, dimension_numbers=mc.muon_dimension_numbers).init(PARAMS)
+
+
+def text_of(name, content=b"", size=257):
+    """`--data` pointing at a file with this content (None: an empty folder)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, name)
+        if content is None:
+            path.mkdir()
+        elif content:
+            path.write_bytes(content)
+        return load_text(
+            path, installed_packages=False, vocab_size=size, cache=pathlib.Path(folder, "cache")
+        )
+
+
+def flags(*arguments):
+    return read_settings([*arguments, "--run-dir", "never-made"])
+
+
 # (what is wrong, what the user did, words in the message)
 MISTAKES = [
     # --- options
     ("threshold zero", lambda: mc.qk_clip(mc.layouts.mha(), 0.0), ["threshold", "above 0", "0.0"]),
     ("threshold NaN", lambda: mc.qk_clip(mc.layouts.mha(), np.nan), ["threshold", "nan"]),
+    ("threshold as text", lambda: clip(threshold="100"), ["threshold", "one number", "'100'"]),
     ("alpha above one", lambda: clip(alpha=1.5), ["alpha", "[0, 1]", "1.5"]),
     ("unknown scope", lambda: clip(scope="model"), ["scope", '"head" or "layer"', "'model'"]),
     ("layout not called", lambda: mc.qk_clip(mc.layouts.mha), ["layouts.mha()", "function mha"]),
@@ -139,6 +168,18 @@ MISTAKES = [
         "grouped model, layout mha",
         lambda: clip({"attn": block(kv_heads=2)}, {"attn": {"max_logits": jnp.ones(4)}}),
         ["attn/query/kernel", "(8, 4, 6)", "2 key heads", "layouts.gqa()"],
+    ),
+    (
+        "flat grouped kernels, one head count missing",
+        lambda: mc.layouts.gqa(heads=4),
+        ["heads=4", "give kv_heads="],
+    ),
+    (
+        "flat grouped model, layout mha",
+        lambda: clip(
+            {"attn": {"query": kernel(8, 24), "key": kernel(8, 12)}}, layout=mc.layouts.mha(heads=4)
+        ),
+        ["attn/query/kernel (8, 24)", "6 features", "attn/key/kernel (8, 12)", "layouts.gqa("],
     ),
     (
         "flat kernel, no head count",
@@ -239,7 +280,7 @@ MISTAKES = [
     (
         "Linen: collection not mutable",
         lambda: clip_linen(mutable=(), axes=("params", "intermediates")),
-        ['mutable=["intermediates"]'.replace('"', "'")],
+        ["found nothing", "mutable=['intermediates']"],
     ),
     (
         "Linen: scan drops the collection",
@@ -294,12 +335,39 @@ MISTAKES = [
         lambda: mc.orthogonalize(jnp.ones((3, 3)), "jordan"),
         ["chedule", "jordan"],
     ),
-    ("heads do not divide", lambda: attention(key=(1, 3, 3, 2), value=(1, 3, 3, 2)), ["4", "3"]),
+    (
+        "heads do not divide",
+        lambda: attention(key=(1, 3, 3, 2), value=(1, 3, 3, 2)),
+        ["4 query heads", "not a multiple of 3"],
+    ),
     ("key and value lengths", lambda: attention(value=(1, 5, 4, 2)), ["value", "(1, 5, 4, 2)"]),
     ("mask of floats", lambda: attention(mask=jnp.ones((1, 1, 3, 3))), ["mask", "float32"]),
-    ("soft cap zero", lambda: attention(soft_cap=0.0), ["soft_cap", "0"]),
-    # --- the example's flags
-    ("odd RoPE", lambda: ModelConfig(64, rope=7), ["7", "odd"]),
+    (
+        "soft cap zero",
+        lambda: attention(soft_cap=0.0),
+        ["soft_cap must be", "above 0", "found 0.0"],
+    ),
+    (
+        "a schedule without margin in bfloat16",
+        lambda: mc.orthogonalize(jnp.ones((3, 3)), mc.schedules.cans(safety=1)),
+        ["cans(safety=1)", "bfloat16", "safety"],
+    ),
+    ("functions under inject_hyperparams", inject_function, ["static_args", "dimension_numbers"]),
+    # --- the example's data and flags
+    ("data that is not there", lambda: text_of("nowhere"), ["nowhere", "no such file", "--data"]),
+    ("binary data", lambda: text_of("binary", b"a\0b"), ["binary", "UTF-8", "--data"]),
+    ("empty data", lambda: text_of("empty", b" \n"), ["empty: an empty file", "--data"]),
+    ("an empty folder", lambda: text_of("folder", None), ["folder", "0 files", "--data"]),
+    (
+        "too little data",
+        lambda: training_batches(text_of("little", b"x\n" * 50), context=64, batch=8, seed=0),
+        ["little", "too little training text", "513", "--batch-size"],
+    ),
+    ("vocabulary too small", lambda: text_of("x", b"x\ny", size=9), ["--vocab-size 9", "257"]),
+    ("zero steps", lambda: flags("--steps", "0"), ["--steps must be at least 1", "0"]),
+    ("zero threshold", lambda: flags("--threshold", "0"), ["--threshold must be above 0", "0"]),
+    ("misspelt flag", lambda: flags("--stepz", "3"), ["--stepz", "--help"]),
+    ("odd RoPE", lambda: ModelConfig(64, rope=7), ["turns pairs", "7 rotary features is odd"]),
     ("QK-norm with MLA", lambda: ModelConfig(64, qk_norm="full"), ["MLA", "partial"]),
     ("no layers", lambda: ModelConfig(64, layers=0), ["layers", "at least 1", "0"]),
     ("kv_heads", lambda: ModelConfig(64, attention="gqa", kv_heads=4), ["6 heads", "4 key heads"]),
@@ -310,7 +378,7 @@ MISTAKES = [
     ("do", "words"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES]
 )
 def test_mistake(do, words):
-    with warnings.catch_warnings(), pytest.raises((ValueError, TypeError)) as caught:
+    with warnings.catch_warnings(), pytest.raises((ValueError, TypeError, InputError)) as caught:
         warnings.simplefilter("error", DeprecationWarning)
         do()
     message = str(caught.value)

@@ -1,5 +1,6 @@
 """Layouts: finding blocks in trees of every kind, and splitting kernels into heads."""
 
+import dataclasses
 import inspect
 
 import chex
@@ -91,8 +92,30 @@ def test_find_layout_sees_grouped_heads():
 )
 def test_qk_norm_is_refused(make):
     params = make()
-    with pytest.raises(ValueError, match=r"query_ln normalises queries or keys after"):
+    with pytest.raises(ValueError, match=r"key_ln/scale \(2,\) normalises queries or keys after"):
         mc.find_layout(params).blocks(params)
+
+
+def test_qk_norm_is_known_by_its_length_whatever_its_name():
+    block = {name: {"kernel": (16, 2, 4)} for name in ("query", "key")}
+    for norm in ({"ln": {"scale": (4,)}}, {"q_layernorm": {"scale": (4,)}}):
+        params = shapes({"a": {**block, **norm}})
+        with pytest.raises(ValueError, match="normalises queries or keys after"):
+            mc.layouts.mha().blocks(params)
+        (name,) = norm
+        harmless = dataclasses.replace(mc.layouts.mha(), harmless_norms=(name,))
+        assert len(harmless.blocks(params)) == 1
+    before = shapes({"a": {**block, "norm": {"scale": (16,)}}})  # in front of the projections
+    assert len(mc.layouts.mha().blocks(before)) == 1
+
+
+def test_latent_norms_of_mla_are_in_front_of_the_projections():
+    mla = {"wq_b": {"kernel": (12, 12)}, "wkv_b": {"kernel": (4, 14)}}
+    latent = {"q_norm": {"scale": (12,)}, "kv_norm": {"scale": (4,)}}  # 4 is nope as well
+    assert len(mc.layouts.mla(4, 2, 3).blocks(shapes({"a": {**mla, **latent}}))) == 1
+    partial = {"q_rope_norm": {"scale": (2,)}}
+    with pytest.raises(ValueError, match="q_rope_norm/scale"):
+        mc.layouts.mla(4, 2, 3).blocks(shapes({"a": {**mla, **latent, **partial}}))
 
 
 @pytest.mark.parametrize("flat", [False, True])

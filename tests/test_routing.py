@@ -95,8 +95,13 @@ def test_default_routing_of_an_nnx_model():
 @pytest.mark.parametrize(
     ("tree", "path", "expected"),
     [
-        # No bias and no norm anywhere: three axes are a stack of matrices.
+        # No bias and no norm anywhere: all of the module has the same first axis.
         ({"mlp": {"kernel": (5, 16, 32)}}, ("mlp", "kernel"), (5, 16, 32)),
+        (
+            {"layers": {"up": {"kernel": (5, 16, 32)}, "down": {"kernel": (5, 32, 16)}}},
+            ("layers", "up", "kernel"),
+            (5, 16, 32),
+        ),
         ({"mlp": {"kernel": (5, 16, 32), "bias": (5, 32)}}, ("mlp", "kernel"), (5, 16, 32)),
         # Stacked norms tell.
         (
@@ -119,6 +124,21 @@ def test_stacks_are_told_from_biases_and_norms(tree, path, expected):
     for part in path:
         node = node[part]
     assert routing.matrix_shape(node.shape, spec) == expected
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"attn": {"q_proj": {"kernel": (16, 4, 8)}, "o_proj": {"kernel": (4, 8, 16)}}},
+        {"conv": {"kernel": (3, 4, 8)}},
+        {"patch": {"kernel": (3, 3, 4, 8)}},
+        {"layers": {"norm": {"scale": (5, 16)}, "experts": {"kernel": (5, 2, 16, 32)}}},
+    ],
+    ids=["projection to heads", "1-D convolution", "2-D convolution", "experts"],
+)
+def test_kernels_that_could_be_several_things_raise(tree):
+    with pytest.raises(ValueError, match=r"kernel of shape .* axes besides .*rules="):
+        mc.describe(shapes(tree))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def scale_by_muon(
     *,
     dimension_numbers: routing.DimensionNumbers | None = None,
     bias_correction: bool = False,
-    dtype: jax.typing.DTypeLike | None = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Replaces each matrix gradient by its orthogonalized momentum.
@@ -55,7 +55,7 @@ def scale_by_muon(
       bias_correction: Weigh Nesterov's two terms as `optax.contrib.muon` does, `β M/(1-β^{t+1})`
         and `G/(1-β^t)`. Without Nesterov it changes nothing, since `msign` ignores scale.
       dtype: The dtype of the iteration, see `orthogonalize`.
-      mu_dtype: The dtype of the momentum; None keeps the gradient's.
+      mu_dtype: The dtype of the momentum; None keeps the parameter's.
 
     Returns:
       A transformation whose updates have the gradients' shapes and dtypes.
@@ -65,7 +65,7 @@ def scale_by_muon(
         matrix or that `dimension_numbers` does not fit, with its path.
     """
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
+        raise ValueError(f"momentum must be in [0, 1) (0.95 is usual), got {momentum}.")
 
     def init(params: optax.Params) -> MuonState:
         routing.matrices(dimension_numbers, params)

@@ -3,7 +3,8 @@
 Source: Su Jianlin, "QK-Clip" (spaces.ac.cn/archives/11126); Kimi K2 report, arXiv 2507.20534.
 """
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -28,9 +29,10 @@ class QKClipState(NamedTuple):
         float32 `[stack..., heads]`; -inf before the first.
       gamma: The clip factors of the last update, same keys and shapes; 1 where not clipped.
       heads_clipped: int32, heads clipped in the last update, over all blocks.
-      nonfinite_heads: int32, running count of NaN or +Inf maxima. Such a head is left as it is.
-      lost_heads: int32, running count of head clips that rounding to the parameters' own
-        half-precision dtype undid by more than half. Keep float32 master weights if it grows.
+      nonfinite_heads: int32, running count of NaN or +Inf maxima. They clip nothing.
+      lost_heads: int32, running count of clipped heads of which some kernel, rounded to the
+        parameters' own half-precision dtype, moved less than half as far as it should. Keep
+        float32 master weights if it grows.
     """
 
     max_logits: dict[str, jax.Array]
@@ -63,9 +65,10 @@ def qk_clip(
     may come before it: `optax.chain(optax.adamw(1e-3), qk_clip(layout))` is AdamClip.
 
     The update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`
-    with what `sow` produced (see `read_max_logits`). Arithmetic is float32 (float64 for float64
-    parameters); updates keep their dtype. Cost: one pass over the query and key kernels, fused
-    into the update; no host synchronisation.
+    with what `sow` produced (see `read_max_logits`). Arithmetic is float32 (float64 if any
+    parameter is float64); updates keep their dtype. Cost, under `jax.jit`: one pass over the
+    query and key kernels, fused into the update (two more over half-precision ones, for
+    `lost_heads`); no host synchronisation.
 
     Half-precision parameters: a clip milder than the dtype's spacing (0.4% in bfloat16) can
     round away; `lost_heads` counts those. Keep parameters in float32 and compute in bfloat16
@@ -101,27 +104,20 @@ def qk_clip(
         del extra_args
         if params is None:
             raise ValueError("qk_clip rescales weights: call tx.update(grads, state, params, ...).")
-        blocks = layout.blocks(params)
-        maxima = _pair(blocks, max_logits)
-        gamma = {b.name: clip_factor(maxima[b.name], threshold, scope) for b in blocks}
-        multipliers = _multipliers(blocks, gamma, alpha)
+        plan = _plan(params, max_logits, layout, threshold, alpha, scope)
 
         def clip(path, update, param):
-            if path not in multipliers:
+            if path not in plan.multipliers:
                 return update
-            return _arrive_at_multiple(update, param, multipliers[path])
+            return _arrive_at_multiple(update, param, plan.multipliers[path])
 
         clipped = paths.map_with_path(clip, updates, params)
-        arrivals = [
-            dict(paths.leaves(optax.apply_updates(params, step))) for step in (updates, clipped)
-        ]
-        lost = _count(_lost_heads(b, gamma[b.name], multipliers, *arrivals) for b in blocks)
         return clipped, QKClipState(
-            max_logits=_float32(maxima),
-            gamma=_float32(gamma),
-            heads_clipped=_count(g < 1 for g in gamma.values()),
-            nonfinite_heads=state.nonfinite_heads + _count(_is_fault(s) for s in maxima.values()),
-            lost_heads=state.lost_heads + lost,
+            max_logits=_float32(plan.maxima),
+            gamma=_float32(plan.gamma),
+            heads_clipped=_count(gamma < 1 for gamma in plan.gamma.values()),
+            nonfinite_heads=state.nonfinite_heads + _count(map(_is_fault, plan.maxima.values())),
+            lost_heads=state.lost_heads + _count(_lost_heads(plan, params, updates, clipped)),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -138,7 +134,8 @@ def apply_qk_clip(
 ) -> Any:
     """The same clip as `qk_clip`, from parameters to parameters.
 
-    For training loops without Optax, and for clipping a finished model once.
+    For training loops without Optax, and for clipping a finished model once. Clips that
+    rounding to half-precision parameters undoes are not counted here; `qk_clip` does.
 
     Args:
       params: The parameters, as for `Layout.blocks`.
@@ -155,10 +152,7 @@ def apply_qk_clip(
       ValueError: As `qk_clip`.
     """
     _check_options(layout, threshold, alpha, scope)
-    blocks = layout.blocks(params)
-    maxima = _pair(blocks, max_logits)
-    gamma = {b.name: clip_factor(maxima[b.name], threshold, scope) for b in blocks}
-    multipliers = _multipliers(blocks, gamma, alpha)
+    multipliers = _plan(params, max_logits, layout, threshold, alpha, scope).multipliers
 
     def clip(path, param):
         if path not in multipliers:
@@ -175,7 +169,7 @@ def clip_factor(
     """γ = threshold / S for every head whose maximum S is finite and above it, else exactly 1.
 
     Args:
-      max_logits: `[..., heads]`. A head with S <= 0, -inf (it saw no key), NaN or +Inf gets 1.
+      max_logits: `[..., heads]`. S <= 0, -inf (the head saw no key), NaN and +Inf give 1.
       threshold: τ > 0.
       scope: `"layer"` gives every head the smallest factor among the heads.
 
@@ -223,11 +217,41 @@ def _check_options(layout, threshold, alpha, scope):
         )
     if scope not in get_args(Scope):
         raise ValueError(f'scope must be "head" or "layer", got {scope!r}.')
-    # Traced values come from optax.inject_hyperparams, which has seen the concrete one.
-    if not isinstance(threshold, jax.core.Tracer) and not np.all(np.asarray(threshold) > 0):
+    # Traced values come from optax.inject_hyperparams, which was given the concrete ones.
+    concrete = {
+        name: value
+        for name, value in (("threshold", threshold), ("alpha", alpha))
+        if not isinstance(value, jax.core.Tracer)
+    }
+    for name, value in concrete.items():
+        if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+            raise TypeError(f"{name} must be one number, got {value!r}.")
+    if not concrete.get("threshold", 1) > 0:
         raise ValueError(f"threshold must be above 0 (a logit; Kimi K2 uses 100), got {threshold}.")
-    if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
+    if not 0 <= concrete.get("alpha", 0) <= 1:
         raise ValueError(f"alpha, the queries' share of the clip, must be in [0, 1], got {alpha}.")
+
+
+class _Plan(NamedTuple):
+    """All that a step's maxima decide, before any weight is touched."""
+
+    blocks: tuple[Block, ...]
+    maxima: dict[str, jax.Array]  # block name → [stack..., heads]
+    gamma: dict[str, jax.Array]
+    multipliers: dict[Path, jax.Array]  # parameter → broadcasts against it
+
+
+def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
+    blocks = layout.blocks(params)
+    maxima = _pair(blocks, max_logits)
+    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
+    gamma = {name: clip_factor(s.astype(dtype), threshold, scope) for name, s in maxima.items()}
+    multipliers = {
+        path: array
+        for b in blocks
+        for path, array in b.multipliers(_role_factors(b, gamma[b.name], alpha)).items()
+    }
+    return _Plan(blocks, maxima, gamma, multipliers)
 
 
 def _pair(blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
@@ -240,26 +264,28 @@ def _pair(blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
             "nnx.capture(model, nnx.Intermediate) in NNX; Flax's TrainState.apply_gradients does "
             "not forward it, call tx.update yourself."
         )
-    unpaired = read_max_logits(max_logits)
-    sown_names = ", ".join(paths.show(path) for path in unpaired)
-    maxima = {}
-    for block in blocks:
-        where = module_path(block.path)
-        mine = {p: unpaired.pop(p) for p in list(unpaired) if p[: len(where)] == where}
-        if not mine:
+    sown = read_max_logits(max_logits)
+    found: dict[str, list[jax.Array]] = {block.name: [] for block in blocks}
+    for path, values in sown.items():
+        # The block itself, or the innermost one around a sub-module that sowed.
+        around = [b for b in blocks if path[: len(module_path(b.path))] == module_path(b.path)]
+        if not around:
             raise ValueError(
-                f"{block.name} has query and key kernels but sowed no max_logits; sown: "
-                f"{sown_names}. Sow them in that module (sow_max_logits, or sow_weights=True for "
-                "Flax's attention), or leave the block out with the layout's block= pattern."
+                f"max_logits were sown in {paths.show(path)}, where the layout finds no query and "
+                f"key kernels; it has {', '.join(found)}. Sow in the attention module itself, or "
+                "correct the layout."
             )
-        maxima[block.name] = jnp.stack([_fit(block, x) for x in mine.values()]).max(axis=0)
-    if unpaired:
-        raise ValueError(
-            f"max_logits were sown in {', '.join(map(paths.show, unpaired))}, where the layout "
-            f"finds no query and key kernels; it has {', '.join(b.name for b in blocks)}. Sow in "
-            "the attention module itself, or correct the layout."
-        )
-    return maxima
+        block = max(around, key=lambda b: len(b.path))
+        found[block.name].append(_fit(block, values))
+    for name, values in found.items():
+        if not values:
+            raise ValueError(
+                f"{name} has query and key kernels but sowed no max_logits; sown: "
+                f"{', '.join(map(paths.show, sown))}. Sow them in that module (sow_max_logits, or "
+                "sow_weights=True for Flax's attention), or leave the block out with the layout's "
+                "block= pattern."
+            )
+    return {name: jnp.stack(values).max(axis=0) for name, values in found.items()}
 
 
 def _fit(block: Block, sown: jax.Array) -> jax.Array:
@@ -270,7 +296,8 @@ def _fit(block: Block, sown: jax.Array) -> jax.Array:
     if sown.shape[-1:] != (block.heads,) or extra < 0 or not (after_stack or before_stack):
         raise ValueError(
             f"{block.name} sowed max_logits of shape {sown.shape}, but its kernels have "
-            f"{block.heads} query heads in stacked layers {block.stack}: expected {block.shape}."
+            f"{block.heads} query heads in stacked layers {block.stack}: expected {block.shape}. "
+            "Sow one maximum per query head; if kernels are flat, give the layout heads=."
         )
     if depth and extra and after_stack and before_stack:
         raise ValueError(
@@ -279,16 +306,6 @@ def _fit(block: Block, sown: jax.Array) -> jax.Array:
         )
     axes = range(depth, depth + extra) if after_stack else range(extra)
     return sown.max(axis=tuple(axes))
-
-
-def _multipliers(
-    blocks: tuple[Block, ...], gamma: Mapping[str, jax.Array], alpha: jax.typing.ArrayLike
-) -> dict[Path, jax.Array]:
-    return {
-        path: array
-        for block in blocks
-        for path, array in block.multipliers(_role_factors(block, gamma[block.name], alpha)).items()
-    }
 
 
 def _role_factors(
@@ -305,35 +322,33 @@ def _role_factors(
 def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Array) -> jax.Array:
     """The update after which the parameter is `multiplier * (param + update)`.
 
-    Written so that a multiplier of 1 gives the update back bit for bit.
+    Written so that a multiplier of 1 gives the update back as it was.
     """
     dtype = jnp.promote_types(_at_least_float32(param.dtype), update.dtype)
     m, u, p = (x.astype(dtype) for x in (multiplier, update, param))
     return (m * u + (m - 1) * p).astype(update.dtype)
 
 
-def _lost_heads(
-    block: Block,
-    gamma: jax.Array,
-    multipliers: Mapping[Path, jax.Array],
-    without_clip: Mapping[Path, jax.Array],
-    with_clip: Mapping[Path, jax.Array],
-) -> jax.Array:
-    """Clipped heads of which a half-precision kernel moved less than half as far as asked.
+def _lost_heads(plan: _Plan, params: Any, updates: Any, clipped: Any) -> Iterator[jax.Array]:
+    """For each block, the clipped heads of which a half-precision kernel did not move as asked."""
+    p, u, c = (dict(paths.leaves(tree)) for tree in (params, updates, clipped))
 
-    Returns:
-      bool `[stack..., heads]`.
-    """
-    lost = jnp.zeros(block.shape, bool)
-    for projection in block.projections:
-        before, after = without_clip[projection.kernel], with_clip[projection.kernel]
-        if jnp.finfo(before.dtype).bits >= 32:
-            continue
-        before, after = before.astype(jnp.float32), after.astype(jnp.float32)
-        asked = _per_head(projection, (1 - multipliers[projection.kernel]) * before * before)
+    def lost(projection: Projection, block: Block) -> jax.Array:
+        path = projection.kernel
+        before, after = (
+            (p[path] + step[path]).astype(p[path].dtype).astype(jnp.float32) for step in (u, c)
+        )
+        # Projected on the kernel itself, where rounding of single entries averages out.
+        asked = _per_head(projection, (1 - plan.multipliers[path]) * before * before)
         moved = _per_head(projection, (before - after) * before)
-        lost |= jnp.repeat(moved < 0.5 * asked, block.heads // projection.heads, axis=-1)
-    return lost & (gamma < 1)
+        short = jnp.abs(asked - moved) > 0.5 * jnp.abs(asked)
+        return jnp.repeat(short, block.heads // projection.heads, axis=-1)
+
+    for block in plan.blocks:
+        half = [x for x in block.projections if jnp.finfo(p[x.kernel].dtype).bits < 32]
+        if half:
+            anywhere = functools.reduce(jnp.logical_or, [lost(x, block) for x in half])
+            yield anywhere & (plan.gamma[block.name] < 1)
 
 
 def _per_head(projection: Projection, values: jax.Array) -> jax.Array:

@@ -8,13 +8,14 @@ import optax
 
 from muonclip_jax import paths, routing
 
-Rule = Literal["match_adam", "jordan", "spectral", "none"]
+Rule = Literal["match_adam", "jordan", "unit_rms_norm", "spectral", "none"]
 
 # For Flax kernels [in, out]. PyTorch code writes [out, in]: its "rows" are our `out`.
 _RULES: dict[str, Callable[[int, int], float]] = {
     "match_adam": lambda ins, outs: 0.2 * math.sqrt(max(ins, outs)),
     "jordan": lambda ins, outs: math.sqrt(max(1.0, outs / ins)),
-    "spectral": lambda ins, outs: math.sqrt(outs / ins),
+    "unit_rms_norm": lambda ins, outs: math.sqrt(outs / ins),
+    "spectral": lambda ins, outs: math.sqrt(max(ins, outs)),
     "none": lambda ins, outs: 1.0,
 }
 
@@ -30,7 +31,8 @@ def scale_by_update_rms(
     | --- | --- | --- |
     | `"match_adam"` | `0.2 * sqrt(max(in, out))`: an update RMS of 0.2, as Adam's, so Adam's learning rate and decay carry over | Moonlight, arXiv 2502.16982; `match_rms_adamw` in torch.optim.Muon |
     | `"jordan"` | `sqrt(max(1, out/in))` | K. Jordan et al. 2024; `original` in torch.optim.Muon; the default of optax.contrib.muon |
-    | `"spectral"` | `sqrt(out/in)`: unit RMS→RMS operator norm | Bernstein & Newhouse, arXiv 2409.20325; Dion, arXiv 2504.05295 |
+    | `"unit_rms_norm"` | `sqrt(out/in)`: unit RMS→RMS operator norm | Bernstein & Newhouse, arXiv 2409.20325; Dion, arXiv 2504.05295 |
+    | `"spectral"` | `sqrt(max(in, out))` | Scion, arXiv 2502.07529; Megatron's `spectral`, often times 0.2 |
     | `"none"` | 1 | |
 
     Args:
@@ -52,9 +54,9 @@ def scale_by_update_rms(
         del params
         specs = routing.matrices(dimension_numbers, updates)
 
-        def scale(path, u):
+        def scale(path, u):  # by a Python float: it keeps the dtype
             _, ins, outs = routing.matrix_shape(u.shape, specs[path])
-            return u * factor(ins, outs)
+            return u * float(factor(ins, outs))
 
         return paths.map_with_path(scale, updates), state
 

@@ -87,23 +87,32 @@ def test_first_step_is_the_polar_factor_times_its_scale():
         np.testing.assert_allclose(updates[name], -scale * u @ vt, atol=1e-3 * scale)
 
 
-@pytest.mark.parametrize("rule", ["match_adam", "jordan", "spectral", "none", lambda i, o: i / o])
+@pytest.mark.parametrize(
+    "rule", ["match_adam", "jordan", "unit_rms_norm", "spectral", "none", lambda i, o: i / o]
+)
 def test_update_rms_rules_for_in_out_kernels(rule):
     ins, outs = 12, 48
     expected = {
         "match_adam": 0.2 * math.sqrt(48),
         "jordan": 2.0,
-        "spectral": 2.0,
+        "unit_rms_norm": 2.0,
+        "spectral": math.sqrt(48),
         "none": 1.0,
     }.get(rule, 0.25)
     tx = mc.scale_by_update_rms(rule)
     ones = {"w": jnp.ones((ins, outs))}
     updates, _ = tx.update(ones, tx.init(ones))
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
-    # The other way round, [out, in] would give jordan 1 and spectral ½.
+    # Read as [out, in], jordan would give 1 and unit_rms_norm ½: those are the flipped kernel's.
     transposed = {"w": jnp.ones((outs, ins))}
     flipped, _ = tx.update(transposed, tx.init(transposed))
-    back = {"match_adam": 0.2 * math.sqrt(48), "jordan": 1.0, "spectral": 0.5, "none": 1.0}
+    back = {
+        "match_adam": 0.2 * math.sqrt(48),
+        "jordan": 1.0,
+        "unit_rms_norm": 0.5,
+        "spectral": math.sqrt(48),
+        "none": 1.0,
+    }
     np.testing.assert_allclose(flipped["w"], back.get(rule, 4.0), rtol=1e-6)
 
 
@@ -259,12 +268,22 @@ def test_learning_rate_schedule_and_other_optimizer():
         )
 
 
-def test_inject_hyperparams():
-    params = {"mlp": {"kernel": jnp.eye(3)}}
-    tx = optax.inject_hyperparams(mc.muon, static_args=("schedule", "nesterov", "update_rms"))(
-        learning_rate=0.1
-    )
-    state = tx.init(params)
-    updates, state = tx.update(params, state, params)
-    assert "learning_rate" in state.hyperparams
-    assert float(jnp.abs(updates["mlp"]["kernel"]).sum()) > 0
+def test_inject_hyperparams_changes_nothing():
+    params = {
+        "embed": {"embedding": jnp.ones((4, 3))},
+        "mlp": {"kernel": jnp.diag(jnp.arange(3.0))},
+    }
+    make = optax.inject_hyperparams(mc.muon, static_args=("schedule", "update_rms", "other"))
+    plain, injected = mc.muon(0.1), make(learning_rate=0.1)
+    expected, _ = plain.update(params, plain.init(params), params)
+    updates, state = injected.update(params, injected.init(params), params)
+    # The rate arrives as a float32 array instead of a Python float.
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    assert float(state.hyperparams["learning_rate"]) == np.float32(0.1)
+
+
+def test_rules_keep_half_precision():
+    half = {"w": jnp.ones((4, 8), jnp.bfloat16)}
+    tx = mc.scale_by_update_rms(lambda ins, outs: np.sqrt(ins * outs))
+    updates, _ = tx.update(half, tx.init(half))
+    assert updates["w"].dtype == jnp.bfloat16
