@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from muonclip_jax.paths import Path
 Role = Literal["q", "k", "q_nope", "q_rope", "k_nope"]
 
 QUERY_ROLES = ("q", "q_nope", "q_rope")
-_QK_NORM = re.compile(r"^(q|k|query|key)\w*(_ln|norm)$")
+KEY_ROLES = ("k", "k_nope")
+_QK_NORM = re.compile(r"^((q|k|query|key)\w*(_ln|norm)|norm_(q|k|query|key))$")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class Layout:
       heads: Number of query heads when kernels are flat, `[stack..., in, heads*head_features]`;
         None when they have a head axis, `[stack..., in, heads, head_features]`, or when
         `head_features` tells.
-      kv_heads: Number of key heads; None to read it from the key kernel's head axis (or, with
-        flat kernels, to take it equal to `heads`).
+      kv_heads: Number of key heads; None to read it from the key kernel's head axis.
       head_features: Features per head of each projection, where the layout knows them.
       shared_keys: Whether several query heads may read one key head.
       harmless_norms: Modules inside the block, with a `scale` as long as one head, that do not
@@ -83,9 +83,16 @@ class Layout:
 
     def __post_init__(self):
         for name in ("heads", "kv_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"layouts.{self.name}: {name} must be at least 1, got {value}.")
+            if getattr(self, name) is not None:
+                _check_count(f"layouts.{self.name}: {name}", getattr(self, name))
+        roles = {piece.role for piece in self.pieces}
+        if not (
+            roles <= set(get_args(Role)) and roles & set(QUERY_ROLES) and roles & set(KEY_ROLES)
+        ):
+            raise ValueError(
+                f"layouts.{self.name}: pieces have the roles {sorted(roles)}; there must be one of "
+                f"{QUERY_ROLES} and one of {KEY_ROLES}, and no other."
+            )
         if self.heads and self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(
                 f"layouts.{self.name}: {self.heads} query heads cannot share "
@@ -126,11 +133,12 @@ class Layout:
             for projection in self.projections:
                 suffix = (*projection.split("/"), "kernel")
                 block = path[: -len(suffix)]
-                if path[-len(suffix) :] == suffix and self._wanted(block):
+                if path[-len(suffix) :] == suffix and self.takes(block):
                     found[block] = None
         return list(found)
 
-    def _wanted(self, block: Path) -> bool:
+    def takes(self, block: Path) -> bool:
+        """Whether the `block` pattern admits the module at this path."""
         return self.block is None or fnmatchcase(paths.show(module_path(block)), self.block)
 
     def _nothing_found(self, params: Any, shapes: Mapping[Path, Any]) -> str:
@@ -159,7 +167,7 @@ class Layout:
         )
         query, key = (
             next(p for p in projections if any(piece.role in roles for piece in p.pieces))
-            for roles in (QUERY_ROLES, ("k", "k_nope"))
+            for roles in (QUERY_ROLES, KEY_ROLES)
         )
         for projection in projections:
             if projection.stack != query.stack:
@@ -190,27 +198,37 @@ class Layout:
     ) -> None:
         """Norms inside the block, as long as a head or a part of one, that stand behind the
         projections; one in front of them is as long as their input."""
+        stack = projections[0].stack
         inputs = {shapes[p.kernel][len(p.stack)] for p in projections}
         lengths = {
             length
             for p in projections
             for piece in p.pieces
-            for length in (p.head_features, (piece.stop or p.head_features) - piece.start)
+            for length in (
+                p.heads * p.head_features,
+                p.head_features,
+                (piece.stop or p.head_features) - piece.start,
+            )
         }
+        modules = {p.kernel[:-1] for p in projections}
         for path, shape in shapes.items():
-            inside = path[:-1][len(block) :]
-            if path[-1] != "scale" or path[: len(block)] != block or not shape or not inside:
+            module = path[:-1]
+            if path[: len(block)] != block or module in modules | {block}:
                 continue
-            named = _QK_NORM.search(inside[-1]) and not (self.name == "mla" and shape[-1] in inputs)
-            if (named or shape[-1] in lengths - inputs) and "/".join(
-                inside
-            ) not in self.harmless_norms:
+            inside = "/".join(module[len(block) :])
+            is_scale = path[-1] not in ("kernel", "bias") and len(shape) == 1 + len(stack)
+            latent = self.name == "mla" and shape[-1:] and shape[-1] in inputs
+            named = _QK_NORM.search(module[-1]) and not latent
+            behind = "WeightNorm" in inside or (
+                is_scale and (named or shape[-1] in lengths - inputs)
+            )
+            if behind and inside not in self.harmless_norms:
                 raise ValueError(
                     f"{paths.show(path)} {shape} normalises queries or keys after their "
                     f"projection: scaling the kernels of {paths.show(block)} would change nothing. "
                     "QK-norm already bounds the logits: drop it, or leave the block out with the "
                     "layout's block= pattern. If this norm does something else, say so with "
-                    f"dataclasses.replace(layout, harmless_norms=({'/'.join(inside)!r},))."
+                    f"dataclasses.replace(layout, harmless_norms=({inside!r},))."
                 )
 
     def _read_projection(
@@ -221,6 +239,16 @@ class Layout:
             raise ValueError(
                 f"{paths.show(block)}: layouts.{self.name} expects {name}/kernel here and there is "
                 f"none; the block has {_children(block, shapes)}."
+            )
+        module = kernel[:-1]
+        others = [
+            p for p in shapes if p[: len(module)] == module and p[-1] not in ("kernel", "bias")
+        ]
+        if others:
+            raise ValueError(
+                f"{paths.show(others[0])} {shapes[others[0]]} also takes part in {name}: scaling "
+                "the kernel alone would not scale what the projection gives. Merge adapters (LoRA) "
+                "into the kernel first, or leave the block out with the layout's block= pattern."
             )
         shape = shapes[kernel]
         pieces = tuple(piece for piece in self.pieces if piece.projection == name)
@@ -272,6 +300,14 @@ class Layout:
             )
         if problem:
             raise ValueError(f"{paths.show(kernel)} of shape {shape} {problem} ({self}).")
+        for piece in self.pieces:
+            if piece.projection == name and not (
+                0 <= piece.start < (piece.stop or features) <= features
+            ):
+                raise ValueError(
+                    f"{paths.show(kernel)} of shape {shape} has {features} features per head, "
+                    f"which {piece} does not fit."
+                )
         return flat, heads, features
 
     def __str__(self) -> str:
@@ -450,7 +486,8 @@ def find_layout(params: Any) -> Layout:
       params: The model's parameters (arrays or `jax.ShapeDtypeStruct`s).
 
     Raises:
-      ValueError: No such block: the message lists the kernels found and the layouts to use.
+      ValueError: No such block, or projections that look like another kind of attention besides;
+        the message lists what was found and the layouts to use.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
     blocks = [block for block in _parents(shapes) if is_flax_attention(block, shapes)]
@@ -462,6 +499,14 @@ def find_layout(params: Any) -> Layout:
             "the layout: layouts.mha(query=..., key=...), layouts.gqa(...) or "
             "layouts.mla(nope, rope, v)."
         )
+    for block in _parents(shapes):
+        for pair in _QUERY_AND_KEY:
+            if block not in blocks and all((*block, name, "kernel") in shapes for name in pair):
+                raise ValueError(
+                    f"find_layout: besides Flax's own attention modules ({paths.show(blocks[0])}), "
+                    f"{paths.show(block)} holds {' and '.join(pair)}, which looks like another "
+                    "kind. Write one layout for each, with block= patterns."
+                )
     equal = all(
         shapes[(*block, "query", "kernel")][-2] == shapes[(*block, "key", "kernel")][-2]
         for block in blocks
@@ -471,8 +516,18 @@ def find_layout(params: Any) -> Layout:
 
 def is_flax_attention(block: Path, shapes: Mapping[Path, tuple[int, ...]]) -> bool:
     """Whether `block` holds the four kernels of Flax's attention, each with a head axis."""
-    kernels = [(*block, name, "kernel") for name in ("query", "key", "value", "out")]
-    return all(kernel in shapes and len(shapes[kernel]) >= 3 for kernel in kernels)
+    kernels = [
+        shapes.get((*block, name, "kernel"), ()) for name in ("query", "key", "value", "out")
+    ]
+    query, key, value, out = kernels
+    return (
+        min(map(len, kernels)) >= 3
+        and query[-2] == out[-3]
+        and value[-1] == out[-2]
+        and key[-2] == value[-2]
+        and query[-2] % key[-2] == 0
+        and query[-1] == key[-1]
+    )
 
 
 def module_path(block: Path) -> Path:
@@ -480,7 +535,25 @@ def module_path(block: Path) -> Path:
     return block[1:] if block[:1] == ("params",) else block
 
 
+def _check_count(what: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}.")
+
+
+# Projections that give attention away which is not Flax's own.
+_QUERY_AND_KEY = (
+    ("query", "key"),
+    ("q_proj", "k_proj"),
+    ("wq", "wk"),
+    ("q", "k"),
+    ("wq_b", "wkv_b"),
+    ("wq", "wkv_b"),
+    ("q_b_proj", "kv_b_proj"),
+)
+
+
 def _parents(shapes: Mapping[Path, Any]) -> list[Path]:
+    """The modules that hold modules with parameters."""
     return list(dict.fromkeys(path[:-2] for path in shapes if len(path) >= 2))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from muonclip_jax import paths, routing
@@ -58,8 +59,10 @@ def muon(
       mu_dtype: The dtype of Muon's momentum.
 
     Raises:
-      ValueError: At init, a parameter that the routing does not cover; its path, shape and fix.
+      ValueError: When built, an `other` that already descends (`optax.adamw(1e-3)`); at init, a
+        parameter that the routing does not cover, with its path, shape and fix.
     """
+    _check_ascent(other)
     if weight_decay_mask is None:
         weight_decay_mask = routing.decay_mask
     if dimension_numbers is None:
@@ -118,6 +121,24 @@ def muonclip(
         muon(learning_rate, **muon_options),
         qk_clip(layout, threshold, alpha=alpha, scope=scope),
     )
+
+
+def _check_ascent(other: optax.GradientTransformation) -> None:
+    """`other` must not have turned its updates around yet: the learning rate, which follows, does.
+    It is asked once, with a gradient of 1 for a parameter called `probe`."""
+    probe = {"probe": jnp.ones(())}
+    with jax.ensure_compile_time_eval():
+        try:
+            updates, _ = other.update(probe, other.init(probe), probe)
+        except Exception:  # one that knows its parameters by name or needs extra arguments
+            return
+    update = jax.tree.leaves(updates)[0]
+    if not isinstance(update, jax.core.Tracer) and update < 0:
+        raise ValueError(
+            "other must come without a learning rate and its sign, since both follow for all "
+            "parameters; this one turns a gradient of 1 into an update of "
+            f"{float(update):.3g}. Use optax.scale_by_adam() in place of optax.adam or adamw."
+        )
 
 
 def _partition(

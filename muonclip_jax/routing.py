@@ -15,7 +15,7 @@ from optax import MaskedNode
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax import paths
-from muonclip_jax.layouts import Layout, is_flax_attention
+from muonclip_jax.layouts import Layout, is_flax_attention, module_path
 from muonclip_jax.paths import Path
 
 # A tree of MuonDimensionNumbers (None: not for Muon), or a function from parameters to one.
@@ -47,11 +47,11 @@ def muon_dimension_numbers(
       as one `[in, head_features]` matrix per head, and out `[stack..., heads, head_features, out]`
       as one `[head_features, out]` matrix per head.
 
-    How many leading axes are a stack is read from the bias beside the kernel; without one, from
-    the norm scales nearby (one axis each before stacking); without those either, three axes are
-    a stack of matrices when everything else in the same top-level module has the same first
-    axis. A kernel with an axis left over (a convolution, an expert axis, a projection to heads
-    outside Flax's attention) could mean several things, so it raises.
+    Leading axes count as a stack of layers when the bias beside the kernel and the norm scales
+    nearest to it have them too; without either, when everything in the same top-level module has
+    the same first axis. A kernel that does not fit (a convolution, an expert axis, a projection
+    to heads outside Flax's attention, layers stacked on another axis than the first) could mean
+    several things, so it raises.
 
     Args:
       params: The parameters; only shapes and paths are read.
@@ -67,14 +67,19 @@ def muon_dimension_numbers(
     """
     _check_tree(params)
     rules = rules or {}
-    shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
-    for pattern in rules:
-        if not any(_matches(path, pattern) for path in shapes):
+    tree = _Tree(params)
+    for pattern, rule in rules.items():
+        if not _is_entry(rule):
+            raise TypeError(
+                f"The routing rule for {pattern!r} must be a MuonDimensionNumbers or None, got "
+                f"{rule!r}."
+            )
+        if not any(_matches(path, pattern) for path in tree.shapes):
             raise ValueError(
                 f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
-                f"There are: {', '.join(paths.show(path) for path in list(shapes)[:8])}, ..."
+                f"There are: {', '.join(paths.show(path) for path in list(tree.shapes)[:8])}, ..."
             )
-    return paths.map_with_path(lambda path, _: _route(path, shapes, rules), params)
+    return paths.map_with_path(lambda path, _: _route(path, tree, rules), params)
 
 
 def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]:
@@ -99,8 +104,10 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]
         resolved[path] = entries[prefixes[-1]]
         check_axes(path, tuple(leaf.shape), resolved[path])
     every_path = [path for path, _ in paths.leaves(params, is_leaf=_is_masked)]
-    for entry in entries:
-        if not any(path[: len(entry)] == entry for path in every_path):
+    prefixes = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
+    for entry, spec in entries.items():
+        # A function that maps over the parameters also gives None where they have None.
+        if entry not in prefixes and not (spec is None and callable(dimension_numbers)):
             raise ValueError(
                 f"dimension_numbers has an entry for {paths.show(entry)}, which is no parameter; "
                 f"remove it or correct it. There are: {', '.join(map(paths.show, every_path[:8]))}."
@@ -114,10 +121,10 @@ def matrices(dimension_numbers: DimensionNumbers | None, params: Any) -> dict[Pa
     Without dimension numbers, parameters of two axes are matrices whatever their name.
     """
     if dimension_numbers is None:
-        shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
+        tree = _Tree(params)
         resolved = {
-            path: MATRIX if len(shape) == 2 else _route(path, shapes, {})
-            for path, shape in shapes.items()
+            path: MATRIX if len(shape) == 2 else _route(path, tree, {})
+            for path, shape in tree.shapes.items()
         }
     else:
         resolved = resolve(dimension_numbers, params)
@@ -210,7 +217,9 @@ def describe(
     Raises:
       ValueError: What the routing or the layout would raise at the first training step.
     """
-    specs = resolve(dimension_numbers or muon_dimension_numbers, params)
+    if dimension_numbers is None:
+        dimension_numbers = muon_dimension_numbers
+    specs = resolve(dimension_numbers, params)
     roles: dict[Path, str] = {}
     for block in layout.blocks(params) if layout is not None else ():
         for projection in block.projections:
@@ -237,10 +246,8 @@ def _show_matrices(shape: tuple[int, ...], spec: MuonDimensionNumbers | None) ->
     return f"{count} × [{ins}, {outs}]"
 
 
-def _route(
-    path: Path, shapes: Mapping[Path, tuple[int, ...]], rules: Mapping[str, Any]
-) -> MuonDimensionNumbers | None:
-    shape = shapes[path]
+def _route(path: Path, tree: "_Tree", rules: Mapping[str, Any]) -> MuonDimensionNumbers | None:
+    shape = tree.shapes[path]
     matching = [pattern for pattern in rules if _matches(path, pattern)]
     if any(rules[pattern] != rules[matching[0]] for pattern in matching):
         raise ValueError(
@@ -257,44 +264,75 @@ def _route(
             f"{paths.show(path)} of shape {shape} is neither a kernel nor an embedding, bias or "
             "scale by its name. " + _FIX.format(pattern=paths.show(path))
         )
-    return _kernel_matrices(path, shapes)
+    return _kernel_matrices(path, tree)
 
 
-def _kernel_matrices(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> MuonDimensionNumbers:
-    shape, module = shapes[path], path[:-1]
-    in_attention = is_flax_attention(module[:-1], shapes)
+def _kernel_matrices(path: Path, tree: "_Tree") -> MuonDimensionNumbers:
+    shape, module = tree.shapes[path], path[:-1]
+    # What one layer's kernel looks like, and which of its axes its bias has.
+    in_attention = is_flax_attention(module[:-1], tree.shapes)
     if in_attention and module[-1] in ("query", "key", "value"):
         own_axes, bias_axes, spec = 3, 2, _INPUT_HEADS
     elif in_attention and module[-1] == "out":
         own_axes, bias_axes, spec = 3, 1, MATRIX
     else:
         own_axes, bias_axes, spec = 2, 1, MATRIX
-    if len(shape) == own_axes:
+    stack = shape[: len(shape) - own_axes]
+    bias = tree.shapes.get((*module, "bias"), (*stack, *shape[-bias_axes:]))
+    if bias == (*stack, *shape[-bias_axes:]) and (not stack or tree.stacked_by(path, stack)):
         return spec
-    bias = shapes.get((*module, "bias"))
-    stack = _stack_axes(path, shapes) if bias is None else len(bias) - bias_axes
-    if stack + own_axes != len(shape):
-        raise ValueError(
-            f"{paths.show(path)} of shape {shape} has {len(shape) - stack} axes besides {stack} "
-            f"stacked one(s), as far as the parameters around it tell, where a kernel has "
-            f"{own_axes}: is it a convolution, a stack of experts, a projection to heads? "
-            + _FIX.format(pattern=paths.show(path))
+    raise ValueError(
+        f"{paths.show(path)} of shape {shape} does not look like "
+        f"{'a stack of kernels' if stack else 'one kernel'} [stack..., "
+        f"{'in, heads, head_features' if own_axes == 3 else 'in, out'}] to the parameters around "
+        f"it ({tree.around(path)}): is it a convolution, a stack of experts, a projection to "
+        "heads, a scan axis other than 0? " + _FIX.format(pattern=paths.show(path))
+    )
+
+
+class _Tree:
+    """The shapes of a parameter tree, and what they tell about stacked layers."""
+
+    def __init__(self, params: Any):
+        self.shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
+        self._scales: dict[Path, list[Path]] = {}  # module → norm scales anywhere inside
+        self._modules: dict[Path, list[Path]] = {}  # top-level module → its parameters
+        for path, shape in self.shapes.items():
+            self._modules.setdefault(module_path(path)[:1], []).append(path)
+            if path[-1] == "scale" and shape:
+                for depth in range(len(path) - 1):
+                    self._scales.setdefault(path[:depth], []).append(path)
+
+    def stacked_by(self, kernel: Path, stack: tuple[int, ...]) -> bool:
+        """Whether the kernel's first axes are a stack of layers: the bias beside it has been
+        compared, the nearest norm has these axes in front of its own one, or, where there is
+        neither, everything in the top-level module has the same first axis."""
+        scales = self._nearest_scales(kernel)
+        if scales:
+            return stack == min((self.shapes[path][:-1] for path in scales), key=len)
+        if (*kernel[:-1], "bias") in self.shapes:
+            return True
+        shapes = {path: self.shapes[path] for path in self._modules[module_path(kernel)[:1]]}
+        return (
+            len(stack) == 1
+            and "conv" not in "".join(kernel[-2:]).lower()
+            and all(
+                shape[:1] == stack and len(shape) >= (3 if path[-1] == "kernel" else 2)
+                for path, shape in shapes.items()
+            )
         )
-    return spec
 
+    def around(self, kernel: Path) -> str:
+        """What `stacked_by` looked at, in words."""
+        bias = (*kernel[:-1], "bias")
+        looked_at = [bias] * (bias in self.shapes) + self._nearest_scales(kernel)[:2]
+        return (
+            ", ".join(f"{paths.show(p)} {self.shapes[p]}" for p in looked_at) or "no bias, no norm"
+        )
 
-def _stack_axes(path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> int:
-    """Stacked leading axes of a kernel without bias, judged by what stands around it."""
-    for depth in reversed(range(len(path) - 1)):
-        ranks = [
-            len(shape)
-            for other, shape in shapes.items()
-            if other[-1] == "scale" and other[:depth] == path[:depth]
-        ]
-        if ranks:
-            return min(ranks) - 1
-    first_axes = {shape[:1] for other, shape in shapes.items() if other[0] == path[0]}
-    return 1 if len(first_axes) == 1 and "conv" not in path[-2].lower() else 0
+    def _nearest_scales(self, kernel: Path) -> list[Path]:
+        nearest = (self._scales.get(kernel[:depth]) for depth in reversed(range(len(kernel) - 1)))
+        return next(filter(None, nearest), [])
 
 
 def _check_tree(params: Any) -> None:

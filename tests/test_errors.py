@@ -39,6 +39,7 @@ def block(heads=4, kv_heads=None, features=6, stack=()):
 
 PARAMS = {"layers": {"attn": block()}}
 MAXIMA = {"layers": {"attn": {"max_logits": jnp.ones(4)}}}
+KEY_PIECE = mc.layouts.Piece("k", "key")
 MLA = {"attn": {"wq_b": kernel(5, 12), "wkv_b": kernel(5, 14)}}  # 2 heads: nope 4, rope 2, v 3
 
 
@@ -125,6 +126,12 @@ MISTAKES = [
     ("unknown scope", lambda: clip(scope="model"), ["scope", '"head" or "layer"', "'model'"]),
     ("layout not called", lambda: mc.qk_clip(mc.layouts.mha), ["layouts.mha()", "function mha"]),
     ("momentum of one", lambda: mc.scale_by_muon(1.0), ["momentum", "[0, 1)", "1.0"]),
+    ("momentum schedule", lambda: mc.scale_by_muon(lambda count: 0.9), ["inject_hyperparams"]),
+    (
+        "an optimizer with its own learning rate",
+        lambda: mc.muon(0.1, other=optax.adamw(1e-3)),
+        ["other", "-0.001", "scale_by_adam()"],
+    ),
     ("unknown rule", lambda: mc.scale_by_update_rms("adam"), ["'adam'", "match_adam", "jordan"]),
     ("MLA size zero", lambda: mc.layouts.mla(4, 0, 3), ["layouts.mla", "rope", "0"]),
     ("uneven groups", lambda: mc.layouts.gqa(3, heads=4), ["4 query heads", "3 key heads"]),
@@ -225,6 +232,33 @@ MISTAKES = [
         lambda: clip({"attn": {**block(), "query_ln": {"scale": jnp.ones(6)}}}),
         ["attn/query_ln", "change nothing", "QK-norm"],
     ),
+    (
+        "an adapter beside the kernel",
+        lambda: clip(
+            {"attn": {**block(), "query": {**kernel(8, 4, 6), "lora_a": jnp.ones((8, 2))}}}
+        ),
+        ["attn/query/lora_a", "(8, 2)", "Merge"],
+    ),
+    (
+        "two kinds of attention",
+        lambda: mc.find_layout({"a": block(), "b": {"wq": kernel(8, 8), "wk": kernel(8, 8)}}),
+        ["b holds wq and wk", "block= patterns"],
+    ),
+    (
+        "a piece beyond its head",
+        lambda: clip(
+            layout=dataclasses.replace(
+                mc.layouts.mha(), pieces=(mc.layouts.Piece("q", "query", 4, 8), KEY_PIECE)
+            )
+        ),
+        ["attn/query/kernel", "6 features per head", "stop=8"],
+    ),
+    (
+        "a layout without keys",
+        lambda: dataclasses.replace(mc.layouts.mha(), pieces=(mc.layouts.Piece("q", "query"),)),
+        ["roles ['q']", "'k_nope'"],
+    ),
+    ("a fraction of a head", lambda: mc.layouts.mha(heads=4.0), ["heads", "whole number", "4.0"]),
     ("find_layout finds nothing", lambda: mc.find_layout({"a": kernel(2, 3)}), ["a/kernel", "mla"]),
     # --- routing
     (
@@ -248,6 +282,11 @@ MISTAKES = [
         "rule that matches nothing",
         lambda: mc.muon_dimension_numbers({"a": kernel(2, 3)}, rules={"b/*": None}),
         ["'b/*'", "matches no parameter", "a/kernel"],
+    ),
+    (
+        "a rule that is none",
+        lambda: mc.muon_dimension_numbers({"a": kernel(2, 3)}, rules={"a/*": "muon"}),
+        ["'a/*'", "MuonDimensionNumbers or None", "'muon'"],
     ),
     (
         "rules that disagree",

@@ -98,7 +98,13 @@ def test_qk_norm_is_refused(make):
 
 def test_qk_norm_is_known_by_its_length_whatever_its_name():
     block = {name: {"kernel": (16, 2, 4)} for name in ("query", "key")}
-    for norm in ({"ln": {"scale": (4,)}}, {"q_layernorm": {"scale": (4,)}}):
+    for norm in (
+        {"ln": {"scale": (4,)}},
+        {"q_layernorm": {"weight": (4,)}},
+        {"LayerNorm_0": {"scale": (8,), "bias": (8,)}},  # over both heads
+        {"norm_q": {"gamma": (16,)}},
+        {"WeightNorm_0": {"query/kernel/scale": (2, 4)}},
+    ):
         params = shapes({"a": {**block, **norm}})
         with pytest.raises(ValueError, match="normalises queries or keys after"):
             mc.layouts.mha().blocks(params)

@@ -126,19 +126,57 @@ def test_stacks_are_told_from_biases_and_norms(tree, path, expected):
     assert routing.matrix_shape(node.shape, spec) == expected
 
 
-@pytest.mark.parametrize(
-    "tree",
-    [
-        {"attn": {"q_proj": {"kernel": (16, 4, 8)}, "o_proj": {"kernel": (4, 8, 16)}}},
-        {"conv": {"kernel": (3, 4, 8)}},
-        {"patch": {"kernel": (3, 3, 4, 8)}},
-        {"layers": {"norm": {"scale": (5, 16)}, "experts": {"kernel": (5, 2, 16, 32)}}},
-    ],
-    ids=["projection to heads", "1-D convolution", "2-D convolution", "experts"],
-)
+AMBIGUOUS = {
+    "projection to heads": {"attn": {"q": {"kernel": (16, 4, 8)}, "o": {"kernel": (4, 8, 16)}}},
+    "projection to heads, with bias": {
+        "attn": {"q_proj": {"kernel": (16, 4, 8), "bias": (4, 8)}},
+        "norm": {"scale": (16,)},
+    },
+    "as many heads as inputs": {
+        "attn": {"q_proj": {"kernel": (8, 8, 4), "bias": (8, 4)}},
+        "norm": {"scale": (8,)},
+    },
+    "fused projection to heads": {"attn": {"qkv": {"kernel": (32, 3, 4, 8), "bias": (3, 4, 8)}}},
+    "matrices beside it": {"a": {"wq": {"kernel": (32, 4, 12)}, "wkv_a": {"kernel": (32, 16)}}},
+    "norms of another name": {
+        "params": {"layer": {"q": {"kernel": (32, 4, 8)}, "norm": {"gamma": (32,)}}}
+    },
+    "1-D convolution": {"conv": {"kernel": (3, 4, 8)}},
+    "2-D convolution": {"patch": {"kernel": (3, 3, 4, 8)}},
+    "convolution with bias": {"c": {"kernel": (3, 4, 8), "bias": (8,)}},
+    "experts": {"layers": {"norm": {"scale": (5, 16)}, "experts": {"kernel": (5, 2, 16, 32)}}},
+    "scanned on axis 1": {
+        "layers": {"norm": {"scale": (32, 3)}, "wo": {"kernel": (64, 3, 32)}},
+    },
+    "scanned flat attention": {
+        "layers": {
+            **{name: {"kernel": (3, 32, 32), "bias": (3, 32)} for name in ("query", "key")},
+            "out": {"kernel": (3, 16, 2, 32), "bias": (3, 32)},
+            "norm": {"scale": (3, 32)},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("tree", AMBIGUOUS.values(), ids=AMBIGUOUS)
 def test_kernels_that_could_be_several_things_raise(tree):
-    with pytest.raises(ValueError, match=r"kernel of shape .* axes besides .*rules="):
+    with pytest.raises(ValueError, match=r"kernel of shape .* does not look like .*rules="):
         mc.describe(shapes(tree))
+
+
+def test_scanned_flat_attention_is_a_stack_of_matrices():
+    names = ("query", "key", "value", "out")
+    kernels = {name: {"kernel": (3, 32, 32), "bias": (3, 32)} for name in names}
+    params = shapes({"layers": {"attn": kernels, "norm": {"scale": (3, 32)}}})
+    assert {row.matrices for row in mc.describe(params)} == {"3 × [32, 32]", ""}
+    with pytest.raises(ValueError, match="find_layout"):
+        mc.find_layout(params)
+
+
+def test_parameters_that_are_none_are_left_alone():
+    """As Equinox filters leave them."""
+    params = {"mlp": {"kernel": jnp.ones((2, 3)), "bias": None}}
+    assert set(routing.resolve(mc.muon_dimension_numbers, params)) == {("mlp", "kernel")}
 
 
 @pytest.mark.parametrize(

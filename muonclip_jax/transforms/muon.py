@@ -64,6 +64,11 @@ def scale_by_muon(
       ValueError: momentum outside [0, 1) when built; at init and update, a parameter that is no
         matrix or that `dimension_numbers` does not fit, with its path.
     """
+    if callable(momentum):
+        raise TypeError(
+            "momentum must be a number; for a schedule wrap the transformation in "
+            "optax.inject_hyperparams."
+        )
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1) (0.95 is usual), got {momentum}.")
 

@@ -70,6 +70,11 @@ def qk_clip(
     query and key kernels, fused into the update (two more over half-precision ones, for
     `lost_heads`); no host synchronisation.
 
+    Under `jax.pmap` or `jax.shard_map`, where each device sows the maxima of its own batch,
+    reduce them first, or the replicas part ways: `max_logits = jax.tree.map(lambda s:
+    jax.lax.pmax(s, "data"), read_max_logits(intermediates))`. Under `jax.jit` with sharded
+    arrays there is nothing to do.
+
     Half-precision parameters: a clip milder than the dtype's spacing (0.4% in bfloat16) can
     round away; `lost_heads` counts those. Keep parameters in float32 and compute in bfloat16
     (Flax: `param_dtype=jnp.float32, dtype=jnp.bfloat16`).
@@ -91,13 +96,13 @@ def qk_clip(
 
     def init(params: optax.Params) -> QKClipState:
         blocks = layout.blocks(params)
-        zero = jnp.zeros([], jnp.int32)
+        zero = functools.partial(jnp.zeros, [], jnp.int32)  # one buffer each: states are donated
         return QKClipState(
             max_logits={b.name: jnp.full(b.shape, -jnp.inf, jnp.float32) for b in blocks},
             gamma={b.name: jnp.ones(b.shape, jnp.float32) for b in blocks},
-            heads_clipped=zero,
-            nonfinite_heads=zero,
-            lost_heads=zero,
+            heads_clipped=zero(),
+            nonfinite_heads=zero(),
+            lost_heads=zero(),
         )
 
     def update(updates, state, params=None, *, max_logits=None, **extra_args):
@@ -243,7 +248,7 @@ class _Plan(NamedTuple):
 
 def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
     blocks = layout.blocks(params)
-    maxima = _pair(blocks, max_logits)
+    maxima = _pair(layout, blocks, max_logits)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
     gamma = {name: clip_factor(s.astype(dtype), threshold, scope) for name, s in maxima.items()}
     multipliers = {
@@ -254,8 +259,9 @@ def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
     return _Plan(blocks, maxima, gamma, multipliers)
 
 
-def _pair(blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
-    """Each block's maxima as `[stack..., heads]`; every sown value must find its block."""
+def _pair(layout: Layout, blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
+    """Each block's maxima as `[stack..., heads]`; every sown value must find its block, unless
+    the layout's pattern leaves out where it was sown."""
     if max_logits is None:
         raise ValueError(
             "qk_clip got no max_logits. Pass what the forward pass sowed: "
@@ -269,6 +275,8 @@ def _pair(blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
     for path, values in sown.items():
         # The block itself, or the innermost one around a sub-module that sowed.
         around = [b for b in blocks if path[: len(module_path(b.path))] == module_path(b.path)]
+        if not around and not layout.takes(path):
+            continue
         if not around:
             raise ValueError(
                 f"max_logits were sown in {paths.show(path)}, where the layout finds no query and "
@@ -326,7 +334,7 @@ def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Arr
     """
     dtype = jnp.promote_types(_at_least_float32(param.dtype), update.dtype)
     m, u, p = (x.astype(dtype) for x in (multiplier, update, param))
-    return (m * u + (m - 1) * p).astype(update.dtype)
+    return jnp.where(m == 1, u, m * u + (m - 1) * p).astype(update.dtype)
 
 
 def _lost_heads(plan: _Plan, params: Any, updates: Any, clipped: Any) -> Iterator[jax.Array]:

@@ -275,6 +275,57 @@ def test_adamclip_is_adamw_then_clip():
     chex.assert_trees_all_close(optax.apply_updates(params, updates), expected, atol=5e-7)
 
 
+def test_states_can_be_donated():
+    """XLA refuses to donate one buffer twice, so every counter has its own."""
+    params = mha_params(jax.random.key(1))
+    tx = mc.muonclip(0.01, layout=mc.layouts.mha())
+    maxima = {"attn": {"max_logits": jnp.full(4, 400.0)}}
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params, max_logits=maxima)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = step(params, state)
+    assert int(mc.qk_clip_state(state).heads_clipped) == 4
+
+
+def test_traced_threshold():
+    params = mha_params(jax.random.key(1))
+    maxima = {"attn": {"max_logits": jnp.full(4, 400.0)}}
+    clip = jax.jit(lambda tau: mc.apply_qk_clip(params, maxima, mc.layouts.mha(), tau))
+    chex.assert_trees_all_close(
+        clip(100.0), mc.apply_qk_clip(params, maxima, mc.layouts.mha(), 100.0), rtol=3e-7
+    )
+
+
+def test_an_infinite_weight_of_an_unclipped_head_spreads_no_further():
+    params = mha_params(jax.random.key(1))
+    params["attn"]["query"]["kernel"] = params["attn"]["query"]["kernel"].at[0, 0, 0].set(jnp.inf)
+    updates = jax.tree.map(jnp.ones_like, params)
+    tx = mc.qk_clip(mc.layouts.mha())
+    maxima = {"attn": {"max_logits": jnp.ones(4)}}
+    clipped, _ = tx.update(updates, tx.init(params), params, max_logits=maxima)
+    chex.assert_trees_all_equal(clipped, updates)
+
+
+def test_blocks_left_out_by_the_pattern_may_sow_and_two_layouts_may_follow_each_other():
+    params = {name: mha_params(jax.random.key(1))["attn"] for name in ("a", "b")}
+    maxima = {name: {"max_logits": jnp.full(4, 400.0)} for name in ("a", "b")}
+    tx = optax.chain(
+        mc.qk_clip(mc.layouts.mha(block="a")), mc.qk_clip(mc.layouts.mha(block="b"), 200.0)
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params, max_logits=maxima)
+    moved = optax.apply_updates(params, updates)
+    for name, gamma in (("a", 0.25), ("b", 0.5)):
+        np.testing.assert_allclose(
+            moved[name]["key"]["kernel"], gamma**0.5 * params[name]["key"]["kernel"], rtol=1e-6
+        )
+
+
 def test_inside_optax_wrappers():
     params = mha_params(jax.random.key(1))
     maxima = {"attn": {"max_logits": jnp.full(4, 400.0)}}
