@@ -2,10 +2,10 @@
 
 Axis names, used in every shape comment and einops pattern below:
 
-    b  batch            t  query position      s  key position
-    d  model width      h  heads               k  key heads (GQA)
-    n  nope features    r  rope features       v  value features     f  any head features
-    c  key/value latent q  query latent
+    b  batch            t  query position   s  key position     d  model width
+    h  heads            k  key heads (GQA)  g  queries per key head
+    n  nope features    r  rope features    v  value features   f  any head features
+    c  key/value latent
 
 Each attention has two forms: `__call__` for training, and `decode` for one token with a cache.
 MLA's decode is *absorbed*: it never forms keys or values, only the cached latent. That is why
@@ -24,10 +24,6 @@ from flax import nnx
 import muonclip_jax as mc
 
 Cache = dict[str, jax.Array]
-
-
-class KeyActivations(nnx.Variable):
-    """Sown keys, `b s k f`, as they enter the logits; capture this type to look at them."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +59,18 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < (0 if name == "q_rank" else 1):
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            least = 0 if name == "q_rank" else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not self.rope_base > 1:
+            raise ValueError(f"rope_base must be above 1, got {self.rope_base}.")
         rotary = self.rope if self.attention == "mla" else self.nope + self.rope
         if rotary % 2:
             raise ValueError(f"RoPE turns pairs of features: {rotary} rotary features is odd.")
         if self.attention == "gqa" and self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} heads cannot share {self.kv_heads} key heads evenly; choose kv_heads "
-                "among the divisors of heads."
+                f"{self.heads} heads cannot share {self.kv_heads} key heads evenly; choose "
+                "kv_heads among the divisors of heads."
             )
         if self.qk_norm == "full" and self.attention == "mla":
             raise ValueError(
@@ -94,8 +93,9 @@ def attention_layout(config: ModelConfig) -> mc.Layout:
     if config.attention == "mla":
         query = "wq_b" if config.q_rank else "wq"
         return mc.layouts.mla(config.nope, config.rope, config.v, query=query)
-    kv_heads = config.heads if config.attention == "mha" else config.kv_heads
-    return mc.layouts.gqa(kv_heads, heads=config.heads, query="wq", key="wk")
+    if config.attention == "mha":
+        return mc.layouts.mha(heads=config.heads, query="wq", key="wk")
+    return mc.layouts.gqa(config.kv_heads, heads=config.heads, query="wq", key="wk")
 
 
 def linear(ins: int, outs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
@@ -108,7 +108,7 @@ def rms_norm(features: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotates feature pairs (i, i + f/2) of `b t h f` by position `t` (RoFormer, arXiv 2104.09864)."""
+    """Rotates feature pairs (i, i + f/2) of `b t h f` by position (RoFormer, arXiv 2104.09864)."""
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = rearrange(positions.astype(jnp.float32), "t -> t 1 1") * frequencies
@@ -119,7 +119,7 @@ def apply_rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
 
 
 def attend_to_cache(logits: jax.Array, position: jax.Array, config: ModelConfig) -> jax.Array:
-    """Softmax weights `b h s` over the positions that are filled so far."""
+    """Softmax weights `... s` over the positions that are filled so far."""
     if config.soft_cap is not None:
         logits = config.soft_cap * jnp.tanh(logits / config.soft_cap)
     filled = jnp.arange(logits.shape[-1]) <= position
@@ -171,15 +171,18 @@ class LatentAttention(nnx.Module):
         k_rope = apply_rope(rearrange(k_rope, "b s r -> b s 1 r"), positions, config.rope_base)
         return self.kv_norm(latent), rearrange(k_rope, "b s 1 r -> b s r")
 
+    def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`b s d` → k `b s h f`, v `b s h v`, as training sees them; decoding never forms them."""
+        latent, k_rope = self.latents(x, jnp.arange(x.shape[1]))
+        kv = rearrange(self.wkv_b(latent), "b s (h f) -> b s h f", h=self.config.heads)
+        k_nope, v = jnp.split(kv, [self.config.nope], axis=-1)
+        k_rope = repeat(k_rope, "b s r -> b s h r", h=self.config.heads)
+        return jnp.concatenate([k_nope, k_rope], axis=-1), v
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        config, positions = self.config, jnp.arange(x.shape[1])
-        q_nope, q_rope = self.queries(x, positions)
-        latent, k_rope = self.latents(x, positions)
-        kv = rearrange(self.wkv_b(latent), "b s (h f) -> b s h f", h=config.heads)
-        k_nope, v = jnp.split(kv, [config.nope], axis=-1)
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        k = jnp.concatenate([k_nope, repeat(k_rope, "b s r -> b s h r", h=config.heads)], axis=-1)
-        self.sow(KeyActivations, "keys", k)
+        config = self.config
+        q = jnp.concatenate(self.queries(x, jnp.arange(x.shape[1])), axis=-1)
+        k, v = self.keys_and_values(x)
         out, max_logits = mc.dot_product_attention(
             q, k, v, is_causal=True, scale=config.scale, soft_cap=config.soft_cap
         )
@@ -228,19 +231,26 @@ class GroupedAttention(nnx.Module):
             self.q_norm = rms_norm(per_head, config, rngs)
             self.k_norm = rms_norm(per_head, config, rngs)
 
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
-        """`b t d` → q `b t h f`, k `b t k f`, v `b t k v`."""
+    def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """`b t d` → `b t h f`."""
         q = rearrange(self.wq(x), "b t (h f) -> b t h f", h=self.config.heads)
-        k = rearrange(self.wk(x), "b t (k f) -> b t k f", k=self.kv_heads)
-        v = rearrange(self.wv(x), "b t (k v) -> b t k v", k=self.kv_heads)
         if self.config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        base = self.config.rope_base
-        return apply_rope(q, positions, base), apply_rope(k, positions, base), v
+            q = self.q_norm(q)
+        return apply_rope(q, positions, self.config.rope_base)
+
+    def keys_and_values(
+        self, x: jax.Array, positions: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`b s d` → k `b s k f`, v `b s k v`; positions from 0 unless given."""
+        positions = jnp.arange(x.shape[1]) if positions is None else positions
+        k = rearrange(self.wk(x), "b s (k f) -> b s k f", k=self.kv_heads)
+        v = rearrange(self.wv(x), "b s (k v) -> b s k v", k=self.kv_heads)
+        if self.config.qk_norm == "full":
+            k = self.k_norm(k)
+        return apply_rope(k, positions, self.config.rope_base), v
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = self.project(x, jnp.arange(x.shape[1]))
-        self.sow(KeyActivations, "keys", k)
+        q, (k, v) = self.queries(x, jnp.arange(x.shape[1])), self.keys_and_values(x)
         out, max_logits = mc.dot_product_attention(
             q, k, v, is_causal=True, scale=self.config.scale, soft_cap=self.config.soft_cap
         )
@@ -256,7 +266,8 @@ class GroupedAttention(nnx.Module):
 
     def decode(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
         """One token `b 1 d` against the cached keys and values."""
-        q, k, v = self.project(x, position[None])
+        q = self.queries(x, position[None])
+        k, v = self.keys_and_values(x, position[None])
         cache = {"k": store(cache["k"], k, position), "v": store(cache["v"], v, position)}
         grouped = rearrange(q, "b t (k g) f -> b t k g f", k=self.kv_heads)
         logits = einsum(grouped, cache["k"], "b t k g f, b s k f -> b t k g s")
@@ -313,6 +324,14 @@ class Decoder(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.lm_head(self.norm(x)).astype(jnp.float32)
+
+    def keys(self, tokens: jax.Array) -> list[jax.Array]:
+        """Every layer's keys `b s k f` as they enter the logits, for diagnostics."""
+        x, keys = self.embed(tokens), []
+        for layer in self.layers:
+            keys.append(layer.attn.keys_and_values(layer.attn_norm(x))[0])
+            x = layer(x)
+        return keys
 
     def init_cache(self, batch: int) -> list[Cache]:
         return [layer.attn.init_cache(batch) for layer in self.layers]

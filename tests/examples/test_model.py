@@ -1,6 +1,7 @@
 """The MLA decoder: its training and its absorbed decode form are one function."""
 
 import dataclasses
+import warnings
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import muonclip_jax as mc
-from examples.mla.model import Decoder, KeyActivations, ModelConfig, attention_layout, generate
+from examples.mla.model import Decoder, ModelConfig, attention_layout, generate
 
 TINY = ModelConfig(
     vocab_size=31, d_model=24, layers=2, heads=4, kv_heads=2, nope=6, rope=4, v=5,
@@ -78,14 +79,30 @@ def test_decode_equals_training_before_and_after_a_clip(config):
     np.testing.assert_allclose(first, threshold, rtol=1e-5)
 
 
-def test_keys_are_sown_only_when_asked_for():
+@pytest.mark.parametrize("name", ["mla", "gqa with QK-norm"])
+def test_keys_are_those_of_the_logits(name):
+    """The maxima recomputed from queries and keys of the first layer."""
+    model = make(VARIANTS[name])
+    config = model.config
+    (_, sown), keys = forward(model, TOKENS), model.keys(TOKENS)
+    heads = config.heads if config.attention == "mla" else config.kv_heads
+    chex.assert_shape(keys, (2, 7, heads, config.nope + config.rope))
+    layer = model.layers[0]
+    queries = layer.attn.queries(layer.attn_norm(model.embed(TOKENS)), jnp.arange(7))
+    q = np.concatenate(queries, axis=-1) if isinstance(queries, tuple) else np.asarray(queries)
+    k = np.repeat(keys[0], config.heads // heads, axis=2)
+    logits = config.scale * np.einsum("bthf,bshf->hbts", q, k)
+    maxima = np.where(np.tri(7, dtype=bool), logits, -np.inf).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(mc.read_max_logits(sown)[("layers", "0", "attn")], maxima, rtol=1e-5)
+
+
+def test_a_plain_call_stores_nothing_in_the_model():
     model = make(TINY)
-    _, sown = forward(model, TOKENS)
-    assert set(mc.read_max_logits(sown)) == {("layers", str(i), "attn") for i in range(2)}
-    assert "keys" not in str(jax.tree.structure(sown))
-    _, keys = nnx.capture(lambda model: model(TOKENS), KeyActivations)(model)
-    for leaf in jax.tree.leaves(keys):
-        chex.assert_shape(leaf, (2, 7, TINY.heads, TINY.nope + TINY.rope))
+    before = nnx.to_flat_state(nnx.state(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(TOKENS)
+    assert [path for path, _ in nnx.to_flat_state(nnx.state(model))] == [p for p, _ in before]
 
 
 def test_causal():
@@ -116,7 +133,9 @@ def test_bfloat16_activations_float32_parameters():
     model = make(dataclasses.replace(TINY, dtype="bfloat16"), gain=1.0)
     logits, _ = forward(model, TOKENS)
     assert logits.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
+        jnp.dtype(jnp.float32)
+    }
 
 
 def test_parameters_route_and_describe():
@@ -126,11 +145,5 @@ def test_parameters_route_and_describe():
             rows = {row.path: row for row in mc.describe(params, attention_layout(config))}
             assert rows["lm_head/kernel"].optimizer == rows["embed/embedding"].optimizer == "other"
             assert rows["layers/0/mlp/gate/kernel"].matrices == "1 × [24, 32]"
-            assert (
-                "q"
-                in rows[
-                    "layers/0/attn/"
-                    + ("wq_b" if config.attention == "mla" and config.q_rank else "wq")
-                    + "/kernel"
-                ].role
-            )
+            query = "wq_b" if config.attention == "mla" and config.q_rank else "wq"
+            assert rows[f"layers/0/attn/{query}/kernel"].role in ("q", "q_nope, q_rope")

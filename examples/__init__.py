@@ -1,0 +1,1 @@
+"""Examples; they import only the public surface of `muonclip_jax`."""

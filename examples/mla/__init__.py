@@ -1,0 +1,16 @@
+"""A multi-head latent attention language model, trained with MuonClip on real text.
+
+settings.py    the flags
+data.py        files → tokenizer → batches of tokens
+model.py       the decoder; training form and absorbed decode form
+steps.py       what runs on the device: optimizer, training step, validation
+train.py       the run: `python -m examples.mla.train`
+checkpoint.py  checkpoints; stopping on a signal
+recorder.py    progress bar and metrics, one step late
+metrics.py     metrics.jsonl, and what is computed from it
+figures.py     pictures of the metrics
+page.py        tables and pictures as HTML
+report.py      report.html of a run
+compare.py     two optimizers on the same run: `python -m examples.mla.compare`
+cli.py         flags from dataclasses, errors in one line
+"""

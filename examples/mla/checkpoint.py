@@ -1,0 +1,128 @@
+"""Checkpoints of a run: everything a bit-exact continuation needs, written whole or not at all."""
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from examples.mla.cli import InputError
+
+FOLDER = "checkpoints"
+
+# Orbax tells every save, and after a read that failed of every other one that was under way.
+logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, by step; the newest two are kept.
+
+    Orbax writes into a temporary folder and renames it when all is there, so what an interrupted
+    save leaves behind is never listed. One checkpoint holds the parameters, the optimizer's state
+    (with the clip state), the position in the data, and `about`: settings and fingerprints.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.folder = run_dir / FOLDER
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            ),
+        )
+
+    @classmethod
+    def existing(cls, run_dir: Path) -> "Checkpoints":
+        """Those of a run that has at least one.
+
+        Raises:
+          InputError: It has none.
+        """
+        found = cls(run_dir) if (run_dir / FOLDER).is_dir() else None
+        if found is None or found.latest is None:
+            raise InputError(
+                f"{run_dir}: no complete checkpoint to resume; start a run without --resume"
+            )
+        return found
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, if there is one."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        model: nnx.Module,
+        optimizer: nnx.Optimizer,
+        *,
+        position: dict[str, Any],
+        about: dict[str, Any],
+    ) -> None:
+        """Writes a checkpoint; when it returns, it is on disk."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(nnx.state((model, optimizer))),
+                position=ocp.args.JsonSave(position),
+                about=ocp.args.JsonSave(about),
+            ),
+        )
+
+    def about(self) -> dict[str, Any]:
+        """The newest checkpoint's settings and fingerprints."""
+        return self._restore(about=ocp.args.JsonRestore())["about"]
+
+    def restore(self, model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
+        """Puts the newest checkpoint into the model and the optimizer.
+
+        Returns:
+          The position in the data.
+
+        Raises:
+          InputError: The checkpoint does not read, or holds another model.
+        """
+        here = nnx.state((model, optimizer))
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, here)
+        saved = self._restore(
+            state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
+        )
+        nnx.update((model, optimizer), saved["state"])
+        return saved["position"]
+
+    def _restore(self, **items: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax raises no less for a file cut short
+            raise InputError(
+                f"{self.folder / str(self.latest)}: damaged, or not a checkpoint of this model; "
+                f"move it away to resume from the one before ({' '.join(str(error).split())[:100]})"
+            ) from error
+
+
+class StopSignal:
+    """Takes note of the first Ctrl-C or SIGTERM, for the loop to end after the step it is in.
+
+    The second one acts at once, as it would have without this.
+    """
+
+    def __init__(self):
+        self.number: int | None = None
+        self._before = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.number = number
+        self.__exit__()

@@ -1,0 +1,111 @@
+"""The command line's manners: flags from a dataclass, and one line for everything that is wrong."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+
+Settings = TypeVar("Settings")
+
+MARKERS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without --no-resume
+
+
+class InputError(Exception):
+    """The user can mend this; the text is the one line to show, with the fix in it."""
+
+
+def parse(
+    settings: type[Settings],
+    args: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None = None,
+    default: Settings | None = None,
+) -> Settings:
+    """Reads the flags.
+
+    Args:
+      settings: The dataclass whose fields are the flags.
+      args: The arguments; None for those of the process.
+      prog: The command, for `--help`.
+      description: What it does, if the dataclass does not say.
+      default: Where flags that are not given come from, if not from the dataclass itself.
+
+    Raises:
+      InputError: A flag that does not exist, or a value that does not parse or fit.
+    """
+    with _tyro_errors(), one_line_errors():
+        default = tyro.MISSING_NONPROP if default is None else default
+        return tyro.cli(
+            settings,
+            args=args,
+            prog=prog,
+            description=description,
+            default=default,
+            config=MARKERS,
+        )
+
+
+def peek(settings: type[Settings], args: Sequence[str] | None) -> Settings:
+    """Reads the flags of `settings` and leaves all others alone.
+
+    Raises:
+      InputError: A value that does not parse.
+    """
+    with _tyro_errors():
+        return tyro.cli(
+            settings, args=args, config=MARKERS, return_unknown_args=True, add_help=False
+        )[0]
+
+
+@contextlib.contextmanager
+def _tyro_errors() -> Iterator[None]:
+    """Turns tyro's framed error and exit into an `InputError`."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise InputError(_first_message(box.getvalue()) + " (see --help)") from None
+
+
+def _first_message(box: str) -> str:
+    """The words of tyro's framed error up to its first rule, without the frame."""
+    _, _, body = box.partition("\n")
+    message = re.split(r"\n│ ─", body)[0]
+    return " ".join(message.replace("│", " ").split())
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what the library and the model say about wrong settings into an `InputError`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def run(main: Callable[[], int]) -> int:
+    """Calls `main`; returns the exit status, having said in one line what went wrong.
+
+    0 is success, 2 wrong input, 128 + n a stop by signal n.
+    """
+    try:
+        return main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(
+            "error: interrupted outside of training; what was saved before is kept", file=sys.stderr
+        )
+        return 130
+    return 2

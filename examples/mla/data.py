@@ -1,0 +1,293 @@
+"""Real text without a network: files, a tokenizer trained on them, shuffled batches of tokens.
+
+Axis names:  batch  sequences in one step
+             context  positions the model reads; a window has one more, the last target
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from examples.mla.cli import InputError
+
+SEPARATOR = "<|endoftext|>"
+BYTE_VOCABULARY = 257  # every byte, and the separator
+HELD_OUT = 0.05  # share of the files (of the text, when there is one file) kept for validation
+NOT_SOURCES = {
+    *("site-packages", "dist-packages", "__pycache__"),
+    *("test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "turtledemo"),
+    *("encodings", "pydoc_data"),  # tables, not code
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text, split by file: no validation text is ever trained on, by model or tokenizer.
+
+    Attributes:
+      source: Where it came from, for messages.
+      train: Training documents.
+      valid: Held-out documents.
+    """
+
+    source: str
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the whole content and its split."""
+        return _digest(_digest(*self.train), _digest(*self.valid))
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A corpus as token ids.
+
+    Attributes:
+      corpus: What was tokenized.
+      tokenizer: Its tokenizer.
+      train: int32 `[tokens]`, the documents one after another, each behind a separator.
+      valid: The same for the held-out documents.
+    """
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    train: np.ndarray
+    valid: np.ndarray
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary; fewer than asked for where the text is small."""
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the text and of the vocabulary."""
+        return {
+            "text": self.corpus.fingerprint,
+            "vocabulary": _digest(self.tokenizer.to_str()),
+        }
+
+    def check_same(self, saved: dict[str, str], run_dir: Path) -> None:
+        """Refuses to go on with other text, or with ids that mean other tokens.
+
+        Raises:
+          InputError: These are not the saved fingerprints.
+        """
+        for part, fingerprint in self.fingerprints.items():
+            if fingerprint != saved[part]:
+                raise InputError(
+                    f"{self.corpus.source}: its {part} is not the one that {run_dir} was trained "
+                    "with; give that run's text with --data, or start a new run without --resume"
+                )
+
+    def describe(self) -> str:
+        """One line for the user."""
+        return (
+            f"{self.corpus.source}: {len(self.train):,} tokens to train on, {len(self.valid):,} "
+            f"held out, vocabulary of {self.vocab_size:,}"
+        )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes that one token of the validation text stands for, on average."""
+        return sum(len(text.encode()) for text in self.corpus.valid) / len(self.valid)
+
+
+def load_text(
+    data: Path | None, *, installed_packages: bool, vocab_size: int, cache: Path
+) -> TokenizedText:
+    """Reads, splits and tokenizes the text.
+
+    Args:
+      data: A text file or a folder of them; None for the Python standard library's sources.
+      installed_packages: Whether to add the sources of the installed packages.
+      vocab_size: The tokenizer's vocabulary; `BYTE_VOCABULARY` makes every byte a token.
+      cache: Folder of trained tokenizers.
+
+    Raises:
+      InputError: A path that is missing, or without UTF-8 text.
+    """
+    corpus = read_corpus(data, installed_packages=installed_packages)
+    tokenizer = load_tokenizer(corpus.train, vocab_size, cache)
+    return TokenizedText(
+        corpus, tokenizer, encode(tokenizer, corpus.train), encode(tokenizer, corpus.valid)
+    )
+
+
+def read_corpus(data: Path | None, *, installed_packages: bool = False) -> Corpus:
+    """Reads the files and holds out some of them; see `load_text`."""
+    places = sysconfig.get_paths()
+    wanted = (["stdlib"] if data is None else []) + ["purelib", "platlib"] * installed_packages
+    code = dict.fromkeys(Path(places[name]) for name in wanted)
+    texts = [*(_read(data) if data else ()), *(text for root in code for text in _read_code(root))]
+    train, valid = split(texts)
+    return Corpus(" + ".join(map(str, [data, *code] if data else code)), train, valid)
+
+
+def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Holds out the files whose content hashes lowest, so that the choice depends neither on
+    names nor on order, and equal files are never on both sides. A single file gives its end."""
+    unique = {_digest(text): text for text in texts}
+    if len(unique) == 1:
+        (text,) = unique.values()
+        end = int(len(text) * (1 - HELD_OUT))
+        cut = text.rfind("\n", 0, end) + 1 or end
+        return (text[:cut],), (text[cut:],)
+    held_out = set(sorted(unique)[: max(1, round(len(unique) * HELD_OUT))])
+    return (
+        tuple(text for digest, text in unique.items() if digest not in held_out),
+        tuple(text for digest, text in unique.items() if digest in held_out),
+    )
+
+
+def load_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> Tokenizer:
+    """A byte-level BPE tokenizer of `texts`, trained once: the cache is keyed by the content
+    and the size, so other text never meets a wrong tokenizer."""
+    if vocab_size < BYTE_VOCABULARY:
+        raise InputError(
+            f"--vocab-size {vocab_size} is too small: {BYTE_VOCABULARY} is the least, "
+            "256 bytes and the document separator"
+        )
+    path = cache / f"tokenizer-{vocab_size}-{_digest(*texts)[:16]}.json"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(_train_tokenizer(texts, vocab_size).to_str(), encoding="utf-8")
+        partial.replace(path)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True  # a separator spelled out in the text stays text
+    return tokenizer
+
+
+def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Token ids of all documents, int32 `[tokens]`, each document behind a separator."""
+    separator = tokenizer.token_to_id(SEPARATOR)
+    ids = []
+    for start in range(0, len(texts), 256):  # so that not all is in memory in its long form
+        for encoding in tokenizer.encode_batch_fast(texts[start : start + 256]):
+            ids.append(np.array([separator, *encoding.ids], np.int32))
+    return np.concatenate(ids)
+
+
+def windows(tokens: np.ndarray, context: int) -> np.ndarray:
+    """Consecutive windows `[n, context + 1]` of `[tokens]`, one token shared; a view."""
+    return np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]
+
+
+def training_batches(
+    text: TokenizedText, *, context: int, batch: int, seed: int
+) -> grain.DatasetIterator:
+    """Batches int32 `[batch, context + 1]` without end, every epoch in a new order.
+
+    The iterator's `get_state` and `set_state` hold the position.
+
+    Raises:
+      InputError: Less than one batch of text.
+    """
+    _check_enough(text, "training", text.train, context, batch)
+    source = grain.MapDataset.source(windows(text.train, context))
+    batches = source.shuffle(seed=seed).repeat().batch(batch, drop_remainder=True)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+
+def validation_batches(
+    text: TokenizedText, *, context: int, batch: int, count: int
+) -> list[np.ndarray]:
+    """At most `count` batches int32 `[batch, context + 1]`, spread over the held-out text and
+    the same each time, whatever the training seed.
+
+    Raises:
+      InputError: Less than one batch of text.
+    """
+    _check_enough(text, "validation", text.valid, context, batch)
+    source = grain.MapDataset.source(windows(text.valid, context))
+    batches = source.shuffle(seed=0).batch(batch, drop_remainder=True)
+    return [batches[i] for i in range(min(count, len(batches)))]
+
+
+def _check_enough(
+    text: TokenizedText, part: str, tokens: np.ndarray, context: int, batch: int
+) -> None:
+    needed = batch * context + 1
+    if len(tokens) < needed:
+        raise InputError(
+            f"{text.corpus.source}: too little {part} text, {len(tokens)} tokens where one batch "
+            f"takes {needed}; give more with --data, or lower --batch-size or --context-length"
+        )
+
+
+def _read(path: Path) -> list[str]:
+    """The text of a file, or of every text file in a folder."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give a text file or a folder to --data")
+    if path.is_dir():
+        return _texts(path, list(_files(path)))
+    text = _text_or_none(path)
+    if text is None:
+        raise InputError(f"{path}: a binary file; --data takes UTF-8 text")
+    if not text.strip():
+        raise InputError(f"{path}: an empty file; --data takes a file with text in it")
+    return [text]
+
+
+def _read_code(root: Path) -> list[str]:
+    """The Python sources of a library, without tests and tables."""
+    return _texts(root, [path for path in _files(root, NOT_SOURCES) if path.suffix == ".py"])
+
+
+def _texts(root: Path, files: Sequence[Path]) -> list[str]:
+    texts = [text for text in map(_text_or_none, files) if text and text.strip()]
+    if not texts:
+        raise InputError(
+            f"{root}: none of its {len(files)} files is UTF-8 text with something in it; "
+            "give a text file or a folder of text files to --data"
+        )
+    return texts
+
+
+def _text_or_none(path: Path) -> str | None:
+    content = path.read_bytes()
+    try:
+        return None if b"\0" in content else content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+
+
+def _files(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """The files under `root` that are not hidden, in the order of their paths."""
+    for folder, children, names in os.walk(root):
+        children[:] = sorted(c for c in children if c not in without and not c.startswith("."))
+        files = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        yield from (file for file in files if file.is_file())
+
+
+def _digest(*parts: str) -> str:
+    """SHA-256 of the parts and of their boundaries, hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode()
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""The record of a run: one JSON object a line, from which everything shown is computed.
+
+Every row has an `event`: `start` (the settings; one more each time the run is resumed), `step`
+(one training step), `eval` (held-out loss and participation ratios) and `end` (the sample). Rows
+carry the step they were taken after.
+Maxima and clip factors are `{block: [heads]}`. A number that is not finite is null.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from examples.mla.cli import InputError
+
+Row = dict[str, Any]
+
+FILE = "metrics.jsonl"
+
+
+def write(file: TextIO, row: Mapping[str, Any]) -> None:
+    """Appends a row and hands it to the system, so that a crash loses nothing."""
+    file.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
+    file.flush()
+
+
+def read(run_dir: Path) -> list[Row]:
+    """All rows of a run. A last line that a crash cut short is left out.
+
+    Raises:
+      InputError: No metrics there, or something else in their place.
+    """
+    path = run_dir / FILE
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give the folder of a run")
+    *whole, _cut_short = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in whole]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not the metrics of a run ({error})") from error
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Drops what was recorded after `step`, where a resumed run continues."""
+    kept = [row for row in read(run_dir) if row["step"] <= step and row["event"] != "end"]
+    partial = run_dir / f"{FILE}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        for row in kept:
+            write(file, row)
+    partial.replace(run_dir / FILE)
+
+
+def select(rows: Sequence[Row], event: str) -> list[Row]:
+    """The rows of one kind."""
+    return [row for row in rows if row["event"] == event]
+
+
+def column(rows: Sequence[Row], name: str) -> np.ndarray:
+    """One number per row, float64 `[rows]`; NaN where it was not finite."""
+    return np.array([row[name] for row in rows], np.float64)
+
+
+def per_head(rows: Sequence[Row], name: str) -> dict[str, np.ndarray]:
+    """Block → float64 `[rows, heads]` of the step rows' `max_logits` or `gamma`."""
+    return {
+        block: np.array([row[name][block] for row in rows], np.float64) for block in rows[0][name]
+    }
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the model's among them."""
+    return {k: v for k, v in settings.items() if k != "model"} | settings["model"]
+
+
+def _jsonable(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _jsonable(item) for key, item in value.items()}
+        case np.ndarray() | np.generic():
+            return _jsonable(value.tolist())
+        case list() | tuple():
+            return [_jsonable(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value
+
+
+def summary(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What a run came to, as pairs of label and text."""
+    start = select(rows, "start")[-1]
+    steps, evals = select(rows, "step"), select(rows, "eval")
+    loss = column(evals[-1:], "loss").item()
+    bits_per_byte = loss / math.log(2) / start["facts"]["bytes_per_token"]
+    found = [
+        ("steps", f"{steps[-1]['step']:,}"),
+        ("tokens", f"{sum(row['tokens'] for row in steps):,}"),
+        ("tokens per second", f"{tokens_per_second(steps):,.0f}"),
+        ("training loss, mean of the last 20 steps", f"{column(steps[-20:], 'loss').mean():.3f}"),
+        ("validation loss (nats per token)", f"{loss:.3f}"),
+        ("validation perplexity", f"{np.exp(loss):.4g}"),
+        ("validation bits per byte", f"{bits_per_byte:.3f}"),
+        ("largest max logit", f"{np.fmax.reduce(peak(steps)):.2f}"),
+    ]
+    if clips(steps):
+        gamma = np.concatenate([*per_head(steps, "gamma").values()], axis=1)
+        found += [
+            ("threshold τ", f"{start['settings']['threshold']:g}"),
+            ("head-steps clipped", f"{(gamma < 1).mean():.1%}"),
+            ("smallest clip factor γ", f"{gamma.min():.3f}"),
+            ("maxima that were not finite", f"{steps[-1]['nonfinite_heads']}"),
+            ("clips lost to rounding", f"{steps[-1]['lost_heads']}"),
+        ]
+    return found
+
+
+def tokens_per_second(steps: Sequence[Row]) -> float:
+    """The mean rate, without steps that waited for the compiler (each start's first)."""
+    warm = [row for row in steps if not row["compiled"]] or steps
+    return sum(row["tokens"] for row in warm) / sum(row["seconds"] for row in warm)
+
+
+def clips(steps: Sequence[Row]) -> bool:
+    """Whether the run's optimizer ends with QK-Clip."""
+    return "gamma" in steps[0]
+
+
+def peak(steps: Sequence[Row]) -> np.ndarray:
+    """The largest max logit of any head, float64 `[steps]`; NaN where none was finite."""
+    return np.fmax.reduce([*per_head(steps, "max_logits").values()], axis=(0, 2))

@@ -1,0 +1,86 @@
+"""What a run tells while it runs: metrics.jsonl and the progress bar."""
+
+import time
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples.mla import metrics
+from examples.mla.settings import Settings
+from examples.mla.steps import learning_rates
+
+
+class Recorder:
+    """Takes each step's numbers as they are promised and reads them one step late, when the next
+    step has been handed to the device: the device never waits for the host."""
+
+    def __init__(self, file: TextIO, settings: Settings, done: int, console: Console):
+        self.console = console
+        self._file = file
+        self._tokens = settings.batch_size * settings.context_length
+        self._rates = np.asarray(jax.vmap(learning_rates(settings))(jnp.arange(settings.steps)))
+        self._first_step = done + 1
+        self._late: tuple[int, dict[str, Any]] | None = None
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=settings.steps, completed=done, shown="compiling")
+        self._clock = time.perf_counter()
+
+    def __enter__(self) -> "Recorder":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, numbers: dict[str, Any]) -> None:
+        """Notes a step that was just started, and records the one before."""
+        self.catch_up()
+        self._late = step, numbers
+
+    def catch_up(self) -> None:
+        """Records the step that is still out, waiting for it."""
+        if self._late is None:
+            return
+        (step, numbers), self._late = self._late, None
+        numbers = jax.device_get(numbers)
+        now = time.perf_counter()
+        row = {
+            "event": "step",
+            "step": step,
+            "tokens": self._tokens,
+            "seconds": now - self._clock,
+            "compiled": step == self._first_step,
+            "learning_rate": float(self._rates[step - 1]),
+            **numbers,
+        }
+        self._clock = now
+        metrics.write(self._file, row)
+        self._bar.update(self._task, completed=step, shown=_shown(row))
+
+    def evaluation(self, step: int, loss: float, participation_ratio: dict[str, Any]) -> None:
+        """Records a validation."""
+        row = {"step": step, "loss": loss, "participation_ratio": participation_ratio}
+        metrics.write(self._file, {"event": "eval", **row})
+        self.restart_clock()
+        self.console.print(f"step {step}: validation loss {loss:.3f}")
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last step, such as a save, out of the next one's time."""
+        self._clock = time.perf_counter()
+
+
+def _shown(row: metrics.Row) -> str:
+    largest = max(float(heads.max()) for heads in row["max_logits"].values())
+    clipped = f"  {row['heads_clipped']} heads clipped" if "gamma" in row else ""
+    rate = row["tokens"] / row["seconds"]
+    return f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s  max logit {largest:.1f}{clipped}"

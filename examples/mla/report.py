@@ -1,0 +1,129 @@
+"""The report of a run: one HTML file that needs nothing else, made from metrics.jsonl alone.
+
+Rebuild it with `python -m examples.mla.report RUN_DIR`.
+"""
+
+import html
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from examples.mla import cli, figures, metrics
+from examples.mla.metrics import Row, select
+from examples.mla.page import page, picture, section, table
+
+FILE = "report.html"
+
+
+def build(run_dir: Path) -> Path:
+    """Writes the report of a run into its folder.
+
+    Args:
+      run_dir: The folder with metrics.jsonl.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      InputError: No metrics there, or none of a single step.
+    """
+    rows = metrics.read(run_dir)
+    if not select(rows, "step"):
+        raise cli.InputError(f"{run_dir}: its metrics hold no step yet; train first")
+    path = run_dir / FILE
+    path.write_text(run_page(rows), encoding="utf-8")
+    return path
+
+
+def run_page(rows: Sequence[Row]) -> str:
+    """The report of one run as HTML."""
+    start = select(rows, "start")[-1]
+    settings, facts = start["settings"], start["facts"]
+    steps = select(rows, "step")
+    return page(
+        f"{settings['optimizer']} on {settings['model']['attention'].upper()}",
+        f"A language model after {steps[-1]['step']:,} steps on {facts['text']}.",
+        [
+            section("Result", table(metrics.summary(rows))),
+            section("Loss", picture(figures.loss({"": rows}), LOSS)),
+            section("Max logits", max_logits(steps, settings["threshold"])),
+            section("Clip factors", clip_factors(steps)),
+            section("Participation ratio", participation_ratio(select(rows, "eval"))),
+            section("Sample", sample(select(rows, "end"))),
+            section("Settings", table({**facts, **metrics.flat(settings)}.items())),
+        ],
+    )
+
+
+LOSS = (
+    "Cross-entropy in nats per token: of every training batch (faint), their running mean, and "
+    "of the held-out files."
+)
+MAX_LOGITS = (
+    "The largest attention logit of every head in each step's batch; one panel a layer, one line "
+    "a head. The dashed line is the threshold τ."
+)
+CLIP_FACTORS = (
+    "γ = min(1, τ / max logit): layers and their heads down, steps across (the smallest where "
+    "several share a column). The palest colour is 1, not clipped."
+)
+PARTICIPATION_RATIO = (
+    "(Σσ)² / Σσ² over the singular values σ of a head's keys [tokens, features], as they enter "
+    "the logits, on held-out text, uncentred; mean over the heads of a layer. The larger, the "
+    "more directions the keys use."
+)
+
+
+def max_logits(steps: Sequence[Row], threshold: float) -> str:
+    """Every head's maxima."""
+    applied = (
+        "QK-Clip rescales the weights of a head that has passed it."
+        if metrics.clips(steps)
+        else "This run does not clip: the line is for comparison."
+    )
+    return picture(figures.max_logits(steps, threshold), f"{MAX_LOGITS} {applied}")
+
+
+def clip_factors(steps: Sequence[Row]) -> str:
+    """The heat map, or why there is none."""
+    if not metrics.clips(steps):
+        return "<p>This run does not clip.</p>"
+    return picture(figures.clip_factors(steps), CLIP_FACTORS)
+
+
+def participation_ratio(evals: Sequence[Row]) -> str:
+    """Its course over training."""
+    return picture(figures.participation_ratio(evals), PARTICIPATION_RATIO)
+
+
+def sample(ends: Sequence[Row]) -> str:
+    """The generated text, its prompt marked."""
+    if not ends:
+        return "<p>The run is not finished yet.</p>"
+    prompt, text = (html.escape(ends[-1][name]) for name in ("prompt", "sample"))
+    return f"<pre><mark>{prompt}</mark>{text}</pre>"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Rebuilds report.html of a run from its metrics.jsonl."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+
+    def rebuild() -> int:
+        print(build(cli.parse(Arguments, args, prog="python -m examples.mla.report").run_dir))
+        return 0
+
+    return cli.run(rebuild)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

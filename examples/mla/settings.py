@@ -1,0 +1,199 @@
+"""The flags of a training run."""
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from examples.mla.cli import InputError
+from examples.mla.data import BYTE_VOCABULARY
+from examples.mla.model import ModelConfig
+
+RUNS = Path("runs")
+UNCLIPPED = {"muonclip": "muon", "adamclip": "adamw"}  # the chains that clip, without the clip
+DEFAULT_MODEL = ModelConfig(vocab_size=2048, d_model=128, heads=4, q_rank=64, kv_rank=48, d_ff=384)
+
+# A run may be continued with other values of these; all else belongs to the checkpoint.
+FREE_ON_RESUME = {
+    *("steps", "learning_rate", "warmup", "threshold", "weight_decay"),
+    *("eval_every", "eval_batches", "save_every", "prompt", "sample_tokens", "temperature"),
+    *("data", "installed_packages", "cache_dir", "run_dir", "resume"),  # the text is fingerprinted
+}
+
+
+@dataclass(frozen=True)
+class Where:
+    """The flags that tell where all others have their defaults from."""
+
+    run_dir: Path | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Trains a small multi-head latent attention language model on real text.
+
+    Ctrl-C or SIGTERM finishes the step, saves and exits with status 130 or 143; --resume goes on
+    from there, bit for bit.
+    """
+
+    steps: int = 1200
+    """Training steps."""
+    batch_size: int = 8
+    """Sequences per step."""
+    context_length: int = 128
+    """Tokens per sequence."""
+    optimizer: Literal["muonclip", "muon", "adamclip", "adamw"] = "muonclip"
+    """muonclip is Muon followed by QK-Clip, adamclip is AdamW followed by QK-Clip."""
+    learning_rate: float = 1e-2
+    """Highest learning rate; it falls along a cosine to a tenth."""
+    warmup: int = 50
+    """Steps of linear warm-up, at most half of the run."""
+    threshold: float = 15.0
+    """QK-Clip's threshold τ. Kimi K2 took 100; in a run this small no logit gets there, so a
+    small run needs a small threshold."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    data: Path | None = None
+    """A UTF-8 text file, or a folder of them; by default the Python standard library's sources."""
+    installed_packages: bool = False
+    """Add the sources of the installed packages."""
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    """Byte-level BPE with --vocab-size tokens, trained on the text; or one token a byte."""
+    seed: int = 0
+    """Of the parameters, the order of the data and the sample."""
+    eval_every: int = 100
+    """Steps between validations."""
+    eval_batches: int = 8
+    """Held-out batches per validation."""
+    save_every: int = 300
+    """Steps between checkpoints."""
+    prompt: str = "def "
+    """What the sample begins with."""
+    sample_tokens: int = 200
+    """Length of the sample."""
+    temperature: float = 0.8
+    """Of the sample; 0 takes the likeliest token."""
+    run_dir: Path | None = None
+    """Folder of the run; by default a new one in runs/, and with --resume the newest there."""
+    resume: bool = False
+    """Continue a run from its newest checkpoint; flags that are not given are that run's."""
+    cache_dir: Path = Path(".cache/mla")
+    """Folder of trained tokenizers."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = DEFAULT_MODEL
+
+    def __post_init__(self):
+        at_least_one = ("steps", "batch_size", "context_length", "eval_every", "eval_batches")
+        for name in (*at_least_one, "save_every", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "threshold"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{flag(name)} must be above 0 and finite, got {getattr(self, name)}"
+                )
+        for name in ("warmup", "weight_decay", "temperature", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{flag(name)} must be 0 or more, and finite, got {getattr(self, name)}"
+                )
+        if not self.prompt:
+            raise ValueError("--prompt must not be empty")
+        if self.clips and self.model.qk_norm != "none":
+            raise ValueError(
+                f"--qk-norm {self.model.qk_norm} undoes what QK-Clip does to the kernels before "
+                f"it; take --qk-norm none, or --optimizer {UNCLIPPED[self.optimizer]}"
+            )
+        if self.context_length > self.model.max_length:
+            raise ValueError(
+                f"--context-length {self.context_length} is more than the model's --max-length "
+                f"{self.model.max_length}; lower the one or raise the other"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up that this run has."""
+        return min(self.warmup, self.steps // 2)
+
+    @property
+    def tokenizer_size(self) -> int:
+        """Tokens asked of the tokenizer."""
+        return BYTE_VOCABULARY if self.tokenizer == "bytes" else self.model.vocab_size
+
+    @property
+    def clips(self) -> bool:
+        """Whether the optimizer ends with QK-Clip."""
+        return self.optimizer in UNCLIPPED
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for checkpoints and metrics."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Settings":
+        """The inverse of `to_json`."""
+        paths = {
+            name: Path(saved[name])
+            for name in ("data", "run_dir", "cache_dir")
+            if saved[name] is not None
+        }
+        return cls(**{**saved, **paths, "model": ModelConfig(**saved["model"])})
+
+
+def flag(name: str) -> str:
+    """How a field is spelled on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_same(settings: Settings, saved: Settings, checkpoint: Path) -> None:
+    """Refuses to continue a checkpoint as another model or run.
+
+    Raises:
+      InputError: Settings that belong to the checkpoint differ; each is named with both values.
+    """
+
+    def fixed(s: Settings) -> dict[str, Any]:
+        run = {name: value for name, value in asdict(s).items() if name not in FREE_ON_RESUME}
+        return run | run.pop("model")
+
+    there = fixed(saved)
+    differing = [
+        f"{flag(name)} {value} (there {there[name]})"
+        for name, value in fixed(settings).items()
+        if value != there[name]
+    ]
+    if differing:
+        raise InputError(
+            f"{checkpoint} is of another model or run: {', '.join(differing)}; leave these flags "
+            "out to resume it, or start a new run without --resume"
+        )
+
+
+def new_run_dir(wanted: Path | None) -> Path:
+    """The folder of a fresh run, not made yet.
+
+    Raises:
+      InputError: It holds something already.
+    """
+    run_dir = wanted or RUNS / f"mla-{datetime.now():%Y%m%d-%H%M%S}"
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise InputError(
+            f"{run_dir} is in use already; continue the run there with --resume, or give another "
+            "--run-dir"
+        )
+    return run_dir
+
+
+def newest_run_dir() -> Path:
+    """The run in `RUNS` that was saved last.
+
+    Raises:
+      InputError: There is none.
+    """
+    saved = sorted(RUNS.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
+    if not saved:
+        raise InputError(f"no checkpoint to resume in {RUNS}/; start a run without --resume")
+    return saved[-1].parent

@@ -1,0 +1,82 @@
+"""What runs on the device: the optimizer's chain, a training step, a validation."""
+
+from typing import Any
+
+import jax
+import optax
+from einops import rearrange
+from flax import nnx
+
+import muonclip_jax as mc
+from examples.mla.model import Decoder, ModelConfig, attention_layout
+from examples.mla.settings import Settings
+
+
+def learning_rates(settings: Settings) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to a tenth."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=settings.learning_rate / (settings.warmup_steps + 1),
+        peak_value=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.steps,
+        end_value=settings.learning_rate / 10,
+    )
+
+
+def make_optimizer(
+    settings: Settings, config: ModelConfig
+) -> optax.GradientTransformationExtraArgs:
+    """The chain that `--optimizer` names."""
+    rate, decay = learning_rates(settings), settings.weight_decay
+    layout, threshold = attention_layout(config), settings.threshold
+    match settings.optimizer:
+        case "muonclip":
+            return mc.muonclip(rate, layout=layout, threshold=threshold, weight_decay=decay)
+        case "muon":
+            return mc.muon(rate, weight_decay=decay)
+        case "adamclip":
+            return optax.chain(optax.adamw(rate, weight_decay=decay), mc.qk_clip(layout, threshold))
+        case "adamw":
+            return optax.with_extra_args_support(optax.adamw(rate, weight_decay=decay))
+
+
+def cross_entropy(model: Decoder, batch: jax.Array) -> jax.Array:
+    """Mean loss, in nats per token, of each next token of int32 `[batch, context + 1]`."""
+    logits = model(batch[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+
+@nnx.jit(static_argnames="clips")
+def train_step(
+    model: Decoder, optimizer: nnx.Optimizer, batch: jax.Array, *, clips: bool
+) -> dict[str, Any]:
+    """Updates the model.
+
+    Returns:
+      The step's numbers, without waiting for them: `loss`, `max_logits` `{block: [heads]}`, and
+      the other fields of the `QKClipState` when the optimizer clips.
+    """
+
+    def loss_fn(model):
+        return nnx.capture(lambda m: cross_entropy(m, batch), nnx.Intermediate)(model)
+
+    (loss, intermediates), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
+    optimizer.update(model, grads, max_logits=intermediates)
+    maxima = {"/".join(path): heads for path, heads in mc.read_max_logits(intermediates).items()}
+    clip = mc.qk_clip_state(optimizer.opt_state)._asdict() if clips else {}
+    return {**clip, "loss": loss, "max_logits": maxima}
+
+
+@nnx.jit
+def validate(model: Decoder, batch: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the loss, and of every attention block its keys `[batch, context, heads, features]`
+    as they enter the logits."""
+    keys = model.keys(batch[:, :-1])
+    return cross_entropy(model, batch), {f"layers/{i}/attn": k for i, k in enumerate(keys)}
+
+
+@jax.jit
+def participation(keys: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The participation ratio of each block's keys, mean over heads."""
+    by_head = {block: rearrange(k, "b t h f -> h (b t) f") for block, k in keys.items()}
+    return {block: mc.participation_ratio(k).mean() for block, k in by_head.items()}

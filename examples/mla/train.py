@@ -1,0 +1,232 @@
+"""Trains the MLA language model; see `python -m examples.mla.train --help`."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from examples.mla import cli, metrics, report
+from examples.mla.checkpoint import Checkpoints, StopSignal
+from examples.mla.cli import InputError
+from examples.mla.data import SEPARATOR, load_text, training_batches, validation_batches
+from examples.mla.model import Decoder, generate
+from examples.mla.recorder import Recorder
+from examples.mla.settings import Settings, Where, check_same, new_run_dir, newest_run_dir
+from examples.mla.steps import make_optimizer, participation, train_step, validate
+
+PROGRAM = "python -m examples.mla.train"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for wrong input, 128 + n when stopped by signal n."""
+    return cli.run(lambda: train(read_settings(args)))
+
+
+def read_settings(args: Sequence[str] | None) -> Settings:
+    """The flags; with `--resume`, those that are not given are the checkpoint's.
+
+    Raises:
+      InputError: Flags that are wrong, or do not fit the run to resume.
+    """
+    where = cli.peek(Where, args)
+    if not where.resume:
+        settings = cli.parse(Settings, args, prog=PROGRAM)
+        return replace(settings, run_dir=new_run_dir(settings.run_dir))
+    run_dir = where.run_dir or newest_run_dir()
+    about = Checkpoints.existing(run_dir).about()
+    with cli.one_line_errors():
+        saved = Settings.from_json(about["settings"])
+    settings = cli.parse(Settings, args, prog=PROGRAM, default=replace(saved, run_dir=run_dir))
+    check_same(settings, saved, run_dir)
+    return settings
+
+
+def train(settings: Settings, console: Console | None = None) -> int:
+    """Trains, or goes on training; leaves metrics, checkpoints and a report in the run's folder.
+
+    Returns:
+      0, or 128 + n when signal n ended it early.
+
+    Raises:
+      InputError: Settings or text that do not do; then nothing has been written.
+    """
+    console = console or Console()
+    run = Run(settings)
+    console.print(run.text.describe(), soft_wrap=True)
+    done = run.resume() if settings.resume else run.start()
+    stopped_by = run.loop(done, console)
+    if stopped_by:
+        console.print(
+            f"{signal.Signals(stopped_by).name}: saved step {run.checkpoints.latest}; to go on: "
+            f"--resume --run-dir {settings.run_dir}",
+            soft_wrap=True,
+        )
+        return 128 + stopped_by
+    run.finish(console)
+    return 0
+
+
+class Run:
+    """A model, its optimizer and its text; nothing is written before `start` or `resume`."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.text = load_text(
+            settings.data,
+            installed_packages=settings.installed_packages,
+            vocab_size=settings.tokenizer_size,
+            cache=settings.cache_dir,
+        )
+        size = {"context": settings.context_length, "batch": settings.batch_size}
+        self.batches = training_batches(self.text, seed=settings.seed, **size)
+        self.held_out = validation_batches(self.text, count=settings.eval_batches, **size)
+        self.config = replace(settings.model, vocab_size=self.text.vocab_size)
+        self.prompt = self._prompt_tokens()
+        with cli.one_line_errors():
+            self.model = Decoder(self.config, rngs=nnx.Rngs(settings.seed))
+            chain = make_optimizer(settings, self.config)
+            self.optimizer = nnx.Optimizer(self.model, chain, wrt=nnx.Param)
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.settings.run_dir)
+
+    def start(self) -> int:
+        """Makes the folder; returns the step it is at, 0."""
+        self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+        return self._record_start(0)
+
+    def resume(self) -> int:
+        """Goes back to the newest checkpoint; returns its step.
+
+        Raises:
+          InputError: It is of other text, or beyond `--steps`, or does not read.
+        """
+        step, folder = self.checkpoints.latest, self.settings.run_dir
+        self.text.check_same(self.checkpoints.about()["text"], folder)
+        if step > self.settings.steps:
+            raise InputError(f"{folder} is at step {step} already, beyond --steps; raise --steps")
+        self.batches.set_state(self.checkpoints.restore(self.model, self.optimizer))
+        metrics.rewind(folder, step)
+        return self._record_start(step)
+
+    def loop(self, done: int, console: Console) -> int | None:
+        """Trains from step `done` to the last.
+
+        Returns:
+          The signal that ended it early, if one did; all is saved then.
+        """
+        settings = self.settings
+        with (
+            StopSignal() as stop,
+            self._metrics_file() as file,
+            Recorder(file, settings, done, console) as recorder,
+        ):
+            if done == 0:
+                self._evaluate(0, recorder)
+            for step in range(done + 1, settings.steps + 1):
+                batch = next(self.batches)
+                recorder.step(
+                    step, train_step(self.model, self.optimizer, batch, clips=settings.clips)
+                )
+                ends = step == settings.steps
+                if ends or step % settings.eval_every == 0:
+                    recorder.catch_up()
+                    self._evaluate(step, recorder)
+                if ends or step % settings.save_every == 0 or stop.number:
+                    recorder.catch_up()
+                    self._save(step)
+                    recorder.restart_clock()
+                if stop.number:
+                    break
+            return stop.number
+
+    def finish(self, console: Console) -> None:
+        """Samples, and shows what the run came to."""
+        settings = self.settings
+        with self._metrics_file() as file:
+            end = {"event": "end", "step": settings.steps, "prompt": settings.prompt}
+            metrics.write(file, {**end, "sample": self._sample()})
+        rows = metrics.read(settings.run_dir)
+        table = Table(title=f"{settings.optimizer}, {settings.model.attention}", show_header=False)
+        for label, value in metrics.summary(rows):
+            table.add_row(label, value)
+        console.print(table)
+        console.rule("sample")
+        console.print(settings.prompt + rows[-1]["sample"], markup=False, highlight=False)
+        console.rule()
+        console.print(f"report: {report.build(settings.run_dir)}", soft_wrap=True)
+
+    def _evaluate(self, step: int, recorder: Recorder) -> None:
+        losses = []
+        for batch in self.held_out:
+            loss, keys = validate(self.model, batch)
+            losses.append(loss)
+        ratios = jax.device_get(participation(keys))  # of the last batch
+        recorder.evaluation(step, float(np.mean(jax.device_get(losses))), ratios)
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(
+            step,
+            self.model,
+            self.optimizer,
+            position=self.batches.get_state(),
+            about={"settings": self.settings.to_json(), "text": self.text.fingerprints},
+        )
+
+    def _prompt_tokens(self) -> np.ndarray:
+        separator = self.text.tokenizer.token_to_id(SEPARATOR)
+        prompt = [separator, *self.text.tokenizer.encode(self.settings.prompt).ids]
+        if len(prompt) >= self.config.max_length:
+            raise InputError(
+                f"--prompt is {len(prompt)} tokens long and leaves nothing of the model's "
+                f"--max-length {self.config.max_length}; shorten it"
+            )
+        return np.array(prompt, np.int32)
+
+    def _sample(self) -> str:
+        settings = self.settings
+        length = min(settings.sample_tokens, self.config.max_length - len(self.prompt))
+        tokens = generate(
+            self.model,
+            jnp.asarray(self.prompt),
+            length,
+            settings.temperature,
+            jax.random.key(settings.seed),
+        )
+        return self.text.tokenizer.decode(
+            np.asarray(tokens)[len(self.prompt) :].tolist(), skip_special_tokens=False
+        )
+
+    def _record_start(self, step: int) -> int:
+        sizes = jax.tree.map(jnp.size, nnx.state(self.model, nnx.Param))
+        facts = {
+            "text": self.text.corpus.source,
+            "parameters": sum(jax.tree.leaves(sizes)),
+            "vocabulary": self.text.vocab_size,
+            "training tokens": len(self.text.train),
+            "held-out tokens": len(self.text.valid),
+            "bytes_per_token": self.text.bytes_per_token,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+        row = {"event": "start", "step": step, "settings": self.settings.to_json(), "facts": facts}
+        with self._metrics_file() as file:
+            metrics.write(file, row)
+        return step
+
+    def _metrics_file(self) -> TextIO:
+        return (self.settings.run_dir / metrics.FILE).open("a", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
