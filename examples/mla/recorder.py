@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl and the progress bar."""
+"""What a run tells while it runs: metrics.jsonl, and a progress bar that fits 80 columns."""
 
 import time
 from typing import Any, TextIO
@@ -81,6 +81,6 @@ class Recorder:
 
 def _shown(row: metrics.Row) -> str:
     largest = max(float(heads.max()) for heads in row["max_logits"].values())
-    clipped = f"  {row['heads_clipped']} heads clipped" if "gamma" in row else ""
+    clipped = f"  {row['heads_clipped']} clipped" if "gamma" in row else ""
     rate = row["tokens"] / row["seconds"]
-    return f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s  max logit {largest:.1f}{clipped}"
+    return f"loss {row['loss']:.3f}  {rate:,.0f} tok/s  max logit {largest:.1f}{clipped}"

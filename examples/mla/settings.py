@@ -53,8 +53,8 @@ class Settings:
     warmup: int = 50
     """Steps of linear warm-up, at most half of the run."""
     threshold: float = 15.0
-    """QK-Clip's threshold τ. Kimi K2 took 100; in a run this small no logit gets there, so a
-    small run needs a small threshold."""
+    """QK-Clip's threshold τ. Kimi K2 took 100; a run as small and short as this one seldom gets
+    there, so heads are only clipped with a smaller threshold."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     data: Path | None = None
