@@ -23,7 +23,7 @@ compare: $(VENV)/.train-$(JAX)  ## the same model at a high learning rate, with 
 	$(BIN)/python -m examples.mla.compare $(ARGS)
 
 test: $(VENV)/.test-$(JAX)  ## the whole test suite
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	$(BIN)/mkdocs build --strict

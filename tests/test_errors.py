@@ -409,7 +409,11 @@ MISTAKES = [
     ("odd RoPE", lambda: ModelConfig(64, rope=7), ["turns pairs", "7 rotary features is odd"]),
     ("QK-norm with MLA", lambda: ModelConfig(64, qk_norm="full"), ["MLA", "partial"]),
     ("no layers", lambda: ModelConfig(64, layers=0), ["layers", "at least 1", "0"]),
-    ("kv_heads", lambda: ModelConfig(64, attention="gqa", kv_heads=4), ["6 heads", "4 key heads"]),
+    (
+        "kv_heads",
+        lambda: ModelConfig(64, attention="gqa", heads=6, kv_heads=4),
+        ["6 heads", "4 key heads"],
+    ),
 ]
 
 

@@ -28,34 +28,44 @@ Cache = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of the decoder.
+    """Sizes and options of the decoder; parameters are always float32, so that no clip is lost to
+    rounding."""
 
-    Attributes:
-      attention: `mla`; or for comparison `mha`, `gqa` with head size `nope + rope`, all rotary.
-      q_rank: Width of the query latent; 0 leaves out query compression (MLA only).
-      qk_norm: RMSNorm on queries and keys: `full` (MHA, GQA) or `partial` (MLA: on q_nope,
-        q_rope and k_rope, the parts that exist in decoding).
-      soft_cap: `cap * tanh(logit / cap)` before the softmax.
-      dtype: Of the activations; parameters are always float32, so that no clip rounds away.
-    """
-
-    vocab_size: int
-    d_model: int = 192
+    vocab_size: int = 2048
+    """Tokens in the vocabulary."""
+    d_model: int = 128
+    """Width of the residual stream."""
     layers: int = 4
-    heads: int = 6
+    """Attention and MLP layers."""
+    heads: int = 4
+    """Query heads."""
     kv_heads: int = 2
+    """Key and value heads of attention gqa."""
     nope: int = 32
+    """Features per head without position; all are rotary in mha and gqa."""
     rope: int = 16
+    """Rotary features per head."""
     v: int = 32
-    q_rank: int = 96
-    kv_rank: int = 64
-    d_ff: int = 512
+    """Value features per head."""
+    q_rank: int = 64
+    """Width of MLA's query latent; 0 leaves out query compression."""
+    kv_rank: int = 48
+    """Width of MLA's key/value latent, which decoding caches."""
+    d_ff: int = 384
+    """Width inside the MLP."""
     max_length: int = 256
+    """Longest sequence, for decoding's cache."""
     rope_base: float = 10_000.0
+    """Longest RoPE wavelength, over 2π."""
     attention: Literal["mla", "mha", "gqa"] = "mla"
+    """Multi-head latent attention, or for comparison multi-head or grouped-query attention."""
     qk_norm: Literal["none", "full", "partial"] = "none"
+    """RMSNorm on queries and keys: full for mha and gqa, partial for mla (on q_nope, q_rope and
+    k_rope, the parts that exist in decoding). Does not go with an optimizer that clips."""
     soft_cap: float | None = None
+    """Caps logits smoothly: cap * tanh(logit / cap)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations."""
 
     def __post_init__(self):
         for name, value in asdict(self).items():

@@ -14,7 +14,6 @@ from examples.mla.model import ModelConfig
 
 RUNS = Path("runs")
 UNCLIPPED = {"muonclip": "muon", "adamclip": "adamw"}  # the chains that clip, without the clip
-DEFAULT_MODEL = ModelConfig(vocab_size=2048, d_model=128, heads=4, q_rank=64, kv_rank=48, d_ff=384)
 
 # A run may be continued with other values of these; all else belongs to the checkpoint.
 FREE_ON_RESUME = {
@@ -83,7 +82,7 @@ class Settings:
     """Continue a run from its newest checkpoint; flags that are not given are that run's."""
     cache_dir: Path = Path(".cache/mla")
     """Folder of trained tokenizers."""
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = DEFAULT_MODEL
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = ModelConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
         at_least_one = ("steps", "batch_size", "context_length", "eval_every", "eval_batches")
