@@ -8,7 +8,7 @@ EXTRAS_train := examples
 EXTRAS_test := examples,test
 EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
-$(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda13 or tpu))
+$(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
 .PHONY: help train compare test test-lowest docs lint clean

@@ -1,4 +1,4 @@
-"""Muon, QK-Clip and MuonClip as composable Optax transformations for any Flax model."""
+"""Muon, QK-Clip and MuonClip as composable Optax transformations for Flax models."""
 
 # ruff: noqa: RUF022 (data-flow order)
 from muonclip_jax import layouts

@@ -119,12 +119,15 @@ class Layout:
 
         Raises:
           ValueError: No block, a block without one of its kernels, a kernel whose shape does
-            not fit, or a QK-norm behind the projections; each with path, shape and fix.
+            not fit, a QK-norm behind the projections or, without a `block` pattern, another
+            module that looks like attention; each with path, shape and fix.
         """
         shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
         found = self._block_paths(shapes)
         if not found:
             raise ValueError(self._nothing_found(params, shapes))
+        if self.block is None:
+            _check_all_covered(str(self), found, shapes)
         return tuple(self._read_block(path, shapes) for path in found)
 
     def _block_paths(self, shapes: Mapping[Path, Any]) -> list[Path]:
@@ -157,7 +160,8 @@ class Layout:
         kernels = [paths.show(path) for path in shapes if path[-1] == "kernel"][:8]
         return (
             f"{message} Kernels in this tree: {', '.join(kernels) or 'none'}. Name the projections "
-            'in the layout (mha(query="q_proj", key="k_proj"), mla(..., query="wq")).'
+            'in the layout: mha(query="q_proj", key="k_proj"), gqa(kv_heads, heads=..., '
+            'query="q_proj", key="k_proj") for flat kernels, mla(..., query="wq").'
         )
 
     def _read_block(self, path: Path, shapes: Mapping[Path, tuple[int, ...]]) -> "Block":
@@ -282,7 +286,7 @@ class Layout:
         if len(shape) < (2 if flat else 3):
             problem = (
                 "is not [stack..., in, heads, head_features]; for flat kernels "
-                "[stack..., in, heads*head_features] give the layout heads="
+                "[stack..., in, heads*head_features] give the layout heads= (gqa: and kv_heads=)"
             )
         elif flat:
             heads = told_heads or max(1, shape[-1] // told_features)
@@ -486,8 +490,8 @@ def find_layout(params: Any) -> Layout:
       params: The model's parameters (arrays or `jax.ShapeDtypeStruct`s).
 
     Raises:
-      ValueError: No such block, or projections that look like another kind of attention besides;
-        the message lists what was found and the layouts to use.
+      ValueError: No such block: the message lists the kernels found and the layouts to use. Or
+        what `Layout.blocks` raises.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
     blocks = [block for block in _parents(shapes) if is_flax_attention(block, shapes)]
@@ -499,19 +503,13 @@ def find_layout(params: Any) -> Layout:
             "the layout: layouts.mha(query=..., key=...), layouts.gqa(...) or "
             "layouts.mla(nope, rope, v)."
         )
-    for block in _parents(shapes):
-        for pair in _QUERY_AND_KEY:
-            if block not in blocks and all((*block, name, "kernel") in shapes for name in pair):
-                raise ValueError(
-                    f"find_layout: besides Flax's own attention modules ({paths.show(blocks[0])}), "
-                    f"{paths.show(block)} holds {' and '.join(pair)}, which looks like another "
-                    "kind. Write one layout for each, with block= patterns."
-                )
     equal = all(
         shapes[(*block, "query", "kernel")][-2] == shapes[(*block, "key", "kernel")][-2]
         for block in blocks
     )
-    return mha() if equal else gqa()
+    layout = mha() if equal else gqa()
+    layout.blocks(params)  # raises here rather than at the first step
+    return layout
 
 
 def is_flax_attention(block: Path, shapes: Mapping[Path, tuple[int, ...]]) -> bool:
@@ -540,7 +538,7 @@ def _check_count(what: str, value: Any) -> None:
         raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}.")
 
 
-# Projections that give attention away which is not Flax's own.
+# Pairs of projections that give attention away.
 _QUERY_AND_KEY = (
     ("query", "key"),
     ("q_proj", "k_proj"),
@@ -550,6 +548,20 @@ _QUERY_AND_KEY = (
     ("wq", "wkv_b"),
     ("q_b_proj", "kv_b_proj"),
 )
+
+
+def _check_all_covered(layout: str, found: list[Path], shapes: Mapping[Path, Any]) -> None:
+    """Raises ValueError for a module that looks like attention and is in none of the blocks."""
+    for module in _parents(shapes):
+        if any(module[: len(block)] == block for block in found):
+            continue
+        for pair in _QUERY_AND_KEY:
+            if all((*module, name, "kernel") in shapes for name in pair):
+                raise ValueError(
+                    f"{paths.show(module)} holds {' and '.join(pair)}, which looks like attention "
+                    f"that {layout} does not cover (it covers {paths.show(found[0])}). Write a "
+                    "layout for each kind, with block= patterns that say which is whose."
+                )
 
 
 def _parents(shapes: Mapping[Path, Any]) -> list[Path]:

@@ -286,7 +286,8 @@ def _kernel_matrices(path: Path, tree: "_Tree") -> MuonDimensionNumbers:
         f"{'a stack of kernels' if stack else 'one kernel'} [stack..., "
         f"{'in, heads, head_features' if own_axes == 3 else 'in, out'}] to the parameters around "
         f"it ({tree.around(path)}): is it a convolution, a stack of experts, a projection to "
-        "heads, a scan axis other than 0? " + _FIX.format(pattern=paths.show(path))
+        "heads, a scan axis other than 0? (One matrix per head: reduction_axis=-3, output_axis=-1; "
+        "of an output projection from heads: -2 and -1.) " + _FIX.format(pattern=paths.show(path))
     )
 
 

@@ -245,6 +245,11 @@ MISTAKES = [
         ["b holds wq and wk", "block= patterns"],
     ),
     (
+        "attention that the layout does not name",
+        lambda: clip({"a": block(), "b": {"q_proj": kernel(8, 8), "k_proj": kernel(8, 8)}}),
+        ["b holds q_proj and k_proj", "layouts.mha()", "covers a", "block= patterns"],
+    ),
+    (
         "a piece beyond its head",
         lambda: clip(
             layout=dataclasses.replace(

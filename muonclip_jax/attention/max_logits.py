@@ -135,7 +135,7 @@ def _nothing_sown(found: list[paths.Path], shown: int = 8) -> str:
         "sow_weights=True. "
         "Was it collected? Linen: model.apply(..., mutable=['intermediates']), and scanned layers "
         "need nn.scan(..., variable_axes={'intermediates': 0}). "
-        "NNX: nnx.capture(model, nnx.Intermediate). "
+        "NNX: nnx.capture(lambda model: ..., nnx.Intermediate)(model). "
         "Was it returned? jit, grad (has_aux=True) and vmap drop what their function does not "
         "return."
     )

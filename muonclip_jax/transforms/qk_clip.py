@@ -267,8 +267,8 @@ def _pair(layout: Layout, blocks: tuple[Block, ...], max_logits: Any) -> dict[st
             "qk_clip got no max_logits. Pass what the forward pass sowed: "
             "tx.update(grads, state, params, max_logits=intermediates), where intermediates comes "
             'from model.apply(..., mutable=["intermediates"]) in Linen or '
-            "nnx.capture(model, nnx.Intermediate) in NNX; Flax's TrainState.apply_gradients does "
-            "not forward it, call tx.update yourself."
+            "nnx.capture(lambda model: ..., nnx.Intermediate)(model) in NNX; Flax's "
+            "TrainState.apply_gradients does not forward it, call tx.update yourself."
         )
     sown = read_max_logits(max_logits)
     found: dict[str, list[jax.Array]] = {block.name: [] for block in blocks}
