@@ -63,6 +63,7 @@ class Two(nn.Module):
 
 class Scanned(nn.Module):
     collections: tuple[str, ...] = ("params", "intermediates")
+    block: type[nn.Module] = Block
 
     @nn.compact
     def __call__(self, x):
@@ -72,7 +73,7 @@ class Scanned(nn.Module):
             split_rngs={"params": True},
             length=3,
         )
-        return scan(Block(name="layers"), x, None)[0]
+        return scan(self.block(name="layers"), x, None)[0]
 
 
 def run_linen(model, x=X, seed=1):
@@ -89,8 +90,9 @@ def test_linen_blocks_by_path(block):
     assert_close(read_max_logits(state), {("first",): first, ("second",): second})
 
 
-def test_linen_scan_stacks_the_layers():
-    params, state = run_linen(Scanned())
+@pytest.mark.parametrize("block", [Block, nn.remat(Block)], ids=["plain", "remat"])
+def test_linen_scan_stacks_the_layers(block):
+    params, state = run_linen(Scanned(block=block))
     expected = expected_maxima(params["layers"]["dense"]["kernel"], X)
     found = read_max_logits(state)
     assert_close(found, {("layers",): expected})
