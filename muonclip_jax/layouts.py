@@ -10,7 +10,7 @@ Axis names:  stack  leading axes of scanned or vmapped layers, carried through
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -47,6 +47,10 @@ class Piece:
     projection: str
     start: int = 0
     stop: int | None = None
+
+    def length(self, head_features: int) -> int:
+        """Features of one head that the piece covers."""
+        return (head_features if self.stop is None else self.stop) - self.start
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class Layout:
     @property
     def projections(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(piece.projection for piece in self.pieces))
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys come from a latent with the values, so that their heads differ in size."""
+        return any(piece.role == "k_nope" for piece in self.pieces)
 
     def blocks(self, params: Any) -> tuple["Block", ...]:
         """Every attention block of `params` that this layout describes.
@@ -188,7 +197,7 @@ class Layout:
                 f"{shapes[key.kernel]}) do not fit layouts.{self.name}. Use layouts.gqa() when "
                 "several query heads share a key head."
             )
-        if self.name != "mla" and query.head_features != key.head_features:
+        if not self.latent and query.head_features != key.head_features:
             raise ValueError(
                 f"{where}: {paths.show(query.kernel)} {shapes[query.kernel]} has "
                 f"{query.head_features} features per head and {paths.show(key.kernel)} "
@@ -200,40 +209,40 @@ class Layout:
     def _refuse_qk_norm(
         self, block: Path, projections: tuple["Projection", ...], shapes: Mapping[Path, Any]
     ) -> None:
-        """Norms inside the block, as long as a head or a part of one, that stand behind the
-        projections; one in front of them is as long as their input."""
-        stack = projections[0].stack
-        inputs = {shapes[p.kernel][len(p.stack)] for p in projections}
-        lengths = {
-            length
-            for p in projections
-            for piece in p.pieces
-            for length in (
-                p.heads * p.head_features,
-                p.head_features,
-                (piece.stop or p.head_features) - piece.start,
-            )
-        }
-        modules = {p.kernel[:-1] for p in projections}
-        for path, shape in shapes.items():
-            module = path[:-1]
-            if path[: len(block)] != block or module in modules | {block}:
-                continue
-            inside = "/".join(module[len(block) :])
-            is_scale = path[-1] not in ("kernel", "bias") and len(shape) == 1 + len(stack)
-            latent = self.name == "mla" and shape[-1:] and shape[-1] in inputs
-            named = _QK_NORM.search(module[-1]) and not latent
-            behind = "WeightNorm" in inside or (
-                is_scale and (named or shape[-1] in lengths - inputs)
-            )
-            if behind and inside not in self.harmless_norms:
+        for path in self._qk_norms(block, projections, shapes):
+            module = "/".join(path[len(block) : -1])
+            if module not in self.harmless_norms:
                 raise ValueError(
-                    f"{paths.show(path)} {shape} normalises queries or keys after their "
+                    f"{paths.show(path)} {shapes[path]} normalises queries or keys after their "
                     f"projection: scaling the kernels of {paths.show(block)} would change nothing. "
                     "QK-norm already bounds the logits: drop it, or leave the block out with the "
                     "layout's block= pattern. If this norm does something else, say so with "
-                    f"dataclasses.replace(layout, harmless_norms=({inside!r},))."
+                    f"dataclasses.replace(layout, harmless_norms=({module!r},))."
                 )
+
+    def _qk_norms(
+        self, block: Path, projections: tuple["Projection", ...], shapes: Mapping[Path, Any]
+    ) -> Iterator[Path]:
+        """Scales of norms behind the projections: known by their names, or because they are as
+        long as all heads, one head or a piece of one, where a norm in front of a projection is
+        as long as its input."""
+        one_axis = 1 + len(projections[0].stack)
+        inputs = {shapes[p.kernel][len(p.stack)] for p in projections}
+        outputs = {p.heads * p.head_features for p in projections}
+        outputs |= {p.head_features for p in projections}
+        outputs |= {piece.length(p.head_features) for p in projections for piece in p.pieces}
+        own_modules = {block, *(p.kernel[:-1] for p in projections)}
+        for path, shape in shapes.items():
+            module = path[:-1]
+            if path[: len(block)] != block or module in own_modules:
+                continue
+            if any(part.startswith("WeightNorm") for part in module[len(block) :]):
+                yield path
+            elif path[-1] not in ("kernel", "bias") and len(shape) == one_axis:
+                # MLA's latent norms are in front, and some are called q_norm.
+                named = _QK_NORM.search(module[-1]) and not (self.latent and shape[-1] in inputs)
+                if named or shape[-1] in outputs - inputs:
+                    yield path
 
     def _read_projection(
         self, block: Path, name: str, shapes: Mapping[Path, tuple[int, ...]]
