@@ -131,7 +131,7 @@ class Layout:
             not fit, a QK-norm behind the projections or, without a `block` pattern, another
             module that looks like attention; each with path, shape and fix.
         """
-        shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
+        shapes = paths.shapes(params)
         found = self._block_paths(shapes)
         if not found:
             raise ValueError(self._nothing_found(params, shapes))
@@ -166,9 +166,8 @@ class Layout:
                 f"{message} Some parameters are masked: this transformation stands inside "
                 "optax.partition or optax.masked; move it outside, to the end of the chain."
             )
-        kernels = [paths.show(path) for path in shapes if path[-1] == "kernel"][:8]
         return (
-            f"{message} Kernels in this tree: {', '.join(kernels) or 'none'}. Name the projections "
+            f"{message} Kernels in this tree: {_some_kernels(shapes)}. Name the projections "
             'in the layout: mha(query="q_proj", key="k_proj"), gqa(kv_heads, heads=..., '
             'query="q_proj", key="k_proj") for flat kernels, mla(..., query="wq").'
         )
@@ -388,7 +387,9 @@ class Block:
         }
 
 
-def mha(*, heads: int | None = None, query: str = "query", key: str = "key", block=None) -> Layout:
+def mha(
+    *, heads: int | None = None, query: str = "query", key: str = "key", block: str | None = None
+) -> Layout:
     """Multi-head attention: every query head has a key head of its own.
 
     Kernels are Flax's `[stack..., in, heads, head_features]`, or `[stack..., in, out]` when
@@ -468,13 +469,10 @@ def mla(
       block: Glob over block paths, to take only some of the model's attention blocks.
 
     Raises:
-      ValueError: A size below 1.
+      ValueError: A size that is no whole number of at least 1.
     """
     for name, size in (("nope", nope), ("rope", rope), ("v", v)):
-        if size < 1:
-            raise ValueError(
-                f"layouts.mla: {name} must be at least 1 feature per head, got {size}."
-            )
+        _check_count(f"layouts.mla: {name}", size)
     return Layout(
         name="mla",
         pieces=(
@@ -502,13 +500,12 @@ def find_layout(params: Any) -> Layout:
       ValueError: No such block: the message lists the kernels found and the layouts to use. Or
         what `Layout.blocks` raises.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
+    shapes = paths.shapes(params)
     blocks = [block for block in _parents(shapes) if is_flax_attention(block, shapes)]
     if not blocks:
-        kernels = [paths.show(path) for path in shapes if path[-1] == "kernel"][:8]
         raise ValueError(
             "find_layout: no Flax attention module (query, key, value and out kernels in one "
-            f"module) in these parameters. Kernels found: {', '.join(kernels) or 'none'}. Write "
+            f"module) in these parameters. Kernels found: {_some_kernels(shapes)}. Write "
             "the layout: layouts.mha(query=..., key=...), layouts.gqa(...) or "
             "layouts.mla(nope, rope, v)."
         )
@@ -576,6 +573,11 @@ def _check_all_covered(layout: str, found: list[Path], shapes: Mapping[Path, Any
 def _parents(shapes: Mapping[Path, Any]) -> list[Path]:
     """The modules that hold modules with parameters."""
     return list(dict.fromkeys(path[:-2] for path in shapes if len(path) >= 2))
+
+
+def _some_kernels(shapes: Mapping[Path, Any]) -> str:
+    kernels = [paths.show(path) for path in shapes if path[-1] == "kernel"]
+    return ", ".join(kernels[:8]) or "none"
 
 
 def _children(block: Path, shapes: Mapping[Path, tuple[int, ...]]) -> str:

@@ -41,6 +41,11 @@ def leaves(tree: Any, is_leaf=None) -> Iterator[tuple[Path, Any]]:
         yield parse(key_path), leaf
 
 
+def shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
+    """The shape of every leaf, arrays or `jax.ShapeDtypeStruct`s, by its path."""
+    return {path: tuple(leaf.shape) for path, leaf in leaves(tree)}
+
+
 def map_with_path(fn, tree: Any, *rest: Any, is_leaf=None) -> Any:
     """`jax.tree.map` whose function gets the path first."""
     return jax.tree_util.tree_map_with_path(

@@ -95,13 +95,13 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]
     entries = dict(paths.leaves(tree, is_leaf=_is_entry))
     resolved = {}
     for path, leaf in paths.leaves(params):
-        prefixes = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
-        if not prefixes:
+        matching = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
+        if not matching:
             raise ValueError(
                 f"dimension_numbers says nothing about {paths.show(path)} {tuple(leaf.shape)}. "
                 "Give it a MuonDimensionNumbers, or None for the other optimizer."
             )
-        resolved[path] = entries[prefixes[-1]]
+        resolved[path] = entries[matching[-1]]
         check_axes(path, tuple(leaf.shape), resolved[path])
     every_path = [path for path, _ in paths.leaves(params, is_leaf=_is_masked)]
     prefixes = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
@@ -295,7 +295,7 @@ class _Tree:
     """The shapes of a parameter tree, and what they tell about stacked layers."""
 
     def __init__(self, params: Any):
-        self.shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params)}
+        self.shapes = paths.shapes(params)
         self._scales: dict[Path, list[Path]] = {}  # module → norm scales anywhere inside
         self._modules: dict[Path, list[Path]] = {}  # top-level module → its parameters
         for path, shape in self.shapes.items():
