@@ -1,20 +1,24 @@
-"""Muon, QK-Clip and MuonClip as composable Optax transformations for Flax models."""
+"""Muon, QK-Clip, MuonClip and QuacK as composable Optax transformations for Flax models."""
 
 # ruff: noqa: RUF022 (data-flow order)
 from muonclip_jax import layouts
 from muonclip_jax.attention import dot_product_attention, read_max_logits, sow_max_logits
+from muonclip_jax.description import describe
 from muonclip_jax.diagnostics import eigenvalue_participation_ratio, participation_ratio
 from muonclip_jax.layouts import Layout, find_layout
 from muonclip_jax.orthogonalize import Schedule, orthogonality_error, orthogonalize, schedules
-from muonclip_jax.recipes import muon, muonclip
-from muonclip_jax.routing import describe, muon_dimension_numbers
+from muonclip_jax.recipes import muon, muonclip, quack
+from muonclip_jax.routing import muon_dimension_numbers
 from muonclip_jax.transforms import (
     MuonState,
     QKClipState,
+    QuackState,
     apply_qk_clip,
     qk_clip,
     qk_clip_state,
+    quack_state,
     scale_by_muon,
+    scale_by_quack,
     scale_by_update_rms,
 )
 
@@ -27,6 +31,9 @@ __all__ = [
     "scale_by_muon",
     "MuonState",
     "scale_by_update_rms",
+    "scale_by_quack",
+    "QuackState",
+    "quack_state",
     "qk_clip",
     "QKClipState",
     "qk_clip_state",
@@ -34,6 +41,7 @@ __all__ = [
     # recipes: the chains
     "muon",
     "muonclip",
+    "quack",
     # which parameters, which heads
     "muon_dimension_numbers",
     "layouts",

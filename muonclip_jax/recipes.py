@@ -1,6 +1,7 @@
-"""The chains: Muon, and Muon followed by QK-Clip."""
+"""The chains: Muon, Muon followed by QK-Clip, and Muon or another optimizer with QuacK."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,17 +9,20 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax import paths, routing
-from muonclip_jax.layouts import Layout
+from muonclip_jax.layouts import Layouts
 from muonclip_jax.orthogonalize import Schedule, schedules
 from muonclip_jax.transforms.muon import scale_by_muon
 from muonclip_jax.transforms.qk_clip import Scope, qk_clip
+from muonclip_jax.transforms.quack import Norm, QuackRule, scale_by_quack
 from muonclip_jax.transforms.update_rms import Rule, scale_by_update_rms
+
+_ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
 
 
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    other: optax.GradientTransformation = optax.scale_by_adam(b1=0.9, b2=0.95),  # noqa: B008
+    other: optax.GradientTransformation = _ADAM,
     momentum: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
     schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008
@@ -52,9 +56,11 @@ def muon(
         scales and scalars.
       dimension_numbers: Which parameters are Muon's, as which matrices: a tree of
         `optax.contrib.MuonDimensionNumbers` (None inside it meaning `other`), a prefix of one, or
-        a function from the parameters to one. None is `muon_dimension_numbers`. `describe`
-        prints the outcome. Under `optax.inject_hyperparams`, which takes every function for a
-        schedule, name it in `static_args`.
+        a function from the parameters to one. None is `muon_dimension_numbers`; with
+        `functools.partial(muon_dimension_numbers, layout=layout)` attention's projections are
+        orthogonalized head by head, on any layout. `describe` prints the outcome. Under
+        `optax.inject_hyperparams`, which takes every function for a schedule, name it in
+        `static_args`.
       dtype: The dtype of the Newton–Schulz iteration.
       mu_dtype: The dtype of Muon's momentum.
 
@@ -62,9 +68,132 @@ def muon(
       ValueError: When built, an `other` that already descends (`optax.adamw(1e-3)`); at init, a
         parameter that the routing does not cover, with its path, shape and fix.
     """
-    _check_ascent(other)
-    if weight_decay_mask is None:
-        weight_decay_mask = routing.decay_mask
+    return optax.chain(
+        _muon_or_other(
+            other=other,
+            momentum=momentum,
+            nesterov=nesterov,
+            schedule=schedule,
+            update_rms=update_rms,
+            dimension_numbers=dimension_numbers,
+            dtype=dtype,
+            mu_dtype=mu_dtype,
+        ),
+        _decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muonclip(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    layout: Layouts,
+    threshold: jax.typing.ArrayLike = 100.0,
+    alpha: jax.typing.ArrayLike = 0.5,
+    scope: Scope = "head",
+    **muon_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
+
+        grads ─► muon ─► qk_clip ─► optax.apply_updates
+        forward pass ─► sow(max_logits) ──┘
+
+    Each update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`.
+
+    Args:
+      learning_rate: η, a number or an Optax schedule.
+      layout: Where queries, keys, values and outputs are: `find_layout(params)` or one of
+        `layouts`; several for a model with several kinds of attention, as a list. Muon splits what
+        it describes into pieces and heads, unless `dimension_numbers` says otherwise.
+      threshold: τ of `qk_clip`.
+      alpha: As in `qk_clip`, the queries' share of the clip.
+      scope: As in `qk_clip`, `"head"` or `"layer"`.
+      **muon_options: Everything else that `muon` takes. (`optax.inject_hyperparams` cannot see
+        through these: inject `muon` and `qk_clip`, and chain them.)
+
+    Raises:
+      ValueError: As `muon` and `qk_clip`.
+    """
+    if muon_options.get("weight_decay_mask") is None:
+        muon_options["weight_decay_mask"] = partial(routing.decay_mask, layout=layout)
+    return optax.chain(
+        muon(learning_rate, **_by_heads(layout, muon_options)),
+        qk_clip(layout, threshold, alpha=alpha, scope=scope),
+    )
+
+
+def quack(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    layout: Layouts,
+    relative_learning_rate: jax.typing.ArrayLike = 1.0,
+    norm: Norm = "frobenius",
+    rule: QuackRule = "paper",
+    floor: jax.typing.ArrayLike = 0.0,
+    direction: optax.GradientTransformation | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.1,
+    weight_decay_mask: Any | None = None,
+    scale_weight_decay: bool = False,
+    **muon_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """QuacK (arXiv 2511.21377): Muon, or another optimizer, with query and key steps that keep
+    the change of the logits as it was at initialisation.
+
+        grads ─► [ Muon | other ] ─► QuacK ─► decoupled weight decay ─► learning rate
+
+    With QK-Clip behind it: `optax.chain(quack(3e-4, layout=layout), qk_clip(layout))`.
+
+    Args:
+      learning_rate: η, a number or an Optax schedule.
+      layout: Where queries and keys are, as for `muonclip`.
+      relative_learning_rate: τ of `scale_by_quack`.
+      norm: As in `scale_by_quack`.
+      rule: As in `scale_by_quack`.
+      floor: As in `scale_by_quack`.
+      direction: What comes before QuacK, without learning rate or decay, such as
+        `optax.scale_by_adam(b2=0.95)`. None is Muon, as in `muon`, with its options.
+      weight_decay: λ: each step subtracts `η λ W`.
+      weight_decay_mask: As in `muon`.
+      scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
+        QuacK). The paper does not say; by default all weights decay alike.
+      **muon_options: `other`, `momentum`, `nesterov`, `schedule`, `update_rms`,
+        `dimension_numbers`, `dtype` and `mu_dtype` of `muon`.
+
+    Raises:
+      TypeError: Options for Muon together with another direction.
+      ValueError: As `muon` and `scale_by_quack`.
+    """
+    if direction is None:
+        direction = _muon_or_other(**_by_heads(layout, muon_options))
+    elif muon_options:
+        raise TypeError(
+            f"{', '.join(muon_options)} would go to Muon, but direction= replaces it; give the one "
+            "or the other."
+        )
+    else:
+        _check_ascent(direction, "direction")
+    rates = scale_by_quack(layout, relative_learning_rate, norm, rule=rule, floor=floor)
+    decay = _decayed_weights(weight_decay, weight_decay_mask, layout)
+    return optax.chain(
+        direction,
+        *((decay, rates) if scale_weight_decay else (rates, decay)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _muon_or_other(
+    *,
+    other: optax.GradientTransformation = _ADAM,
+    momentum: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008
+    update_rms: Rule | Callable[[int, int], float] = "match_adam",
+    dimension_numbers: routing.DimensionNumbers | None = None,
+    dtype: jax.typing.DTypeLike | None = "bfloat16",
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon's directions for matrices, those of `other` for the rest."""
+    _check_ascent(other, "other")
     if dimension_numbers is None:
         dimension_numbers = routing.muon_dimension_numbers
 
@@ -81,51 +210,27 @@ def muon(
             scale_by_update_rms(update_rms, dimension_numbers=numbers),
         )
 
-    return optax.chain(
-        _partition(for_matrices, other, dimension_numbers),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return _partition(for_matrices, other, dimension_numbers)
 
 
-def muonclip(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    layout: Layout,
-    threshold: jax.typing.ArrayLike = 100.0,
-    alpha: jax.typing.ArrayLike = 0.5,
-    scope: Scope = "head",
-    **muon_options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
-
-        grads ─► muon ─► qk_clip ─► optax.apply_updates
-        forward pass ─► sow(max_logits) ──┘
-
-    Each update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`.
-
-    Args:
-      learning_rate: η, a number or an Optax schedule.
-      layout: Which kernels hold the queries and keys: `find_layout(params)`, `layouts.mha()`,
-        `layouts.gqa()` or `layouts.mla(nope, rope, v)`.
-      threshold: τ of `qk_clip`.
-      alpha: As in `qk_clip`, the queries' share of the clip.
-      scope: As in `qk_clip`, `"head"` or `"layer"`.
-      **muon_options: Everything else that `muon` takes. (`optax.inject_hyperparams` cannot see
-        through these: inject `muon` and `qk_clip`, and chain them.)
-
-    Raises:
-      ValueError: As `muon` and `qk_clip`.
-    """
-    return optax.chain(
-        muon(learning_rate, **muon_options),
-        qk_clip(layout, threshold, alpha=alpha, scope=scope),
-    )
+def _decayed_weights(
+    weight_decay: Any, mask: Any | None, layout: Layouts | None = None
+) -> optax.GradientTransformation:
+    mask = partial(routing.decay_mask, layout=layout) if mask is None else mask
+    return optax.add_decayed_weights(weight_decay, mask)
 
 
-def _check_ascent(other: optax.GradientTransformation) -> None:
-    """`other` must not have turned its updates around yet: the learning rate, which follows, does.
-    It is asked once, with a gradient of 1 for a parameter called `probe`."""
+def _by_heads(layout: Layouts, muon_options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with a routing that reads the layout unless they have one."""
+    if muon_options.get("dimension_numbers") is not None:
+        return muon_options
+    numbers = partial(routing.muon_dimension_numbers, layout=layout)
+    return {**muon_options, "dimension_numbers": numbers}
+
+
+def _check_ascent(other: optax.GradientTransformation, name: str) -> None:
+    """A direction must not have turned its updates around yet: the learning rate, which follows,
+    does. It is asked once, with a gradient of 1 for a parameter called `probe`."""
     probe = {"probe": jnp.ones(())}
     with jax.ensure_compile_time_eval():
         try:
@@ -135,7 +240,7 @@ def _check_ascent(other: optax.GradientTransformation) -> None:
     update = jax.tree.leaves(updates)[0]
     if not isinstance(update, jax.core.Tracer) and update < 0:
         raise ValueError(
-            "other must come without a learning rate and its sign, since both follow for all "
+            f"{name} must come without a learning rate and its sign, since both follow for all "
             "parameters; this one turns a gradient of 1 into an update of "
             f"{float(update):.3g}. Use optax.scale_by_adam() in place of optax.adam or adamw."
         )

@@ -1,25 +1,30 @@
-"""Which parameters Muon takes, and as which matrices.
+"""Which parameters Muon takes, and as which matrices."""
 
-Flax kernels are `[in, out]`: the reduction axis of a `MuonDimensionNumbers` is the input.
-"""
-
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
-import jax
 from optax import MaskedNode
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax import paths
-from muonclip_jax.layouts import Layout, is_flax_attention, module_path
+from muonclip_jax import matrices, paths
+from muonclip_jax.layouts import (
+    GAIN_ROLES,
+    Layouts,
+    Role,
+    find_blocks,
+    is_flax_attention,
+    module_path,
+)
+from muonclip_jax.matrices import HeadMatrices, Spec
 from muonclip_jax.paths import Path
 
-# A tree of MuonDimensionNumbers (None: not for Muon), or a function from parameters to one.
+# A tree of `Spec`s (None: not for Muon), or a function from parameters to one.
 DimensionNumbers = Any | Callable[[Any], Any]
+
+EVERY_ROLE: tuple[Role, ...] = get_args(Role)
 
 MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 _INPUT_HEADS = MuonDimensionNumbers(reduction_axis=-3, output_axis=-1)  # [in, heads, head_features]
@@ -33,14 +38,22 @@ _UNEMBEDDING = re.compile(r"(^|_)(head|unembed\w*|logits\w*|classifier|output_la
 
 
 def muon_dimension_numbers(
-    params: Any, rules: Mapping[str, MuonDimensionNumbers | None] | None = None
+    params: Any,
+    rules: Mapping[str, MuonDimensionNumbers | None] | None = None,
+    *,
+    layout: Layouts | None = None,
+    per_head: Collection[Role] = EVERY_ROLE,
 ) -> Any:
-    """The default routing: a `MuonDimensionNumbers` for every matrix that Muon should take.
+    """The default routing: for every matrix that Muon should take, how to read it.
 
-    To the other optimizer (None) go: parameters named `bias` or `scale` (norms), everything
-    with fewer than two axes, embeddings (a parameter or its module has "embed" in its name) and
-    unembeddings (a module whose name is, or ends with `_` and, `head`, `unembed...`, `logits...`,
-    `classifier` or `output_layer`). To Muon go `kernel`s:
+    First come `rules`. Then a `layout`, if given: the parameters that it describes are split into
+    its pieces, and those with a role in `per_head` into their heads, however they are stored: fused
+    or separate, flat or with head axes, scanned or not.
+
+    Of the rest, to the other optimizer (None) go: parameters named `bias` or `scale` (norms),
+    everything with fewer than two axes, embeddings (a parameter or its module has "embed" in its
+    name) and unembeddings (a module whose name is, or ends with `_` and, `head`, `unembed...`,
+    `logits...`, `classifier` or `output_layer`). To Muon go `kernel`s:
 
     - `[in, out]` as one matrix, `[stack..., in, out]` (scanned or vmapped layers) as a batch;
     - in Flax's attention modules, query, key and value `[stack..., in, heads, head_features]`
@@ -57,29 +70,59 @@ def muon_dimension_numbers(
       params: The parameters; only shapes and paths are read.
       rules: Glob over parameter paths → what to do, tried first. `{"*/experts/kernel":
         MuonDimensionNumbers(-2, -1), "*/patch/kernel": None}`; `*` also crosses `/`.
+      layout: The model's attention; several layouts as a list.
+      per_head: Roles of the layout's pieces that are orthogonalized head by head, `("q", "k")`
+        for example; the heads of the others make one matrix, `[in, heads*features]`. `()` splits
+        fused kernels into their pieces only.
 
     Returns:
-      A tree like `params`, each leaf a `MuonDimensionNumbers` or None.
+      A tree like `params`, each leaf a `MuonDimensionNumbers`, a `HeadMatrices` or None.
 
     Raises:
-      ValueError: A parameter that nothing covers, a rule that matches nothing, or two rules
-        that disagree on a parameter; with path, shape and fix.
+      ValueError: A parameter that nothing covers, a rule that matches nothing, two rules
+        that disagree on a parameter, an unknown role, or what `find_blocks` raises; with path,
+        shape and fix.
     """
     _check_tree(params)
     rules = rules or {}
     tree = _Tree(params)
+    heads = {} if layout is None else _head_matrices(layout, params, per_head)
     for pattern, rule in rules.items():
-        if not _is_entry(rule):
+        if rule is not None and not isinstance(rule, MuonDimensionNumbers):
             raise TypeError(
                 f"The routing rule for {pattern!r} must be a MuonDimensionNumbers or None, got "
                 f"{rule!r}."
             )
         if not any(_matches(path, pattern) for path in tree.shapes):
+            nearest = get_close_matches(pattern, map(paths.show, tree.shapes), n=8, cutoff=0)
             raise ValueError(
                 f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
-                f"There are: {', '.join(paths.show(path) for path in list(tree.shapes)[:8])}, ..."
+                f"Nearest are: {', '.join(nearest)}."
             )
-    return paths.map_with_path(lambda path, _: _route(path, tree, rules), params)
+    return paths.map_with_path(lambda path, _: _route(path, tree, rules, heads), params)
+
+
+def _head_matrices(
+    layout: Layouts, params: Any, per_head: Collection[Role]
+) -> dict[Path, HeadMatrices | None]:
+    """What the layout says of each parameter that it describes."""
+    if isinstance(per_head, str) or (unknown := set(per_head) - set(EVERY_ROLE)):
+        raise ValueError(
+            f"per_head={per_head!r} must be a tuple of roles, of {', '.join(EVERY_ROLE)}"
+            + ("." if isinstance(per_head, str) else f"; {', '.join(sorted(unknown))} is none.")
+        )
+    parts: dict[Path, list] = {}
+    vectors: dict[Path, None] = {}
+    for block in find_blocks(layout, params):
+        for part in block.parts:
+            if part.role in GAIN_ROLES:
+                vectors[part.kernel] = None
+            else:
+                parts.setdefault(part.kernel, []).append(part)
+            if part.bias:
+                vectors[part.bias] = None
+    split = {path: HeadMatrices(tuple(few), frozenset(per_head)) for path, few in parts.items()}
+    return vectors | split
 
 
 def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]:
@@ -92,7 +135,7 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]
         axes that the parameter does not have.
     """
     tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
-    entries = dict(paths.leaves(tree, is_leaf=_is_entry))
+    entries = dict(paths.leaves(tree, is_leaf=matrices.is_spec))
     resolved = {}
     for path, leaf in paths.leaves(params):
         matching = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
@@ -102,7 +145,7 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]
                 "Give it a MuonDimensionNumbers, or None for the other optimizer."
             )
         resolved[path] = entries[matching[-1]]
-        check_axes(path, tuple(leaf.shape), resolved[path])
+        matrices.check(path, tuple(leaf.shape), resolved[path])
     every_path = [path for path, _ in paths.leaves(params, is_leaf=_is_masked)]
     prefixes = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
     for entry, spec in entries.items():
@@ -115,7 +158,7 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]
     return resolved
 
 
-def matrices(dimension_numbers: DimensionNumbers | None, params: Any) -> dict[Path, Any]:
+def resolve_matrices(dimension_numbers: DimensionNumbers | None, params: Any) -> dict[Path, Spec]:
     """`resolve` for transformations that were given matrices only: nothing may be left out.
 
     Without dimension numbers, parameters of two axes are matrices whatever their name.
@@ -123,7 +166,7 @@ def matrices(dimension_numbers: DimensionNumbers | None, params: Any) -> dict[Pa
     if dimension_numbers is None:
         tree = _Tree(params)
         resolved = {
-            path: MATRIX if len(shape) == 2 else _route(path, tree, {})
+            path: MATRIX if len(shape) == 2 else _route(path, tree, {}, {})
             for path, shape in tree.shapes.items()
         }
     else:
@@ -138,115 +181,23 @@ def matrices(dimension_numbers: DimensionNumbers | None, params: Any) -> dict[Pa
     return resolved
 
 
-def axes(shape: tuple[int, ...], spec: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
-    """(batch, in, out) axes of a parameter, counted from the front."""
-    as_tuple = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)  # noqa: E731
-    ins, outs = (
-        tuple(axis % len(shape) for axis in as_tuple(part))
-        for part in (spec.reduction_axis, spec.output_axis)
-    )
-    return tuple(axis for axis in range(len(shape)) if axis not in ins + outs), ins, outs
-
-
-def matrix_shape(shape: tuple[int, ...], spec: MuonDimensionNumbers) -> tuple[int, int, int]:
-    """(number of matrices, in, out) that a parameter is treated as."""
-    batch, ins, outs = (math.prod(shape[axis] for axis in part) for part in axes(shape, spec))
-    return batch, ins, outs
-
-
-def check_axes(path: Path, shape: tuple[int, ...], spec: MuonDimensionNumbers | None) -> None:
-    """Raises ValueError when `spec` does not fit a parameter of this shape."""
-    if spec is None:
-        return
-    both = jax.tree.leaves(tuple(spec))
-    in_range = all(-len(shape) <= axis < len(shape) for axis in both)
-    if not in_range or len({axis % len(shape) for axis in both}) < len(both) or len(both) < 2:
-        raise ValueError(
-            f"{paths.show(path)} of shape {shape} cannot be read with {spec}: reduction and output "
-            f"axes must be different axes in [-{len(shape)}, {len(shape) - 1}]."
-        )
-
-
-def decay_mask(params: Any) -> Any:
-    """Weight decay for everything but biases, norm scales and scalars (a tree of bools)."""
+def decay_mask(params: Any, layout: Layouts | None = None) -> Any:
+    """Weight decay for everything but biases, norm scales and scalars (a tree of bools). The
+    layout knows biases by other names."""
     _check_tree(params)
-    return paths.map_with_path(lambda path, leaf: not _is_vector(path, leaf.shape), params)
-
-
-@dataclass(frozen=True)
-class ParameterRow:
-    """One line of `describe`."""
-
-    path: str
-    shape: tuple[int, ...]
-    optimizer: str  # "muon" or "other"
-    matrices: str  # "8 × [512, 64]", or "" for the other optimizer
-    role: str  # of attention layouts: "q_nope, q_rope", else ""
-
-
-class Description(tuple[ParameterRow, ...]):
-    """The rows of `describe`; prints as a table."""
-
-    def __str__(self) -> str:
-        header = ("parameter", "shape", "optimizer", "matrices [in, out]", "attention role")
-        cells = [(r.path, str(r.shape), r.optimizer, r.matrices, r.role) for r in self]
-        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        lines = [header, tuple("─" * width for width in widths), *cells]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-
-
-def describe(
-    params: Any,
-    layout: Layout | None = None,
-    *,
-    dimension_numbers: DimensionNumbers | None = None,
-) -> Description:
-    """What happens to every parameter: its optimizer, its matrices, its attention role.
-
-    Args:
-      params: The parameters (arrays or `jax.ShapeDtypeStruct`s).
-      layout: The attention layout given to `qk_clip`, if any.
-      dimension_numbers: As given to `muon`; None for the default.
-
-    Returns:
-      A tuple of `ParameterRow`s that prints as a table.
-
-    Raises:
-      ValueError: What the routing or the layout would raise at the first training step.
-    """
-    if dimension_numbers is None:
-        dimension_numbers = muon_dimension_numbers
-    specs = resolve(dimension_numbers, params)
-    roles: dict[Path, str] = {}
-    for block in layout.blocks(params) if layout is not None else ():
-        for projection in block.projections:
-            names = ", ".join(piece.role for piece in projection.pieces)
-            roles |= {projection.kernel: names} | (
-                {projection.bias: names} if projection.bias else {}
-            )
-    return Description(
-        ParameterRow(
-            paths.show(path),
-            tuple(leaf.shape),
-            "other" if specs[path] is None else "muon",
-            _show_matrices(tuple(leaf.shape), specs[path]),
-            roles.get(path, ""),
-        )
-        for path, leaf in paths.leaves(params)
+    blocks = () if layout is None else find_blocks(layout, params)
+    biases = {part.bias for block in blocks for part in block.parts}
+    return paths.map_with_path(
+        lambda path, leaf: path not in biases and not _is_vector(path, leaf.shape), params
     )
 
 
-def _show_matrices(shape: tuple[int, ...], spec: MuonDimensionNumbers | None) -> str:
-    if spec is None:
-        return ""
-    count, ins, outs = matrix_shape(shape, spec)
-    return f"{count} × [{ins}, {outs}]"
-
-
-def _route(path: Path, tree: "_Tree", rules: Mapping[str, Any]) -> MuonDimensionNumbers | None:
+def _route(
+    path: Path,
+    tree: "_Tree",
+    rules: Mapping[str, Any],
+    heads: Mapping[Path, HeadMatrices | None],
+) -> Spec | None:
     shape = tree.shapes[path]
     matching = [pattern for pattern in rules if _matches(path, pattern)]
     if any(rules[pattern] != rules[matching[0]] for pattern in matching):
@@ -255,8 +206,11 @@ def _route(path: Path, tree: "_Tree", rules: Mapping[str, Any]) -> MuonDimension
             "patterns narrower."
         )
     if matching:
-        check_axes(path, shape, rules[matching[0]])
+        matrices.check(path, shape, rules[matching[0]])
         return rules[matching[0]]
+    if path in heads:
+        matrices.check(path, shape, heads[path])
+        return heads[path]
     if _is_vector(path, shape) or _is_embedding(path):
         return None
     if path[-1] != "kernel":
@@ -356,10 +310,6 @@ def _is_embedding(path: Path) -> bool:
 
 def _matches(path: Path, pattern: str) -> bool:
     return fnmatchcase(paths.show(path), pattern)
-
-
-def _is_entry(node: Any) -> bool:
-    return node is None or isinstance(node, MuonDimensionNumbers)
 
 
 def _is_masked(node: Any) -> bool:

@@ -92,11 +92,12 @@ def make_params(case, rng):
 def layout_of(case):
     if case["kind"] == "mla":
         heads = case["heads"] if case["flat"] else None
-        return mc.layouts.mla(case["features"], case["rope"], case["v"], query="query", heads=heads)
+        sizes = case["features"], case["rope"], case["v"]
+        return mc.layouts.mla(*sizes, query="query", heads=heads, out=None)
     heads = case["heads"] if case["flat"] else None
     if case["kind"] == "mha":
-        return mc.layouts.mha(heads=heads)
-    return mc.layouts.gqa(case["kv_heads"], heads=heads)
+        return mc.layouts.mha(heads=heads, value=None, out=None)
+    return mc.layouts.gqa(case["kv_heads"], heads=heads, value=None, out=None)
 
 
 def logits_of(case, params, x, y):

@@ -40,7 +40,15 @@ def block(heads=4, kv_heads=None, features=6, stack=()):
 PARAMS = {"layers": {"attn": block()}}
 MAXIMA = {"layers": {"attn": {"max_logits": jnp.ones(4)}}}
 KEY_PIECE = mc.layouts.Piece("k", "key")
-MLA = {"attn": {"wq_b": kernel(5, 12), "wkv_b": kernel(5, 14)}}  # 2 heads: nope 4, rope 2, v 3
+MLA = {  # 2 heads: nope 4, rope 2, v 3
+    "attn": {
+        "wq_a": kernel(8, 5),
+        "wq_b": kernel(5, 12),
+        "wkv_a": kernel(8, 7),
+        "wkv_b": kernel(5, 14),
+        "wo": kernel(6, 8),
+    }
+}
 
 
 def clip(params=PARAMS, maxima=MAXIMA, layout=None, **options):
@@ -164,12 +172,12 @@ MISTAKES = [
     (
         "no attention at all",
         lambda: clip({"mlp": kernel(4, 4)}),
-        ["no attention block", "query/kernel", "mlp/kernel", "query="],
+        ["no attention block", "holding query and key", "mlp/kernel", "query="],
     ),
     (
         "one kernel missing",
         lambda: clip({"layers": {"attn": {"query": kernel(8, 4, 6)}}}),
-        ["layers/attn", "expects key/kernel", "query/kernel (8, 4, 6)"],
+        ["layers/attn", "expects key, or key/kernel", "query/kernel (8, 4, 6)", "key="],
     ),
     (
         "grouped model, layout mha",
@@ -184,7 +192,8 @@ MISTAKES = [
     (
         "flat grouped model, layout mha",
         lambda: clip(
-            {"attn": {"query": kernel(8, 24), "key": kernel(8, 12)}}, layout=mc.layouts.mha(heads=4)
+            {"attn": {"query": kernel(8, 24), "key": kernel(8, 12)}},
+            layout=mc.layouts.mha(heads=4, value=None, out=None),
         ),
         ["attn/query/kernel (8, 24)", "6 features", "attn/key/kernel (8, 12)", "layouts.gqa("],
     ),
@@ -198,12 +207,12 @@ MISTAKES = [
         lambda: clip(
             {"attn": {"query": kernel(8, 25), "key": kernel(8, 25)}}, layout=mc.layouts.mha(heads=4)
         ),
-        ["attn/query/kernel", "(8, 25)", "25 output features", "4 heads"],
+        ["attn/query/kernel", "(8, 25)", "has 25", "4 heads do not divide"],
     ),
     (
         "wrong number of key heads",
         lambda: clip({"attn": block(kv_heads=2)}, layout=mc.layouts.gqa(4)),
-        ["attn/key/kernel", "has 2 heads", "not 4"],
+        ["attn/key/kernel", "has 2 on axis heads", "not 4"],
     ),
     (
         "wrong MLA sizes",
@@ -220,7 +229,7 @@ MISTAKES = [
         lambda: clip(
             {"attn": {"wq": kernel(5, 12), "wkv_b": kernel(5, 14)}}, layout=mc.layouts.mla(4, 2, 3)
         ),
-        ["attn", "expects wq_b/kernel", "wq/kernel (5, 12)"],
+        ["attn", "expects wq_b", "wq/kernel (5, 12)"],
     ),
     (
         "kernels stacked differently",
@@ -253,10 +262,11 @@ MISTAKES = [
         "a piece beyond its head",
         lambda: clip(
             layout=dataclasses.replace(
-                mc.layouts.mha(), pieces=(mc.layouts.Piece("q", "query", 4, 8), KEY_PIECE)
+                mc.layouts.mha(),
+                pieces=(mc.layouts.Piece("q", "query", select={"features": (4, 8)}), KEY_PIECE),
             )
         ),
-        ["attn/query/kernel", "6 features per head", "stop=8"],
+        ["attn/query/kernel", "(8, 4, 6)", "has 6 features", "(4, 8)"],
     ),
     (
         "a layout without keys",
@@ -364,7 +374,7 @@ MISTAKES = [
     (
         "ambiguous stack axis",
         lambda: clip({"attn": block(stack=(3,))}, {"attn": {"max_logits": jnp.ones((3, 3, 4))}}),
-        ["(3, 3, 4)", "ambiguous", "jnp.max"],
+        ["(3, 3, 4)", "ambiguous", "s.max(axis=...)"],
     ),
     (
         "a scalar sown",

@@ -8,15 +8,19 @@ from muonclip_jax.transforms.qk_clip import (
     qk_clip,
     qk_clip_state,
 )
+from muonclip_jax.transforms.quack import QuackState, quack_state, scale_by_quack
 from muonclip_jax.transforms.update_rms import scale_by_update_rms
 
 __all__ = [
     "MuonState",
     "QKClipState",
+    "QuackState",
     "apply_qk_clip",
     "clip_factor",
     "qk_clip",
     "qk_clip_state",
+    "quack_state",
     "scale_by_muon",
+    "scale_by_quack",
     "scale_by_update_rms",
 ]

@@ -1,14 +1,12 @@
 """Muon: momentum, orthogonalized."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax import paths, routing
+from muonclip_jax import matrices, paths, routing
 from muonclip_jax.orthogonalize import Schedule, orthogonalize, schedules
 
 
@@ -50,7 +48,8 @@ def scale_by_muon(
       schedule: The Newton–Schulz polynomials.
       dimension_numbers: Which axes are input and output of which parameter: a tree of
         `optax.contrib.MuonDimensionNumbers` (or a prefix of one), or a function from the
-        parameters to one. All other axes are batch axes. None: two axes are `[in, out]`, more
+        parameters to one, such as `muon_dimension_numbers`, which can split attention's parameters
+        into pieces and heads. All other axes are batch axes. None: two axes are `[in, out]`, more
         are read as in `muon_dimension_numbers`.
       bias_correction: Weigh Nesterov's two terms as `optax.contrib.muon` does, `β M/(1-β^{t+1})`
         and `G/(1-β^t)`. Without Nesterov it changes nothing, since `msign` ignores scale.
@@ -73,19 +72,19 @@ def scale_by_muon(
         raise ValueError(f"momentum must be in [0, 1) (0.95 is usual), got {momentum}.")
 
     def init(params: optax.Params) -> MuonState:
-        routing.matrices(dimension_numbers, params)
+        routing.resolve_matrices(dimension_numbers, params)
         zeros = optax.tree.zeros_like(params, dtype=mu_dtype)
         return MuonState(jnp.zeros([], jnp.int32), zeros)
 
     def update(updates, state, params=None):
         del params
-        specs = routing.matrices(dimension_numbers, updates)
+        specs = routing.resolve_matrices(dimension_numbers, updates)
         accumulated = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
         look_ahead, gradient_weight = _nesterov_weights(momentum, state.count, bias_correction)
 
         def direction(path, m, g):
             looked = look_ahead * m + gradient_weight * g if nesterov else m
-            step = on_matrices(
+            step = matrices.apply(
                 lambda x: orthogonalize(x, schedule, dtype=dtype), looked, specs[path]
             )
             return step.astype(g.dtype)
@@ -102,15 +101,3 @@ def _nesterov_weights(momentum, count, bias_correction) -> tuple[Any, Any]:
         return momentum, 1.0
     step = count + 1
     return momentum / (1 - momentum ** (step + 1)), 1 / (1 - momentum**step)
-
-
-def on_matrices(
-    fn: Callable[[jax.Array], jax.Array], x: jax.Array, spec: MuonDimensionNumbers
-) -> jax.Array:
-    """Applies `fn: [batch..., in, out] → [batch..., in, out]` to the matrices in `x`."""
-    batch, ins, outs = routing.axes(x.shape, spec)
-    order = (*batch, *ins, *outs)
-    moved = x.transpose(order)
-    _, n, m = routing.matrix_shape(x.shape, spec)
-    result = fn(moved.reshape(*moved.shape[: len(batch)], n, m)).reshape(moved.shape)
-    return result.transpose([order.index(axis) for axis in range(x.ndim)])

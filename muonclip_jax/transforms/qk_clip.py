@@ -15,7 +15,17 @@ from flax import nnx
 
 from muonclip_jax import paths
 from muonclip_jax.attention import read_max_logits
-from muonclip_jax.layouts import Block, Layout, Projection, module_path
+from muonclip_jax.layouts import (
+    Block,
+    Layouts,
+    Part,
+    Role,
+    as_layouts,
+    find_blocks,
+    left_out,
+    module_path,
+    refuse_qk_norm,
+)
 from muonclip_jax.paths import Path
 
 Scope = Literal["head", "layer"]
@@ -43,7 +53,7 @@ class QKClipState(NamedTuple):
 
 
 def qk_clip(
-    layout: Layout,
+    layout: Layouts,
     threshold: jax.typing.ArrayLike = 100.0,
     *,
     alpha: jax.typing.ArrayLike = 0.5,
@@ -80,7 +90,8 @@ def qk_clip(
     (Flax: `param_dtype=jnp.float32, dtype=jnp.bfloat16`).
 
     Args:
-      layout: Which kernels hold the queries and keys of which head.
+      layout: Which parameters hold the queries and keys of which head; several layouts, as a
+        list, for a model with several kinds of attention.
       threshold: τ > 0, in units of the logit; 100 in Kimi K2.
       alpha: The share of the factor that goes to the queries, in [0, 1].
       scope: `"head"` clips each head by its own factor. `"layer"` is the first version of the
@@ -89,13 +100,13 @@ def qk_clip(
 
     Raises:
       ValueError: threshold <= 0, alpha outside [0, 1] or an unknown scope when built; when
-        applied, what `Layout.blocks` raises, no `max_logits`, or maxima that do not pair with
+        applied, what `find_blocks` raises, no `max_logits`, or maxima that do not pair with
         the blocks, each named.
     """
     _check_options(layout, threshold, alpha, scope)
 
     def init(params: optax.Params) -> QKClipState:
-        blocks = layout.blocks(params)
+        blocks = _blocks(layout, params)
         zero = functools.partial(jnp.zeros, [], jnp.int32)  # one buffer each: states are donated
         return QKClipState(
             max_logits={b.name: jnp.full(b.shape, -jnp.inf, jnp.float32) for b in blocks},
@@ -131,7 +142,7 @@ def qk_clip(
 def apply_qk_clip(
     params: Any,
     max_logits: Any,
-    layout: Layout,
+    layout: Layouts,
     threshold: jax.typing.ArrayLike = 100.0,
     *,
     alpha: jax.typing.ArrayLike = 0.5,
@@ -143,9 +154,10 @@ def apply_qk_clip(
     rounding to half-precision parameters undoes are not counted here; `qk_clip` does.
 
     Args:
-      params: The parameters, as for `Layout.blocks`.
+      params: The parameters, as for `find_blocks`.
       max_logits: The sown maxima, as for `read_max_logits`.
-      layout: Which kernels hold the queries and keys of which head.
+      layout: Which parameters hold the queries and keys of which head; several layouts, as a
+        list, for a model with several kinds of attention.
       threshold: τ > 0.
       alpha: The share of the factor that goes to the queries, in [0, 1].
       scope: `"head"` or `"layer"`, see `qk_clip`.
@@ -216,10 +228,7 @@ def qk_clip_state(opt_state: Any) -> QKClipState:
 
 
 def _check_options(layout, threshold, alpha, scope):
-    if not isinstance(layout, Layout):
-        raise TypeError(
-            f"layout must be a layout such as layouts.mha() or find_layout(params), got {layout!r}."
-        )
+    as_layouts(layout)
     if scope not in get_args(Scope):
         raise ValueError(f'scope must be "head" or "layer", got {scope!r}.')
     # Traced values come from optax.inject_hyperparams, which was given the concrete ones.
@@ -237,6 +246,12 @@ def _check_options(layout, threshold, alpha, scope):
         raise ValueError(f"alpha, the queries' share of the clip, must be in [0, 1], got {alpha}.")
 
 
+def _blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
+    blocks = find_blocks(layout, params)
+    refuse_qk_norm(blocks)
+    return blocks
+
+
 class _Plan(NamedTuple):
     """All that a step's maxima decide, before any weight is touched."""
 
@@ -247,7 +262,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
-    blocks = layout.blocks(params)
+    blocks = _blocks(layout, params)
     maxima = _pair(layout, blocks, max_logits)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
     gamma = {name: clip_factor(s.astype(dtype), threshold, scope) for name, s in maxima.items()}
@@ -259,7 +274,7 @@ def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
     return _Plan(blocks, maxima, gamma, multipliers)
 
 
-def _pair(layout: Layout, blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
+def _pair(layout: Layouts, blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
     """Each block's maxima as `[stack..., heads]`; every sown value must find its block, unless
     the layout's pattern leaves out where it was sown."""
     if max_logits is None:
@@ -275,7 +290,7 @@ def _pair(layout: Layout, blocks: tuple[Block, ...], max_logits: Any) -> dict[st
     for path, values in sown.items():
         # The block itself, or the innermost one around a sub-module that sowed.
         around = [b for b in blocks if path[: len(module_path(b.path))] == module_path(b.path)]
-        if not around and not layout.takes(path):
+        if not around and left_out(layout, path):
             continue
         if not around:
             raise ValueError(
@@ -304,13 +319,15 @@ def _fit(block: Block, sown: jax.Array) -> jax.Array:
     if sown.shape[-1:] != (block.heads,) or extra < 0 or not (after_stack or before_stack):
         raise ValueError(
             f"{block.name} sowed max_logits of shape {sown.shape}, but its kernels have "
-            f"{block.heads} query heads in stacked layers {block.stack}: expected {block.shape}. "
+            f"{block.heads} query heads{f' in stacked layers {block.stack}' if depth else ''}: "
+            f"expected {block.shape}. "
             "Sow one maximum per query head; if kernels are flat, give the layout heads=."
         )
     if depth and extra and after_stack and before_stack:
         raise ValueError(
             f"{block.name} sowed max_logits of shape {sown.shape}: which axis is the stack "
-            f"{block.stack} is ambiguous. Reduce the others with jnp.max before sowing."
+            f"{block.stack} is ambiguous. Reduce the others first, here or where they are sown: "
+            f"jax.tree.map(lambda s: s.max(axis=...), read_max_logits(intermediates))."
         )
     axes = range(depth, depth + extra) if after_stack else range(extra)
     return sown.max(axis=tuple(axes))
@@ -318,7 +335,7 @@ def _fit(block: Block, sown: jax.Array) -> jax.Array:
 
 def _role_factors(
     block: Block, gamma: jax.Array, alpha: jax.typing.ArrayLike
-) -> dict[str, jax.Array]:
+) -> dict[Role, jax.Array]:
     """The table of `qk_clip`. With one query head per key head, GQA's rule is MHA's."""
     group = block.heads // block.kv_heads
     grouped = gamma.reshape(*block.stack, block.kv_heads, group)
@@ -341,28 +358,25 @@ def _lost_heads(plan: _Plan, params: Any, updates: Any, clipped: Any) -> Iterato
     """For each block, the clipped heads of which a half-precision kernel did not move as asked."""
     p, u, c = (dict(paths.leaves(tree)) for tree in (params, updates, clipped))
 
-    def lost(projection: Projection, block: Block) -> jax.Array:
-        path = projection.kernel
+    def lost(part: Part, block: Block) -> jax.Array:
+        path = part.kernel
         before, after = (
             (p[path] + step[path]).astype(p[path].dtype).astype(jnp.float32) for step in (u, c)
         )
         # Projected on the kernel itself, where rounding of single entries averages out.
-        asked = _per_head(projection, (1 - plan.multipliers[path]) * before * before)
-        moved = _per_head(projection, (before - after) * before)
+        asked, moved = (
+            part.take(change * before).sum(axis=(-2, -1))
+            for change in ((1 - plan.multipliers[path]) * before, before - after)
+        )
         short = jnp.abs(asked - moved) > 0.5 * jnp.abs(asked)
-        return jnp.repeat(short, block.heads // projection.heads, axis=-1)
+        return jnp.repeat(short, block.heads // part.heads, axis=-1)
 
     for block in plan.blocks:
-        half = [x for x in block.projections if jnp.finfo(p[x.kernel].dtype).bits < 32]
+        clipped_parts = (*block.queries, *block.keys)
+        half = [part for part in clipped_parts if jnp.finfo(p[part.kernel].dtype).bits < 32]
         if half:
-            anywhere = functools.reduce(jnp.logical_or, [lost(x, block) for x in half])
+            anywhere = functools.reduce(jnp.logical_or, [lost(part, block) for part in half])
             yield anywhere & (plan.gamma[block.name] < 1)
-
-
-def _per_head(projection: Projection, values: jax.Array) -> jax.Array:
-    """Sums kernel-shaped values over everything but the stack and the heads."""
-    heads = values.reshape(*values.shape[: len(projection.stack) + 1], projection.heads, -1)
-    return heads.sum(axis=(-3, -1))
 
 
 def _is_fault(maxima: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import optax
 
-from muonclip_jax import paths, routing
+from muonclip_jax import matrices, paths, routing
 
 Rule = Literal["match_adam", "jordan", "unit_rms_norm", "spectral", "none"]
 
@@ -47,17 +47,18 @@ def scale_by_update_rms(
     factor = rule if callable(rule) else _RULES[rule]
 
     def init(params: optax.Params) -> optax.EmptyState:
-        routing.matrices(dimension_numbers, params)
+        routing.resolve_matrices(dimension_numbers, params)
         return optax.EmptyState()
 
     def update(updates, state, params=None):
         del params
-        specs = routing.matrices(dimension_numbers, updates)
+        specs = routing.resolve_matrices(dimension_numbers, updates)
 
-        def scale(path, u):  # by a Python float: it keeps the dtype
-            _, ins, outs = routing.matrix_shape(u.shape, specs[path])
-            return u * float(factor(ins, outs))
+        def by_shape(u):  # by a Python float: it keeps the dtype
+            return u * float(factor(*u.shape[-2:]))
 
-        return paths.map_with_path(scale, updates), state
+        return paths.map_with_path(
+            lambda path, u: matrices.apply(by_shape, u, specs[path]), updates
+        ), state
 
     return optax.GradientTransformation(init, update)

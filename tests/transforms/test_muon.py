@@ -1,5 +1,6 @@
 """Muon: trajectories against Optax and PyTorch, batches of matrices, dtypes, wrappers."""
 
+import functools
 import math
 
 import chex
@@ -242,18 +243,38 @@ def test_muonclip_trains_a_scanned_linen_model_in_one_trace():
 def test_muonclip_is_muon_then_qk_clip():
     params = {"attn": {name: {"kernel": jnp.ones((8, 2, 4))} for name in ("query", "key")}}
     params["mlp"] = {"kernel": jnp.eye(8)}
+    layout = mc.layouts.mha(value=None, out=None)
     numbers = MuonDimensionNumbers(0, -1)
     maxima = {"attn": {"max_logits": jnp.array([0.5, 7.0])}}
     recipe = mc.muonclip(
-        0.02, layout=mc.layouts.mha(), threshold=2.0, dimension_numbers=numbers, weight_decay=0.3
+        0.02, layout=layout, threshold=2.0, dimension_numbers=numbers, weight_decay=0.3
     )
     chained = optax.chain(
         mc.muon(0.02, dimension_numbers=numbers, weight_decay=0.3),
-        mc.qk_clip(mc.layouts.mha(), 2.0),
+        mc.qk_clip(layout, 2.0),
     )
     ours, _ = recipe.update(params, recipe.init(params), params, max_logits=maxima)
     theirs, _ = chained.update(params, chained.init(params), params, max_logits=maxima)
     chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_muonclip_splits_what_its_layout_describes():
+    """One matrix per head by default; a recipe that is given numbers keeps to them."""
+    keys = dict(zip(("query", "key", "value", "out"), jax.random.split(jax.random.key(0), 4)))  # noqa: B905
+    flat = {name: {"kernel": jax.random.normal(key, (8, 8))} for name, key in keys.items()}
+    layout = mc.layouts.mha(heads=2)
+    numbers = functools.partial(mc.muon_dimension_numbers, layout=layout)
+    maxima = {"attn": {"max_logits": jnp.zeros(2)}}
+    params = {"attn": flat}
+
+    def update(**options):
+        tx = mc.muonclip(0.1, layout=layout, dtype="float32", **options)
+        return tx.update(params, tx.init(params), params, max_logits=maxima)[0]
+
+    chex.assert_trees_all_equal(update(), update(dimension_numbers=numbers))
+    whole = update(dimension_numbers=mc.muon_dimension_numbers)
+    per_head = update()["attn"]["query"]["kernel"]
+    assert not np.allclose(per_head, whole["attn"]["query"]["kernel"], atol=1e-3)
 
 
 def test_learning_rate_schedule_and_other_optimizer():

@@ -100,7 +100,8 @@ def test_mla_table():
         }
     }
     maxima = {"attn": {"max_logits": jnp.array([40.0, 1.0])}}
-    clipped = mc.apply_qk_clip(params, maxima, mc.layouts.mla(nope, rope, v), threshold=10.0)
+    layout = mc.layouts.mla(nope, rope, v, query="wq_b", out=None)
+    clipped = mc.apply_qk_clip(params, maxima, layout, threshold=10.0)
     before, after = (
         {k: np.asarray(x["kernel"]) for k, x in tree["attn"].items()} for tree in (params, clipped)
     )
@@ -178,7 +179,7 @@ def test_a_grouped_clip_that_scales_one_query_up_is_not_lost():
     """κ = ¼ for the group, so the second query takes 0.8 / ¼: upwards, and far enough to count."""
     kernel = lambda heads: jax.random.normal(jax.random.key(heads), (32, heads, 8), jnp.bfloat16)  # noqa: E731
     params = {"attn": {"query": {"kernel": kernel(2)}, "key": {"kernel": kernel(1)}}}
-    tx = mc.qk_clip(mc.layouts.gqa())
+    tx = mc.qk_clip(mc.layouts.gqa(value=None, out=None))
     maxima = {"attn": {"max_logits": jnp.array([1600.0, 125.0])}}
     updates = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(updates, tx.init(params), params, max_logits=maxima)

@@ -1,0 +1,43 @@
+"""Attention layouts: which piece of which parameter is the query, key, ... of which head.
+
+A layout is a declaration; `find_blocks` finds the attention blocks that fit it and checks every
+shape. Per-head Muon, QuacK, QK-Clip and `describe` read nothing else about a model.
+"""
+
+from muonclip_jax.layouts.blocks import (
+    Block,
+    Layout,
+    Layouts,
+    as_layouts,
+    entries,
+    find_blocks,
+    left_out,
+    module_path,
+    refuse_qk_norm,
+)
+from muonclip_jax.layouts.find import find_layout, is_flax_attention
+from muonclip_jax.layouts.kinds import fused_qkv, gqa, ignore, mha, mla
+from muonclip_jax.layouts.pieces import GAIN_ROLES, Part, Piece, Role
+
+__all__ = [
+    "GAIN_ROLES",
+    "Block",
+    "Layout",
+    "Layouts",
+    "Part",
+    "Piece",
+    "Role",
+    "as_layouts",
+    "entries",
+    "find_blocks",
+    "find_layout",
+    "fused_qkv",
+    "gqa",
+    "ignore",
+    "is_flax_attention",
+    "left_out",
+    "mha",
+    "mla",
+    "module_path",
+    "refuse_qk_norm",
+]

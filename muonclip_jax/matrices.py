@@ -1,0 +1,136 @@
+"""A parameter as the matrices that Muon orthogonalizes.
+
+Flax kernels are `[in, out]`: the reduction axis of a `MuonDimensionNumbers` is the input.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from optax.contrib import MuonDimensionNumbers
+
+from muonclip_jax import paths
+from muonclip_jax.layouts import Part, Role, entries
+from muonclip_jax.paths import Path
+
+
+@dataclass(frozen=True)
+class HeadMatrices:
+    """A parameter split by an attention layout: each piece is one matrix, or one for each head.
+
+    Attributes:
+      parts: The pieces of the parameter; together they are all of it.
+      per_head: Roles whose heads are matrices of their own, `[in, features]` (of `o`,
+        `[features, out]`). The heads of the others stand side by side in one matrix,
+        `[in, heads*features]`.
+    """
+
+    parts: tuple[Part, ...]
+    per_head: frozenset[Role]
+
+    @property
+    def kernel(self) -> Path:
+        return self.parts[0].kernel
+
+    def together(self, part: Part) -> bool:
+        """Whether all heads of the part make one matrix."""
+        return part.heads > 1 and part.role not in self.per_head
+
+    def __repr__(self) -> str:
+        return f"HeadMatrices({', '.join(part.role for part in self.parts)})"
+
+
+Spec = MuonDimensionNumbers | HeadMatrices
+
+
+def shapes(shape: tuple[int, ...], spec: Spec) -> tuple[tuple[int, int, int], ...]:
+    """(count, in, out) of every kind of matrix in a parameter of this shape."""
+    if isinstance(spec, MuonDimensionNumbers):
+        return (tuple(math.prod(shape[axis] for axis in part) for part in axes(shape, spec)),)
+    found = []
+    for part in spec.parts:
+        ins, outs = part.matrix
+        count = math.prod(part.stack)
+        if spec.together(part):
+            wide = (ins * part.heads, outs) if part.role == "o" else (ins, outs * part.heads)
+            found.append((count, *wide))
+        else:
+            found.append((count * part.heads, ins, outs))
+    return tuple(found)
+
+
+def apply(fn: Callable[[jax.Array], jax.Array], x: jax.Array, spec: Spec) -> jax.Array:
+    """Applies `fn: [batch..., in, out] → [batch..., in, out]` to the matrices in `x`."""
+    if isinstance(spec, MuonDimensionNumbers):
+        return _apply_to_axes(fn, x, spec)
+    result = x
+    for part in spec.parts:
+        heads = part.take(x)
+        result = part.put(result, _together(fn, heads, part) if spec.together(part) else fn(heads))
+    return result
+
+
+def axes(shape: tuple[int, ...], spec: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
+    """(batch, in, out) axes of a parameter, counted from the front."""
+    as_tuple = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)  # noqa: E731
+    ins, outs = (
+        tuple(axis % len(shape) for axis in as_tuple(part))
+        for part in (spec.reduction_axis, spec.output_axis)
+    )
+    return tuple(axis for axis in range(len(shape)) if axis not in ins + outs), ins, outs
+
+
+def check(path: Path, shape: tuple[int, ...], spec: Spec | None) -> None:
+    """Raises ValueError when `spec` does not fit a parameter of this shape."""
+    if spec is None:
+        return
+    if isinstance(spec, HeadMatrices):
+        if (spec.kernel, spec.parts[0].shape) != (path, shape):
+            raise ValueError(
+                f"{paths.show(path)} of shape {shape} cannot be read as {paths.show(spec.kernel)} "
+                f"{spec.parts[0].shape}, for which this {spec} was made."
+            )
+        covered = np.sum([entries(part) for part in spec.parts], axis=0)
+        if not covered.all():
+            raise ValueError(
+                f"{paths.show(path)} of shape {shape}: {np.sum(covered == 0)} of its "
+                f"{covered.size} features belong to no piece of the layout (it names "
+                f"{', '.join(part.role for part in spec.parts)}), so Muon cannot tell their "
+                'matrix. Add the missing piece (role "v", "gate", ...), or give this parameter a '
+                "routing rule."
+            )
+        return
+    both = jax.tree.leaves(tuple(spec))
+    in_range = all(-len(shape) <= axis < len(shape) for axis in both)
+    if not in_range or len({axis % len(shape) for axis in both}) < len(both) or len(both) < 2:
+        raise ValueError(
+            f"{paths.show(path)} of shape {shape} cannot be read with {spec}: reduction and output "
+            f"axes must be different axes in [-{len(shape)}, {len(shape) - 1}]."
+        )
+
+
+def is_spec(node: Any) -> bool:
+    """Whether a node of a tree of dimension numbers is an entry: a spec, or None."""
+    return node is None or isinstance(node, Spec)
+
+
+def _apply_to_axes(fn, x: jax.Array, spec: MuonDimensionNumbers) -> jax.Array:
+    batch, ins, outs = axes(x.shape, spec)
+    order = (*batch, *ins, *outs)
+    moved = x.transpose(order)
+    ((_, n, m),) = shapes(x.shape, spec)
+    result = fn(moved.reshape(*moved.shape[: len(batch)], n, m)).reshape(moved.shape)
+    return result.transpose([order.index(axis) for axis in range(x.ndim)])
+
+
+def _together(fn, heads: jax.Array, part: Part) -> jax.Array:
+    """`fn` on the heads side by side: `[stack..., in, heads*features]`, of `o` the transpose."""
+    by_side = heads if part.role == "o" else heads.swapaxes(-1, -2)
+    tall = by_side.reshape(*by_side.shape[:-3], -1, by_side.shape[-1])
+    wide = tall if part.role == "o" else tall.swapaxes(-1, -2)
+    result = fn(wide) if part.role == "o" else fn(wide).swapaxes(-1, -2)
+    result = result.reshape(by_side.shape)
+    return result if part.role == "o" else result.swapaxes(-1, -2)
