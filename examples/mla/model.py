@@ -99,13 +99,20 @@ class ModelConfig:
 
 
 def attention_layout(config: ModelConfig) -> mc.Layout:
-    """Where QK-Clip finds this model's queries and keys."""
+    """Where this model's queries, keys, values and outputs are."""
     if config.attention == "mla":
-        query = "wq_b" if config.q_rank else "wq"
-        return mc.layouts.mla(config.nope, config.rope, config.v, query=query)
+        return mc.layouts.mla(
+            config.nope,
+            config.rope,
+            config.v,
+            query=("wq_a", "wq_b") if config.q_rank else "wq",
+            query_norm="q_norm" if config.q_rank else None,
+            key_value_norm="kv_norm",
+        )
+    names = {"query": "wq", "key": "wk", "value": "wv", "out": "wo"}
     if config.attention == "mha":
-        return mc.layouts.mha(heads=config.heads, query="wq", key="wk")
-    return mc.layouts.gqa(config.kv_heads, heads=config.heads, query="wq", key="wk")
+        return mc.layouts.mha(heads=config.heads, **names)
+    return mc.layouts.gqa(config.kv_heads, heads=config.heads, **names)
 
 
 def linear(ins: int, outs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:

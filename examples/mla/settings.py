@@ -13,11 +13,12 @@ from examples.mla.data import BYTE_VOCABULARY
 from examples.mla.model import ModelConfig
 
 RUNS = Path("runs")
-UNCLIPPED = {"muonclip": "muon", "adamclip": "adamw"}  # the chains that clip, without the clip
+# The chains that clip, without the clip.
+UNCLIPPED = {"muonclip": "muon", "quackclip": "quack", "adamclip": "adamw"}
 
 # A run may be continued with other values of these; all else belongs to the checkpoint.
 FREE_ON_RESUME = {
-    *("steps", "learning_rate", "warmup", "threshold", "weight_decay"),
+    *("steps", "learning_rate", "warmup", "threshold", "weight_decay", "relative_learning_rate"),
     *("eval_every", "eval_batches", "save_every", "prompt", "sample_tokens", "temperature"),
     *("data", "installed_packages", "cache_dir", "run_dir", "resume"),  # the text is fingerprinted
 }
@@ -45,8 +46,13 @@ class Settings:
     """Sequences per step."""
     context_length: int = 128
     """Tokens per sequence."""
-    optimizer: Literal["muonclip", "muon", "adamclip", "adamw"] = "muonclip"
-    """muonclip is Muon followed by QK-Clip, adamclip is AdamW followed by QK-Clip."""
+    optimizer: Literal["muonclip", "muon", "quackclip", "quack", "adamclip", "adamw"] = "muonclip"
+    """quack is Muon with QuacK; the names with clip are followed by QK-Clip."""
+    per_head: bool = False
+    """Muon orthogonalizes the query, key, value and output of each head by themselves; else whole
+    kernels, as in Kimi K2."""
+    relative_learning_rate: float = 1.0
+    """QuacK's τ: the learning rate of queries and keys, relative to the others'."""
     learning_rate: float = 1e-2
     """Highest learning rate; it falls along a cosine to a tenth."""
     warmup: int = 50
@@ -89,7 +95,7 @@ class Settings:
         for name in (*at_least_one, "save_every", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "threshold"):
+        for name in ("learning_rate", "threshold", "relative_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(
                     f"{flag(name)} must be above 0 and finite, got {getattr(self, name)}"
@@ -105,6 +111,11 @@ class Settings:
             raise ValueError(
                 f"--qk-norm {self.model.qk_norm} undoes what QK-Clip does to the kernels before "
                 f"it; take --qk-norm none, or --optimizer {UNCLIPPED[self.optimizer]}"
+            )
+        if self.optimizer == "quack" and self.model.qk_norm != "none":
+            raise ValueError(
+                f"--qk-norm {self.model.qk_norm} takes the norms that QuacK looks at out of the "
+                "logits; take --qk-norm none, or --optimizer muon"
             )
         if self.context_length > self.model.max_length:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What runs on the device: the optimizer's chain, a training step, a validation."""
 
+import functools
 from typing import Any
 
 import jax
@@ -28,16 +29,33 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The chain that `--optimizer` names."""
     rate, decay = learning_rates(settings), settings.weight_decay
-    layout, threshold = attention_layout(config), settings.threshold
+    layout = attention_layout(config)
+    split = layout if settings.per_head else None
+    matrices = functools.partial(mc.muon_dimension_numbers, layout=split)
+    quack = mc.quack(
+        rate,
+        layout=layout,
+        relative_learning_rate=settings.relative_learning_rate,
+        rule="latent_norm" if config.attention == "mla" else "paper",
+        dimension_numbers=matrices,
+        weight_decay=decay,
+    )
+    muon = mc.muon(rate, dimension_numbers=matrices, weight_decay=decay)
+    adamw = optax.with_extra_args_support(optax.adamw(rate, weight_decay=decay))
+    clip = mc.qk_clip(layout, settings.threshold)
     match settings.optimizer:
-        case "muonclip":
-            return mc.muonclip(rate, layout=layout, threshold=threshold, weight_decay=decay)
+        case "muonclip":  # mc.muonclip with these matrices
+            return optax.chain(muon, clip)
         case "muon":
-            return mc.muon(rate, weight_decay=decay)
+            return muon
+        case "quackclip":
+            return optax.chain(quack, clip)
+        case "quack":
+            return quack
         case "adamclip":
-            return optax.chain(optax.adamw(rate, weight_decay=decay), mc.qk_clip(layout, threshold))
+            return optax.chain(adamw, clip)
         case "adamw":
-            return optax.with_extra_args_support(optax.adamw(rate, weight_decay=decay))
+            return adamw
 
 
 def cross_entropy(model: Decoder, batch: jax.Array) -> jax.Array:
