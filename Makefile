@@ -8,10 +8,11 @@ EXTRAS_train := examples
 EXTRAS_test := examples,test
 EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
+EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare test test-lowest docs lint clean
+.PHONY: help train compare overhead test test-models test-lowest docs lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -22,6 +23,9 @@ train: $(VENV)/.train-$(JAX)  ## train the MLA language model with MuonClip on r
 compare: $(VENV)/.train-$(JAX)  ## the same model at a high learning rate, with and without QK-Clip
 	$(BIN)/python -m examples.mla.compare $(ARGS)
 
+overhead: $(VENV)/.train-$(JAX)  ## what QuacK and QK-Clip add to the optimizer's compiled cost
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
 test: $(VENV)/.test-$(JAX)  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
@@ -31,13 +35,18 @@ docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 lint: $(VENV)/.dev-$(JAX)  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+test-models:  ## the tests on models from Gemma, Tunix, Transformers and (Python >= 3.12) MaxText
+	$(MAKE) .venv-models/.models-cpu VENV=.venv-models JAX=cpu
+	.venv-models/bin/python -m pip install --quiet --no-deps -r tests/models/requirements.txt
+	.venv-models/bin/python -m pytest tests/models -n auto --dist loadfile -W ignore $(ARGS)
+
 test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	mkdir -p .venv-lowest
 	$(PYTHON) tests/lowest_versions.py > .venv-lowest/constraints.txt
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest site
+	rm -rf .venv .venv-lowest .venv-newest .venv-models site
 
 # One stamp per purpose and JAX build; a changed pyproject.toml installs anew.
 $(VENV)/.%-$(JAX): pyproject.toml
