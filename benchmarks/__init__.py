@@ -1,0 +1,1 @@
+"""What the optimizers cost, measured: `python -m benchmarks.overhead --help`."""
