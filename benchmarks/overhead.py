@@ -7,12 +7,13 @@ with QuacK, with QK-Clip, and with both. XLA counts the body of the Newton–Sch
 once per step, so the shares are upper bounds.
 """
 
+import functools
 import json
 import platform
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ class Options:
     layers: int = 12
     width: int = 768
     heads: int = 12
+    attention: Literal["mha", "mla"] = "mha"
+    """mla has half of each head rotary, values of its whole size, and latents of width/2 and
+    width/4."""
     vocab_size: int = 50304
     dtype: str = "bfloat16"
     """Of the Newton–Schulz iteration."""
@@ -41,7 +45,7 @@ class Options:
 
 
 def decoder(options: Options) -> Any:
-    """The shapes of a GPT-like decoder's parameters, float32, fused nowhere."""
+    """The shapes of a GPT-like decoder's parameters, float32."""
     d, heads = options.width, options.heads
 
     def kernel(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -50,12 +54,23 @@ def decoder(options: Options) -> Any:
     def scale() -> dict[str, jax.ShapeDtypeStruct]:
         return {"scale": jax.ShapeDtypeStruct((d,), jnp.float32)}
 
+    def attention() -> dict[str, Any]:
+        size, half = d // heads, d // heads // 2
+        if options.attention == "mha":
+            separate = {name: kernel(d, heads, size) for name in ("query", "key", "value")}
+            return {**separate, "out": kernel(heads, size, d)}
+        return {
+            "wq_a": kernel(d, d // 2),
+            "wq_b": kernel(d // 2, heads, size),
+            "wkv_a": kernel(d, d // 4 + half),
+            "wkv_b": kernel(d // 4, heads, half + size),
+            "wo": kernel(heads, size, d),
+        }
+
     def layer() -> dict[str, Any]:
-        projection = kernel(d, heads, d // heads)
-        attention = {name: projection for name in ("query", "key", "value")}
         return {
             "attn_norm": scale(),
-            "attn": {**attention, "out": kernel(heads, d // heads, d)},
+            "attn": attention(),
             "mlp_norm": scale(),
             "mlp": {"up": kernel(d, 4 * d), "down": kernel(4 * d, d)},
         }
@@ -68,8 +83,11 @@ def decoder(options: Options) -> Any:
 
 
 def chains(options: Options) -> dict[str, optax.GradientTransformationExtraArgs]:
-    layout = mc.layouts.mha()
-    muon = mc.muon(1e-3, dtype=options.dtype)
+    size = options.width // options.heads
+    mla = mc.layouts.mla(size // 2, size // 2, size)
+    layout = mc.layouts.mha() if options.attention == "mha" else mla
+    numbers = functools.partial(mc.muon_dimension_numbers, layout=layout)
+    muon = mc.muon(1e-3, dimension_numbers=numbers, dtype=options.dtype)
     quack = mc.quack(1e-3, layout=layout, dtype=options.dtype)
     clip = mc.qk_clip(layout)
     return {
@@ -115,7 +133,8 @@ def main(options: Options) -> dict[str, Any]:
             if name != "muon"
         },
     }
-    table = Table(title=f"One optimizer step, {options.layers} layers of width {options.width}")
+    title = f"One optimizer step, {options.layers} layers of width {options.width}"
+    table = Table(title=f"{title}, {options.attention}")
     for header in ("chain", "GFLOP", "added", "GB", "added"):
         table.add_column(header, justify="left" if header == "chain" else "right")
     for name, each in costs.items():

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from muonclip_jax import paths
 from muonclip_jax.attention import read_max_logits
@@ -27,6 +26,7 @@ from muonclip_jax.layouts import (
     refuse_qk_norm,
 )
 from muonclip_jax.paths import Path
+from muonclip_jax.transforms.states import find_state
 
 Scope = Literal["head", "layer"]
 
@@ -214,17 +214,7 @@ def qk_clip_state(opt_state: Any) -> QKClipState:
     Raises:
       ValueError: There is none, or more than one.
     """
-    is_clip_state = lambda node: isinstance(node, QKClipState)  # noqa: E731
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_clip_state) if is_clip_state(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"Expected one QKClipState in this optimizer state, found {len(found)}. Is qk_clip in "
-            "the chain (once)?"
-        )
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, found[0], is_leaf=is_variable
-    )
+    return find_state(opt_state, QKClipState, "qk_clip")
 
 
 def _check_options(layout, threshold, alpha, scope):

@@ -133,8 +133,8 @@ def scale_by_quack(
       relative_learning_rate: τ > 0, the learning rate of queries and keys relative to that of
         the other parameters. For a schedule, wrap this function in `optax.inject_hyperparams`.
       norm: `"frobenius"`, as in the paper's runs, or `"spectral"`, by a power iteration that
-        goes on from step to step. It follows a moving matrix from below: at steps of 1% of its
-        size within 0.5%, within 2% while another direction takes the lead.
+        goes on from step to step. It follows the matrix from below: within 0.5% at random steps of
+        1%; up to a quarter too low, for some tens of steps, where another direction takes over.
       rule: See above.
       floor: The smallest RMS entry that a matrix is taken to have, at initialisation and later:
         its norm counts as at least that of a random matrix with such entries. For models that
@@ -422,8 +422,9 @@ def _sensitivities(norms: PerRole) -> dict[str, tuple[jax.Array, ...]]:
     if "k_nope" in norms:
         return _latent_sensitivities(norms)
     q, k = norms["q"], norms["k"]
-    group = q.shape[-1] // k.shape[-1]
-    return {"q": (jnp.repeat(k, group, axis=-1),), "k": (q.reshape(*k.shape, group).max(-1),)}
+    grouped = q.reshape(*k.shape, -1)  # head h reads key h // group
+    keys = jnp.broadcast_to(k[..., None], grouped.shape).reshape(q.shape)
+    return {"q": (keys,), "k": (grouped.max(-1),)}
 
 
 def _latent_sensitivities(norms: PerRole) -> dict[str, tuple[jax.Array, ...]]:
