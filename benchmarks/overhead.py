@@ -7,7 +7,6 @@ with QuacK, with QK-Clip, and with both. XLA counts the body of the Newton–Sch
 once per step, so the shares are upper bounds.
 """
 
-import functools
 import json
 import platform
 from dataclasses import dataclass
@@ -86,8 +85,7 @@ def chains(options: Options) -> dict[str, optax.GradientTransformationExtraArgs]
     size = options.width // options.heads
     mla = mc.layouts.mla(size // 2, size // 2, size)
     layout = mc.layouts.mha() if options.attention == "mha" else mla
-    numbers = functools.partial(mc.muon_dimension_numbers, layout=layout)
-    muon = mc.muon(1e-3, dimension_numbers=numbers, dtype=options.dtype)
+    muon = mc.muon(1e-3, layout=layout, dtype=options.dtype)
     quack = mc.quack(1e-3, layout=layout, dtype=options.dtype)
     clip = mc.qk_clip(layout)
     return {

@@ -2,18 +2,23 @@
 
 import dataclasses
 import io
+import itertools
 import math
-from dataclasses import dataclass
-from functools import partial
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from muonclip_jax import matrices, paths, routing
-from muonclip_jax.layouts import Block, Layouts, find_blocks
+from muonclip_jax.layouts import Block, Layouts, Role, find_blocks
 from muonclip_jax.matrices import HeadMatrices, Spec
 from muonclip_jax.paths import Path
+
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class ParameterRow:
 
 
 class Description(tuple[ParameterRow, ...]):
-    """The rows of `describe`: prints as a table, and `rich` renders it as one.
+    """The rows of `describe`: prints as a table, in which layers that are alike share a line, and
+    `rich` renders it as one.
 
     `rows.asdicts()` are dicts, lists, strings and numbers only, for a program or `json.dumps`.
     """
@@ -64,16 +70,18 @@ class Description(tuple[ParameterRow, ...]):
             sum(math.prod(row.shape) for row in self if row.optimizer == name)
             for name in ("muon", "other")
         )
+        refused = "; QK-Clip and QuacK refuse what is behind a QK-norm"
         table = Table(
-            caption=f"{muon:,} parameters with muon, {other:,} with the other optimizer",
+            caption=f"{muon:,} parameters with muon, {other:,} with the other optimizer"
+            + refused * any(row.qk_norm for row in self),
             caption_justify="left",
         )
         for header in ("parameter", "shape", "optimizer", "matrices [in, out]", "attention"):
             table.add_column(header, overflow="fold")
-        for row in self:
+        for path, row in _alike(self):
             attention = [f"{piece.role} ×{piece.heads}" for piece in row.attention]
             table.add_row(
-                row.path,
+                path,
                 str(row.shape),
                 row.optimizer,
                 "\n".join(map(str, row.matrices)),
@@ -82,7 +90,8 @@ class Description(tuple[ParameterRow, ...]):
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=10_000, color_system=None)
+        width = shutil.get_terminal_size(fallback=(10_000, 24)).columns
+        console = Console(file=io.StringIO(), width=width, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip()
 
@@ -91,26 +100,27 @@ def describe(
     params: Any,
     layout: Layouts | None = None,
     *,
+    per_head: Collection[Role] = routing.EVERY_ROLE,
+    rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
 ) -> Description:
     """What happens to every parameter: its optimizer, its matrices, its role in attention.
 
     Args:
-      params: The parameters (arrays or `jax.ShapeDtypeStruct`s).
-      layout: The attention layout given to `muonclip`, `quack` or `qk_clip`, if any; several as a
-        list.
-      dimension_numbers: As given to the recipe; None for its default, which is
-        `muon_dimension_numbers` with the same layout.
+      params: The parameters (arrays or `jax.ShapeDtypeStruct`s), or an NNX module.
+      layout: The attention layout given to the recipe, if any; several as a list.
+      per_head: As given to the recipe.
+      rules: As given to the recipe.
+      dimension_numbers: As given to the recipe.
 
     Returns:
       A tuple of `ParameterRow`s that prints as a table.
 
     Raises:
-      ValueError: What the routing or the layout would raise at the first training step.
+      ValueError: What the routing or the layout would raise at the first training step. (A
+        QK-norm, which `qk_clip` and `scale_by_quack` refuse, is shown.)
     """
-    if dimension_numbers is None:
-        dimension_numbers = partial(routing.muon_dimension_numbers, layout=layout)
-    specs = routing.resolve(dimension_numbers, params)
+    specs = routing.resolve(routing.choose(dimension_numbers, layout, per_head, rules), params)
     blocks = () if layout is None else find_blocks(layout, params)
     attention = _attention(blocks)
     norms = {path for block in blocks for path in block.qk_norms}
@@ -125,6 +135,27 @@ def describe(
         )
         for path, leaf in paths.leaves(params)
     )
+
+
+def _alike(rows: Iterable[ParameterRow]) -> Iterator[tuple[str, ParameterRow]]:
+    """Rows by path; those that differ in its first number only as `layers/{0..11}/attn/query`."""
+    groups: dict[Any, list[ParameterRow]] = {}
+    for row in rows:
+        pattern = _NUMBER.sub("#", row.path, count=1)
+        groups.setdefault((pattern, replace(row, path="")), []).append(row)
+    for (pattern, _), group in groups.items():
+        if len(group) == 1:
+            yield group[0].path, group[0]
+            continue
+        numbers = sorted(int(_NUMBER.search(row.path)[0]) for row in group)
+        yield pattern.replace("#", f"{{{','.join(_ranges(numbers))}}}", 1), group[0]
+
+
+def _ranges(numbers: list[int]) -> Iterator[str]:
+    """Ascending numbers as `0..6`, `8..11`."""
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        first, *rest = (number for _, number in run)
+        yield f"{first}..{rest[-1]}" if rest else str(first)
 
 
 def _attention(blocks: tuple[Block, ...]) -> dict[Path, list[AttentionPiece]]:

@@ -24,8 +24,8 @@ class HeadMatrices:
     Attributes:
       parts: The pieces of the parameter; together they are all of it.
       per_head: Roles whose heads are matrices of their own, `[in, features]` (of `o`,
-        `[features, out]`). The heads of the others stand side by side in one matrix,
-        `[in, heads*features]`.
+        `[features, out]`); `q` and `k` are also MLA's parts of them. The heads of the others
+        stand side by side in one matrix, `[in, heads*features]`.
     """
 
     parts: tuple[Part, ...]
@@ -37,13 +37,18 @@ class HeadMatrices:
 
     def together(self, part: Part) -> bool:
         """Whether all heads of the part make one matrix."""
-        return part.heads > 1 and part.role not in self.per_head
+        return part.heads > 1 and not self.per_head & role_and_family(part.role)
 
     def __repr__(self) -> str:
         return f"HeadMatrices({', '.join(part.role for part in self.parts)})"
 
 
 Spec = MuonDimensionNumbers | HeadMatrices
+
+
+def role_and_family(role: Role) -> set[str]:
+    """`q_nope` belongs to the queries, `q`."""
+    return {role, role.split("_")[0]}
 
 
 def shapes(shape: tuple[int, ...], spec: Spec) -> tuple[tuple[int, int, int], ...]:

@@ -1,6 +1,6 @@
 """The chains: Muon, Muon followed by QK-Clip, and Muon or another optimizer with QuacK."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax import paths, routing
-from muonclip_jax.layouts import Layouts
+from muonclip_jax.layouts import Layouts, Role
 from muonclip_jax.orthogonalize import Schedule, schedules
 from muonclip_jax.transforms.muon import scale_by_muon
 from muonclip_jax.transforms.qk_clip import Scope, qk_clip
@@ -29,6 +29,9 @@ def muon(
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
     weight_decay: jax.typing.ArrayLike = 0.1,
     weight_decay_mask: Any | None = None,
+    layout: Layouts | None = None,
+    per_head: Collection[Role] = routing.EVERY_ROLE,
+    rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
     dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -54,13 +57,15 @@ def muon(
       weight_decay: λ: each step subtracts `η λ W`.
       weight_decay_mask: Tree of bools or function to one; None decays all but biases, norm
         scales and scalars.
-      dimension_numbers: Which parameters are Muon's, as which matrices: a tree of
-        `optax.contrib.MuonDimensionNumbers` (None inside it meaning `other`), a prefix of one, or
-        a function from the parameters to one. None is `muon_dimension_numbers`; with
-        `functools.partial(muon_dimension_numbers, layout=layout)` attention's projections are
-        orthogonalized head by head, on any layout. `describe` prints the outcome. Under
-        `optax.inject_hyperparams`, which takes every function for a schedule, name it in
-        `static_args`.
+      layout: The model's attention, which is then orthogonalized piece by piece and head by head,
+        however it is stored; several layouts as a list.
+      per_head: The roles of which each head is a matrix, as in `muon_dimension_numbers`.
+      rules: What to do with parameters by path, as in `muon_dimension_numbers`.
+      dimension_numbers: In place of these three, which parameters are Muon's, as which matrices: a
+        tree of `optax.contrib.MuonDimensionNumbers` (None inside it meaning `other`), a prefix of
+        one, or a function from the parameters to one. None is `muon_dimension_numbers`. `describe`
+        prints the outcome. Under `optax.inject_hyperparams`, which takes every function for a
+        schedule, name it in `static_args`.
       dtype: The dtype of the Newton–Schulz iteration.
       mu_dtype: The dtype of Muon's momentum.
 
@@ -75,11 +80,14 @@ def muon(
             nesterov=nesterov,
             schedule=schedule,
             update_rms=update_rms,
+            layout=layout,
+            per_head=per_head,
+            rules=rules,
             dimension_numbers=dimension_numbers,
             dtype=dtype,
             mu_dtype=mu_dtype,
         ),
-        _decayed_weights(weight_decay, weight_decay_mask),
+        _decayed_weights(weight_decay, weight_decay_mask, layout),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -103,8 +111,8 @@ def muonclip(
     Args:
       learning_rate: η, a number or an Optax schedule.
       layout: Where queries, keys, values and outputs are: `find_layout(params)` or one of
-        `layouts`; several for a model with several kinds of attention, as a list. Muon splits what
-        it describes into pieces and heads, unless `dimension_numbers` says otherwise.
+        `layouts`; several for a model with several kinds of attention, as a list. Muon reads it as
+        well, unless `dimension_numbers` says what Muon is to do.
       threshold: τ of `qk_clip`.
       alpha: As in `qk_clip`, the queries' share of the clip.
       scope: As in `qk_clip`, `"head"` or `"layer"`.
@@ -114,10 +122,8 @@ def muonclip(
     Raises:
       ValueError: As `muon` and `qk_clip`.
     """
-    if muon_options.get("weight_decay_mask") is None:
-        muon_options["weight_decay_mask"] = partial(routing.decay_mask, layout=layout)
     return optax.chain(
-        muon(learning_rate, **_by_heads(layout, muon_options)),
+        muon(learning_rate, layout=layout, **muon_options),
         qk_clip(layout, threshold, alpha=alpha, scope=scope),
     )
 
@@ -156,15 +162,16 @@ def quack(
       weight_decay_mask: As in `muon`.
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
         QuacK). The paper does not say; by default all weights decay alike.
-      **muon_options: `other`, `momentum`, `nesterov`, `schedule`, `update_rms`,
-        `dimension_numbers`, `dtype` and `mu_dtype` of `muon`.
+      **muon_options: `other`, `momentum`, `nesterov`, `schedule`, `update_rms`, `per_head`,
+        `rules`, `dimension_numbers`, `dtype` and `mu_dtype` of `muon`. (`optax.inject_hyperparams`
+        cannot see through these: inject `scale_by_quack`, and chain it.)
 
     Raises:
       TypeError: Options for Muon together with another direction.
       ValueError: As `muon` and `scale_by_quack`.
     """
     if direction is None:
-        direction = _muon_or_other(**_by_heads(layout, muon_options))
+        direction = _muon_or_other(layout=layout, **muon_options)
     elif muon_options:
         raise TypeError(
             f"{', '.join(muon_options)} would go to Muon, but direction= replaces it; give the one "
@@ -188,14 +195,16 @@ def _muon_or_other(
     nesterov: bool = True,
     schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
+    layout: Layouts | None = None,
+    per_head: Collection[Role] = routing.EVERY_ROLE,
+    rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
     dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's directions for matrices, those of `other` for the rest."""
     _check_ascent(other, "other")
-    if dimension_numbers is None:
-        dimension_numbers = routing.muon_dimension_numbers
+    dimension_numbers = routing.choose(dimension_numbers, layout, per_head, rules)
 
     def for_matrices(numbers: Any) -> optax.GradientTransformation:
         return optax.chain(
@@ -218,14 +227,6 @@ def _decayed_weights(
 ) -> optax.GradientTransformation:
     mask = partial(routing.decay_mask, layout=layout) if mask is None else mask
     return optax.add_decayed_weights(weight_decay, mask)
-
-
-def _by_heads(layout: Layouts, muon_options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with a routing that reads the layout unless they have one."""
-    if muon_options.get("dimension_numbers") is not None:
-        return muon_options
-    numbers = partial(routing.muon_dimension_numbers, layout=layout)
-    return {**muon_options, "dimension_numbers": numbers}
 
 
 def _check_ascent(other: optax.GradientTransformation, name: str) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, get_args
 
 from optax import MaskedNode
@@ -18,20 +19,21 @@ from muonclip_jax.layouts import (
     is_flax_attention,
     module_path,
 )
-from muonclip_jax.matrices import HeadMatrices, Spec
+from muonclip_jax.matrices import HeadMatrices, Spec, role_and_family
 from muonclip_jax.paths import Path
 
 # A tree of `Spec`s (None: not for Muon), or a function from parameters to one.
 DimensionNumbers = Any | Callable[[Any], Any]
+
+Rules = Mapping[str, MuonDimensionNumbers | None]
 
 EVERY_ROLE: tuple[Role, ...] = get_args(Role)
 
 MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 _INPUT_HEADS = MuonDimensionNumbers(reduction_axis=-3, output_axis=-1)  # [in, heads, head_features]
 _FIX = (
-    "Say how to treat it: dimension_numbers=functools.partial(muon_dimension_numbers, "
-    "rules={{'{pattern}': MuonDimensionNumbers(reduction_axis=..., output_axis=...)}}), or None "
-    "for the other optimizer."
+    "Say how to treat it: rules={{'{pattern}': optax.contrib.MuonDimensionNumbers("
+    "reduction_axis=..., output_axis=...)}}, or None for the other optimizer."
 )
 
 _UNEMBEDDING = re.compile(r"(^|_)(head|unembed\w*|logits\w*|classifier|output_layer)$")
@@ -39,7 +41,7 @@ _UNEMBEDDING = re.compile(r"(^|_)(head|unembed\w*|logits\w*|classifier|output_la
 
 def muon_dimension_numbers(
     params: Any,
-    rules: Mapping[str, MuonDimensionNumbers | None] | None = None,
+    rules: Rules | None = None,
     *,
     layout: Layouts | None = None,
     per_head: Collection[Role] = EVERY_ROLE,
@@ -72,8 +74,8 @@ def muon_dimension_numbers(
         MuonDimensionNumbers(-2, -1), "*/patch/kernel": None}`; `*` also crosses `/`.
       layout: The model's attention; several layouts as a list.
       per_head: Roles of the layout's pieces that are orthogonalized head by head, `("q", "k")`
-        for example; the heads of the others make one matrix, `[in, heads*features]`. `()` splits
-        fused kernels into their pieces only.
+        for example, which are MLA's parts of queries and keys as well; the heads of the others make
+        one matrix, `[in, heads*features]`. `()` splits fused kernels into their pieces only.
 
     Returns:
       A tree like `params`, each leaf a `MuonDimensionNumbers`, a `HeadMatrices` or None.
@@ -86,6 +88,8 @@ def muon_dimension_numbers(
     _check_tree(params)
     rules = rules or {}
     tree = _Tree(params)
+    if layout is None and per_head is not EVERY_ROLE:
+        raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
     heads = {} if layout is None else _head_matrices(layout, params, per_head)
     for pattern, rule in rules.items():
         if rule is not None and not isinstance(rule, MuonDimensionNumbers):
@@ -102,6 +106,27 @@ def muon_dimension_numbers(
     return paths.map_with_path(lambda path, _: _route(path, tree, rules, heads), params)
 
 
+def choose(
+    dimension_numbers: DimensionNumbers | None,
+    layout: Layouts | None,
+    per_head: Collection[Role],
+    rules: Rules | None,
+) -> DimensionNumbers:
+    """The dimension numbers given, or `muon_dimension_numbers` with the rest.
+
+    Raises:
+      TypeError: Both.
+    """
+    if dimension_numbers is None:
+        return partial(muon_dimension_numbers, rules=rules, layout=layout, per_head=per_head)
+    if rules is not None or per_head is not EVERY_ROLE:
+        raise TypeError(
+            "rules= and per_head= are for the default routing, which dimension_numbers= replaces; "
+            "give the one or the other."
+        )
+    return dimension_numbers
+
+
 def _head_matrices(
     layout: Layouts, params: Any, per_head: Collection[Role]
 ) -> dict[Path, HeadMatrices | None]:
@@ -109,11 +134,16 @@ def _head_matrices(
     if isinstance(per_head, str) or (unknown := set(per_head) - set(EVERY_ROLE)):
         raise ValueError(
             f"per_head={per_head!r} must be a tuple of roles, of {', '.join(EVERY_ROLE)}"
-            + ("." if isinstance(per_head, str) else f"; {', '.join(sorted(unknown))} is none.")
+            + (
+                f": per_head=({per_head!r},)."
+                if isinstance(per_head, str)
+                else f"; {', '.join(sorted(unknown))} is none."
+            )
         )
     parts: dict[Path, list] = {}
     vectors: dict[Path, None] = {}
-    for block in find_blocks(layout, params):
+    blocks = find_blocks(layout, params)
+    for block in blocks:
         for part in block.parts:
             if part.role in GAIN_ROLES:
                 vectors[part.kernel] = None
@@ -121,6 +151,14 @@ def _head_matrices(
                 parts.setdefault(part.kernel, []).append(part)
             if part.bias:
                 vectors[part.bias] = None
+    there = {
+        role for block in blocks for part in block.parts for role in role_and_family(part.role)
+    }
+    if per_head is not EVERY_ROLE and (absent := set(per_head) - there):
+        raise ValueError(
+            f"per_head={tuple(per_head)!r}: no attention block of the layout has the role "
+            f"{' or '.join(sorted(absent))}; they have {', '.join(sorted(there))}."
+        )
     split = {path: HeadMatrices(tuple(few), frozenset(per_head)) for path, few in parts.items()}
     return vectors | split
 
@@ -216,7 +254,8 @@ def _route(
     if path[-1] != "kernel":
         raise ValueError(
             f"{paths.show(path)} of shape {shape} is neither a kernel nor an embedding, bias or "
-            "scale by its name. " + _FIX.format(pattern=paths.show(path))
+            "scale by its name. If it belongs to attention, describe it with layout=. Else: "
+            + _FIX.format(pattern=paths.show(path))
         )
     return _kernel_matrices(path, tree)
 

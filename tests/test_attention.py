@@ -249,6 +249,21 @@ def test_non_finite_logits_are_visible_and_hidden_ones_are_not(bad):
     np.testing.assert_array_equal(hidden, [2.0, 2.0])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [6, 33, 64, 300])
+def test_a_nan_is_seen_in_rows_of_any_length(length, causal):
+    """A vectorized maximum may drop it, as XLA's on CPU does."""
+    rng = np.random.default_rng(0)
+    query, key = (normal(rng, 2, length, 3, 16, dtype=np.float32) for _ in range(2))
+    attend = functools.partial(dot_product_attention, is_causal=causal)
+    _, clean = attend(query, key, key)
+    _, one = attend(query, jnp.asarray(key).at[1, 2, 1, 5].set(jnp.nan), key)
+    np.testing.assert_array_equal(jnp.isnan(one), [False, True, False])
+    np.testing.assert_array_equal(one[::2], clean[::2])
+    _, every = attend(query, key * np.nan, key)
+    assert jnp.isnan(every).all()
+
+
 def test_maxima_carry_no_gradient():
     x = normal(np.random.default_rng(0), 5, 2, 3, dtype=np.float32)
     grads = jax.grad(lambda *qkv: dot_product_attention(*qkv)[1].sum(), (0, 1, 2))(x, x, x)

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 import rich.console
 
 import muonclip_jax as mc
@@ -75,13 +76,31 @@ def test_a_narrow_terminal_folds_and_cuts_nothing_off():
         assert text.count(letter) >= wide.count(letter)
 
 
-def test_printing_gives_the_whole_table():
+@pytest.mark.parametrize("columns", [60, 200])
+def test_printing_keeps_to_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     text = str(mc.describe(PARAMS, LAYOUT))
-    for words in (
-        "attn/qkv/kernel",
-        "q 12 × [16, 4]",
-        "q ×4, k ×2, v ×2",
-        "(3, 16, 32)",
-        "QK-norm",
-    ):
-        assert words in text
+    assert max(map(len, text.splitlines())) <= columns
+    if columns == 200:
+        for words in ("attn/qkv/kernel", "q 12 × [16, 4]", "q ×4, k ×2, v ×2", "(3, 16, 32)"):
+            assert words in text
+        assert "3,328 parameters with muon" in text
+        assert "QK-norm" in text
+
+
+def test_layers_that_are_alike_share_a_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    layers = {str(i): {"mlp_0": {"kernel": (16, 64 if i == 7 else 32)}} for i in range(12)}
+    rows = mc.describe(shapes({"layers": layers, "mlp": {"kernel": (16, 64)}}))
+    lines = [line.split("│")[1].strip() for line in str(rows).splitlines() if "kernel" in line]
+    assert lines == ["layers/{0..6,8..11}/mlp_0/kernel", "layers/7/mlp_0/kernel", "mlp/kernel"]
+    assert len(rows) == 13
+
+
+@pytest.mark.parametrize("per_head", [("q",), ()])
+def test_tells_what_the_recipe_will_do(per_head):
+    (row,) = [r for r in mc.describe(PARAMS, LAYOUT, per_head=per_head) if "o_proj" in r.path]
+    assert [str(m) for m in row.matrices] == ["o 3 × [16, 16]"]
+    numbers = mc.muon_dimension_numbers
+    with pytest.raises(TypeError, match="per_head= are for the default routing"):
+        mc.describe(PARAMS, LAYOUT, per_head=per_head, dimension_numbers=numbers)

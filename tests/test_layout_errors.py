@@ -419,6 +419,92 @@ MISTAKES = [
     ),
     ("uneven groups", lambda: mc.layouts.fused_qkv(4, 3), ["4 query", "3 key", "multiple"]),
     ("no number of heads", lambda: mc.layouts.mha(heads="8"), ["layouts.mha", "heads", "'8'"]),
+    # --- what only the surroundings tell
+    (
+        "sibling attention under a common name",
+        lambda: find(
+            mc.layouts.mha(query="self/query", key="self/key", value="self/value", out="self/out"),
+            {"self": HEADED, "cross": HEADED},
+        ),
+        ["layers/attn/cross holds query and key", "block= patterns"],
+    ),
+    (
+        "attention beside a block at the root",
+        lambda: find_blocks(
+            mc.layouts.mha(), {**HEADED, "decoder": {"wq": kernel(8, 8), "wk": kernel(8, 8)}}
+        ),
+        ["decoder holds wq and wk", "block= patterns"],
+    ),
+    (
+        "one kernel in two blocks",
+        lambda: find(
+            [
+                mc.layouts.mha(**QUERIES_AND_KEYS),
+                mc.layouts.mha(query="attn/query", key="attn/key", **QUERIES_AND_KEYS),
+            ]
+        ),
+        ["layers/attn/query/kernel", "described twice", "Narrow"],
+    ),
+    (
+        "stacked flat kernels read as kernels with heads",
+        lambda: find_blocks(
+            mc.layouts.mha(**QUERIES_AND_KEYS),
+            {
+                "attn": {"query": kernel(3, 32, 32), "key": kernel(3, 32, 32)},
+                "norm": {"scale": array(3, 32)},
+            },
+        ),
+        ["attn/query/kernel", "(3, 32, 32)", "32 heads of", "32 long, not 3", "heads="],
+    ),
+    (
+        "kernels with heads read as stacked flat kernels",
+        lambda: find_blocks(
+            mc.layouts.mha(heads=4, **QUERIES_AND_KEYS),
+            {
+                "attn": {"query": kernel(32, 4, 8), "key": kernel(32, 4, 8)},
+                "norm": {"scale": array(32)},
+            },
+        ),
+        ["attn/query/kernel", "(32, 4, 8)", "layers (32,)", "32 long, not 4", "only for those"],
+    ),
+    (
+        "heads= for kernels with a head axis",
+        lambda: find(mc.layouts.mha(heads=4)),
+        ["layers/attn/query/kernel", "(8, 4, 6)", "which only flat kernels need"],
+    ),
+    (
+        "a bias that no piece names",
+        lambda: find(mc.layouts.mha(), q_bias=array(4, 6)),
+        ["layers/attn/q_bias", "(4, 6)", 'bias="q_bias"'],
+    ),
+    (
+        "a QK-norm of every head's own",
+        lambda: mc.qk_clip(mc.layouts.mha()).init(
+            {"attn": {**HEADED, "q_norm": {"scale": array(4, 6)}}}
+        ),
+        ["attn/q_norm/scale (4, 6)", "mc.muon"],
+    ),
+    (
+        "a QK-norm as a parameter of the block",
+        lambda: mc.qk_clip(mc.layouts.mha()).init({"attn": {**HEADED, "q_norm": array(6)}}),
+        ["attn/q_norm (6,)", "QK-norm", "mc.muon"],
+    ),
+    # --- the recipes
+    (
+        "per_head without a layout",
+        lambda: mc.muon(0.1, per_head=("q",)).init({"mlp": {"kernel": jnp.ones((2, 3))}}),
+        ["per_head=('q',)", "needs layout="],
+    ),
+    (
+        "per_head of a role that no block has",
+        lambda: mc.describe({"attn": HEADED}, mc.layouts.mha(), per_head=("q", "gate")),
+        ["gate", "no attention block", "k, o, q, v"],
+    ),
+    (
+        "rules beside dimension_numbers",
+        lambda: mc.muon(0.1, rules={}, dimension_numbers=mc.muon_dimension_numbers),
+        ["rules=", "dimension_numbers= replaces", "the one or the other"],
+    ),
 ]
 
 

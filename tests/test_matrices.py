@@ -275,3 +275,23 @@ def test_update_rms_is_by_the_shape_of_each_matrix():
     sizes = {"query": 16, "key": 16, "value": 16, "out": 24}
     for name, size in sizes.items():
         np.testing.assert_allclose(update[name], 0.2 * math.sqrt(size), rtol=1e-6)
+
+
+def test_queries_and_keys_of_latent_attention_are_families():
+    """`q` and `k` name MLA's parts of them; what all heads share is one matrix in any case."""
+    shape = lambda *lengths: {"kernel": jax.ShapeDtypeStruct(lengths, jnp.float32)}  # noqa: E731
+    block = {
+        "wq_a": shape(8, 5),
+        "wq_b": shape(5, 2 * 6),
+        "wkv_a": shape(8, 7 + 2),
+        "wkv_b": shape(7, 2 * 7),
+        "wo": shape(2 * 3, 8),
+    }
+    rows = mc.describe({"attn": block}, mc.layouts.mla(4, 2, 3), per_head=("q", "k"))
+    assert {row.path.split("/")[1]: [str(m) for m in row.matrices] for row in rows} == {
+        "wq_a": ["q_down 1 × [8, 5]"],
+        "wq_b": ["q_nope 2 × [5, 4]", "q_rope 2 × [5, 2]"],
+        "wkv_a": ["kv_down 1 × [8, 7]", "k_rope 1 × [8, 2]"],
+        "wkv_b": ["k_nope 2 × [7, 4]", "v 1 × [7, 6]"],
+        "wo": ["o 1 × [6, 8]"],
+    }

@@ -1,7 +1,5 @@
 """Which parameters Muon takes."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -203,9 +201,7 @@ def test_rules_come_first():
         "experts/*": MuonDimensionNumbers(-2, -1),
         "conv/kernel": MuonDimensionNumbers((0, 1, 2), 3),
     }
-    rows = mc.describe(
-        params, dimension_numbers=functools.partial(mc.muon_dimension_numbers, rules=rules)
-    )
+    rows = mc.describe(params, rules=rules)
     assert {row.path: "; ".join(map(str, row.matrices)) for row in rows} == {
         "conv/bias": "",
         "conv/kernel": "1 × [36, 8]",

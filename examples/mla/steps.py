@@ -1,6 +1,5 @@
 """What runs on the device: the optimizer's chain, a training step, a validation."""
 
-import functools
 from typing import Any
 
 import jax
@@ -30,21 +29,21 @@ def make_optimizer(
     """The chain that `--optimizer` names."""
     rate, decay = learning_rates(settings), settings.weight_decay
     layout = attention_layout(config)
-    split = layout if settings.per_head else None
-    matrices = functools.partial(mc.muon_dimension_numbers, layout=split)
+    # Muon's matrices: those of the layout, or whole kernels.
+    numbers = None if settings.per_head else mc.muon_dimension_numbers
     quack = mc.quack(
         rate,
         layout=layout,
         relative_learning_rate=settings.relative_learning_rate,
         rule="latent_norm" if config.attention == "mla" else "paper",
-        dimension_numbers=matrices,
+        dimension_numbers=numbers,
         weight_decay=decay,
     )
-    muon = mc.muon(rate, dimension_numbers=matrices, weight_decay=decay)
+    muon = mc.muon(rate, layout=layout, dimension_numbers=numbers, weight_decay=decay)
     adamw = optax.with_extra_args_support(optax.adamw(rate, weight_decay=decay))
     clip = mc.qk_clip(layout, settings.threshold)
     match settings.optimizer:
-        case "muonclip":  # mc.muonclip with these matrices
+        case "muonclip":  # what mc.muonclip is
             return optax.chain(muon, clip)
         case "muon":
             return muon

@@ -25,7 +25,7 @@ from flax import linen, nnx
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from muonclip_jax.attention.max_logits import sow_max_logits
+from muonclip_jax.attention.max_logits import largest, sow_max_logits
 
 Module = linen.Module | nnx.Module
 
@@ -533,8 +533,9 @@ def _forward(plan: _Plan, x: _Operands):
     rows, _ = lax.scan(step, nothing, plan.tiles())
     inverse = jnp.where(rows.total == 0, 0, 1 / rows.total)
     out = (rows.out * inverse).astype(x.value.dtype)
-    all_but_heads = (*range(rows.top.ndim - 4), -2, -1)
-    max_logits = jnp.max(rows.top, all_but_heads, initial=-jnp.inf)
+    # The row maximum may drop a NaN (see `largest`); the sum of the same row keeps it.
+    top = jnp.where(jnp.isnan(rows.total) & (rows.top < jnp.inf), jnp.nan, rows.top)
+    max_logits = largest(top, (*range(top.ndim - 4), -2, -1))
     return (out, max_logits), _Residuals(x, out, _shift(rows.peak), inverse)
 
 

@@ -13,6 +13,7 @@ from muonclip_jax.layouts.blocks import (
     find_blocks,
     left_out,
     module_path,
+    outside_patterns,
     refuse_qk_norm,
 )
 from muonclip_jax.layouts.find import find_layout, is_flax_attention
@@ -39,5 +40,6 @@ __all__ = [
     "mha",
     "mla",
     "module_path",
+    "outside_patterns",
     "refuse_qk_norm",
 ]

@@ -21,7 +21,13 @@ from muonclip_jax.layouts.pieces import (
     Piece,
     Role,
 )
-from muonclip_jax.layouts.surroundings import looks_like_attention, other_parameters, qk_norms
+from muonclip_jax.layouts.surroundings import (
+    looks_like_attention,
+    norm_lengths,
+    other_parameters,
+    qk_norms,
+    unnamed_biases,
+)
 from muonclip_jax.paths import Path
 
 Shapes = Mapping[Path, tuple[int, ...]]
@@ -94,12 +100,19 @@ class Layout:
                     f"{paths.show(block)}: {paths.show(parts[0].kernel)} "
                     f"{shapes[parts[0].kernel]} has stack axes {parts[0].stack} but "
                     f"{paths.show(part.kernel)} {shapes[part.kernel]} has {part.stack}; the "
-                    "kernels of one attention block must be stacked alike."
+                    "kernels of one attention block must be stacked alike. (Kernels with a head "
+                    "axis need no heads=.)"
                 )
+        for bias in unnamed_biases(block, parts, shapes):
+            raise ValueError(
+                f"{paths.show(bias)} {shapes[bias]} looks like a bias of queries or keys, and no "
+                f'piece names it: Piece(..., bias="{"/".join(bias[len(block) :])}").'
+            )
         norms = tuple(self._norms(block, parts, shapes))
         own = [path for part in parts for path in (part.kernel, part.bias) if path]
         found = Block(block, self, parts, {path: shapes[path] for path in (*own, *norms)}, norms)
         self._check_heads(found)
+        _check_input(found, shapes)
         _check_lengths(found)
         _check_overlap(found)
         return found
@@ -110,9 +123,10 @@ class Layout:
             raise ValueError(
                 f"{paths.show(block)}: layouts.{self.name} expects {piece.parameter}, or "
                 f"{piece.parameter}/kernel, here (role {piece.role!r}) and there is none; the "
-                f"block has {_children(block, shapes)}. Name it in the layout (query=, key=, "
-                "value=, out=; None leaves a value or output to Muon's general routing), or leave "
-                "this block out with the layout's block= pattern."
+                f"block has {_children(block, shapes)}. Correct its name in the layout (query=, "
+                "key=, value=, out=, kernel=; of mla key_value= and norms; value=None and out=None "
+                "leave those to Muon's general routing), or leave this block out with the "
+                "layout's block= pattern."
             )
         bias = self._bias(block, piece, kernel, shapes)
         named = {(*block, *leaf) for other in self.pieces for leaf in other.leaves} | {bias}
@@ -288,13 +302,14 @@ def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
         if not any(isinstance(node, MaskedNode) for node in nodes):
             raise
         raise ValueError(
-            f"{error} Some parameters are masked: this transformation stands inside "
-            "optax.partition or optax.masked; move it outside, to the end of the chain."
+            "Some parameters are masked: this transformation stands inside optax.partition or "
+            f"optax.masked; move it outside, to the end of the chain. As it stands: {error}"
         ) from None
 
 
 def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     blocks: dict[Path, Block] = {}
+    owners: dict[Path, Path] = {}  # parameter → its block
     for one in layouts:
         if not one.pieces and not any(one.takes(path[:end]) for path in shapes
                                       for end in range(len(path))):  # fmt: skip
@@ -309,11 +324,21 @@ def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
             if path in blocks:
                 raise ValueError(
                     f"{paths.show(path)} is described twice, by {blocks[path].layout} and by "
-                    f"{one}. Give them block= patterns that do not meet."
+                    f"{one}. Give them block= patterns that do not meet; if both are in one "
+                    "module, name the projections relative to the attention module itself: "
+                    'query="query", block="*/self_attn".'
                 )
             blocks[path] = one.read(path, shapes)
+            for kernel in dict.fromkeys(part.kernel for part in blocks[path].parts):
+                other = owners.setdefault(kernel, path)
+                if other != path:
+                    raise ValueError(
+                        f"{paths.show(kernel)} is described twice: in {paths.show(other)} "
+                        f"({blocks[other].layout}) and in {paths.show(path)} ({one}). Narrow "
+                        "their names or block= patterns."
+                    )
     if len(layouts) > 1 or layouts[0].block is None:
-        _check_all_covered(layouts, list(blocks), shapes)
+        _check_all_covered(layouts, list(owners), shapes)
     return tuple(blocks.values())
 
 
@@ -331,10 +356,20 @@ def as_layouts(layout: Layouts) -> tuple[Layout, ...]:
     return tuple(layouts)
 
 
-def left_out(layout: Layouts, path: Path) -> bool:
-    """Whether the layouts' `block` patterns leave out the module at this path."""
+def left_out(layout: Layouts, params: Any) -> tuple[Path, ...]:
+    """The modules that are attention, or named by `ignore`, and that the layouts leave out."""
     layouts = as_layouts(layout)
-    return _ignored(layouts, path) or not any(one.takes(path) for one in layouts if one.pieces)
+    shapes = paths.shapes(params)
+    modules = {path[:end] for path in shapes for end in range(len(path))}
+    ignored = [path for path in modules if _ignored(layouts, path)]
+    everywhere = [replace(one, block=None) for one in layouts if one.pieces]
+    attention = [path for one in everywhere for path in one.places(shapes)]
+    return (*ignored, *(p for p in attention if not any(one.takes(p) for one in layouts)))
+
+
+def outside_patterns(layout: Layouts, path: Path) -> bool:
+    """Whether no layout's `block` pattern admits the module at this path."""
+    return not any(one.takes(path) for one in as_layouts(layout) if one.pieces)
 
 
 def refuse_qk_norm(blocks: Sequence[Block]) -> None:
@@ -345,8 +380,9 @@ def refuse_qk_norm(blocks: Sequence[Block]) -> None:
             raise ValueError(
                 f"{paths.show(path)} {block.shapes[path]} normalises queries or keys after their "
                 f"projection: scaling the kernels of {paths.show(block.path)} would change "
-                "nothing. QK-norm already bounds the logits: drop it, or leave the block out with "
-                "the layout's block= pattern. If this norm does something else, say so with "
+                "nothing. QK-norm already bounds the logits: drop it, use mc.muon, which splits "
+                "heads behind a norm too, or leave the block out with the layout's block= pattern. "
+                "If this norm does something else, say so with "
                 f"dataclasses.replace(layout, harmless_norms=({module!r},))."
             )
 
@@ -358,8 +394,9 @@ def module_path(block: Path) -> Path:
 
 def some_kernels(shapes: Shapes) -> str:
     """The first matrices of a tree, for messages."""
-    matrices = [paths.show(path) for path, shape in shapes.items() if len(shape) >= 2]
-    return ", ".join(matrices[:8]) or "none"
+    matrices = [paths.show(p) for p, s in shapes.items() if len(s) >= 2 and p[-1] != "bias"]
+    more = f" and {len(matrices) - 8} more" if len(matrices) > 8 else ""
+    return (", ".join(matrices[:8]) or "none") + more
 
 
 def _ignored(layouts: Sequence[Layout], path: Path) -> bool:
@@ -384,8 +421,25 @@ def _nothing_found(layout: Layout, shapes: Shapes) -> str:
     return (
         f"{message} Matrices in this tree: {some_kernels(shapes)}. Name the projections "
         'in the layout: mha(query="q_proj", key="k_proj", value="v_proj", out="o_proj"), '
-        "gqa(kv_heads, heads=..., query=...) for flat kernels, mla(..., query=...), fused_qkv(...)."
+        "gqa(kv_heads, heads=..., query=...) for flat kernels, mla(..., query=...), "
+        "fused_qkv(...), or Layout(name, pieces=(Piece(...), ...)) for any other."
     )
+
+
+def _check_input(block: Block, shapes: Shapes) -> None:
+    """Raises ValueError when no norm before the block is as long as its input. Without an output
+    projection nothing else would show that a stack of flat kernels was read as one with heads."""
+    if block.part("o") or block.latent:
+        return
+    lengths = norm_lengths(block.path, shapes, block.layout.stack_axis)
+    query = block.queries[0]
+    if lengths and query.ins not in lengths:
+        raise ValueError(
+            f"{paths.show(query.kernel)} of shape {query.shape} was read as {query.heads} heads of "
+            f"[in, features] = {list(query.matrix)} in stacked layers {query.stack}, but the norms "
+            f"around it are {' or '.join(map(str, sorted(lengths)))} long, not {query.ins}. Give "
+            "heads= for flat kernels, and only for those; or name out=, which settles it."
+        )
 
 
 # Lengths that attention itself makes equal: a wrong size in a layout rarely fits them all.
@@ -450,16 +504,16 @@ def entries(part: Part) -> np.ndarray:
     return claimed
 
 
-def _check_all_covered(layouts: Sequence[Layout], found: Sequence[Path], shapes: Shapes) -> None:
-    """Raises ValueError for a module that looks like attention and is in none of the blocks."""
+def _check_all_covered(layouts: Sequence[Layout], kernels: Sequence[Path], shapes: Shapes) -> None:
+    """Raises ValueError for a module that looks like attention and has no part of any block."""
     for module, names in looks_like_attention(shapes):
-        inside = any(module[: len(block)] == block for block in found)
-        if not inside and not _ignored(layouts, module):
+        covered = any(kernel[: len(module)] == module for kernel in kernels)
+        if not covered and not _ignored(layouts, module):
             raise ValueError(
                 f"{paths.show(module)} holds {' and '.join(names)}, which looks like attention "
                 f"that {' and '.join(map(str, layouts))} does not cover (it covers "
-                f"{paths.show(found[0]) if found else 'nothing'}). Write a layout for each kind, "
-                "with block= patterns that say which is whose, and pass them as a list; "
+                f"{paths.show(kernels[0][:-1]) if kernels else 'nothing'}). Write a layout for "
+                "each kind, with block= patterns that say which is whose, and pass them as a list; "
                 "layouts.ignore(block) leaves attention alone."
             )
 

@@ -29,8 +29,9 @@ def find_layout(params: Any) -> Layout:
         raise ValueError(
             "find_layout: no Flax attention module (query, key, value and out kernels in one "
             f"module) in these parameters. Matrices found: {some_kernels(shapes)}. Write "
-            "the layout: layouts.mha(query=..., key=...), layouts.gqa(...), layouts.fused_qkv(...) "
-            "or layouts.mla(nope, rope, v)."
+            "the layout: layouts.mha(query=..., key=...), layouts.gqa(...), "
+            "layouts.fused_qkv(...), layouts.mla(nope, rope, v), or "
+            "layouts.Layout(name, pieces=(layouts.Piece(...), ...))."
         )
     equal = all(
         shapes[(*block, "query", "kernel")][-2] == shapes[(*block, "key", "kernel")][-2]

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import jax
@@ -60,9 +61,9 @@ class Piece:
         `kv_gain`, the scales of norms on the latents.
       parameter: Its path inside the attention block: `q_einsum/w`, or a module, `query`, for
         the `kernel` in it.
-      axes: Names of the parameter's axes, without stack axes. None: features` (of `o`, `heads
-        features out`) when the features' axis is as long as `sizes["features"]`, else the same with
-        `(heads features)`.
+      axes: Names of the parameter's axes, without stack axes. None: `in heads features` (of `o`,
+        `heads features out`) when the features' axis is as long as `sizes["features"]`, else the
+        same with `(heads features)`.
       sizes: Lengths of named axes: needed where one axis holds several, checked elsewhere.
       select: For a named axis, an index or `(start, stop)`, as in Python slices.
       bias: Path of its bias inside the block, with the parameter's axes without `in`, or these
@@ -105,6 +106,8 @@ class Piece:
             problem = f"must have {carried!r} outside of parentheses"
         elif unknown := {name for name, _ in self.sizes + self.select} - set(names):
             problem = f"does not have {', '.join(sorted(unknown))}, which sizes or select name"
+        elif any(not _is_cut(chosen) for _, chosen in self.select):
+            problem = "has a select that is neither an index nor (start, stop)"
         elif carried in dict(self.select):
             problem = "can be cut along head axes and features only"
         if problem:
@@ -182,7 +185,8 @@ class Piece:
                 shape,
                 f"has {length} on axis {_show(axis)}, "
                 + (f"not {wanted}" if len(unknown) == 0 else f"which {wanted} do not divide")
-                + "; check the layout's sizes (heads, kv_heads; of mla nope, rope, v)",
+                + "; check the layout's sizes (heads and kv_heads, which only flat kernels need; "
+                "of mla nope, rope, v)",
             )
         if len(unknown) > 1:
             raise self._misfit(
@@ -194,7 +198,7 @@ class Piece:
 
     def _cut(self, path: Path, shape: tuple[int, ...], name: str, size: int) -> slice:
         told = chosen = dict(self.select).get(name, (None, None))
-        if isinstance(chosen, int):
+        if isinstance(chosen, Integral):
             chosen = (chosen, chosen + 1 if chosen != -1 else None)
         start, stop = (
             default if end is None else end + size * (end < 0)
@@ -371,7 +375,7 @@ class Part:
 
 def check_count(what: str, value: Any) -> None:
     """Raises ValueError for what is no whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}.")
 
 
@@ -384,6 +388,12 @@ def _parse(piece: Piece, axes: str) -> Axes:
     )
     # A gain has features only; it is read as the one row of a matrix.
     return (*parsed[:-1], (_IN_GAIN,), *parsed[-1:]) if piece.role in GAIN_ROLES else parsed
+
+
+def _is_cut(chosen: Any) -> bool:
+    if isinstance(chosen, tuple | list):
+        return len(chosen) == 2 and all(end is None or isinstance(end, Integral) for end in chosen)
+    return isinstance(chosen, Integral)
 
 
 def _move(x: Any, source: range, destination: range) -> Any:

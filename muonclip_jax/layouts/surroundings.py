@@ -8,7 +8,10 @@ from muonclip_jax.paths import Path
 
 Shapes = Mapping[Path, tuple[int, ...]]
 
-_QK_NORM = re.compile(r"^_?((q|k|query|key)\w*(_ln|norm)|norm_(q|k|query|key))$")
+_QK_NORM = re.compile(
+    r"^_?((q|k|query|key)\w*(_ln|norm|_gamma)(_?(scale|weight|w))?|(ln|norm)_(q|k|query|key))$"
+)
+_QK_BIAS = re.compile(r"^(q|k|qkv|kv|query|key)\w*bias$|^b(q|k|qkv)$|^bias_(q|k|qkv|query|key)$")
 
 # Modules or parameters that, together in one module, give attention away.
 _ATTENTION = (
@@ -19,6 +22,9 @@ _ATTENTION = (
     ("wq_b", "wkv_b"),
     ("wq", "wkv_b"),
     ("q_b_proj", "kv_b_proj"),
+    ("w_uq", "w_ukv"),
+    ("w_q", "w_k"),
+    ("to_q", "to_k"),
     ("q_einsum", "kv_einsum"),
     ("q_einsum", "k_einsum"),
     ("qkv_einsum",),
@@ -37,25 +43,56 @@ def qk_norms(
     as long as its input."""
     projections = [part for part in parts if part.role in QUERY_ROLES + KEY_ROLES]
     depth = len(projections[0].stack)
-    feature_axis = depth if stack_axis == 0 else 0
+    per_head = {(part.heads, part.sizes["features"]) for part in projections}
     inputs = {part.ins for part in projections}
     outputs = {part.features for part in projections}
     outputs |= {part.heads * part.features for part in projections}
     outputs |= {part.sizes["features"] for part in projections}
     latent = any(part.role == "k_nope" for part in projections)
     own_modules = {block, *(part.kernel[:-1] for part in projections)}
+    own = {path for part in parts for path in (part.kernel, part.bias)}
     for path, shape in shapes.items():
         module = path[:-1]
-        if path[: len(block)] != block or module in own_modules:
+        if path[: len(block)] != block or path in own:
             continue
-        if any(name.startswith("WeightNorm") for name in module[len(block) :]):
-            yield path
-        elif path[-1] not in ("kernel", "bias") and len(shape) == depth + 1:
-            length = shape[feature_axis]
-            # MLA's latent norms are in front, and some are called q_norm.
-            named = _QK_NORM.search(module[-1]) and not (latent and length in inputs)
-            if named or length in outputs - inputs:
+        if module in own_modules:
+            if _QK_NORM.search(path[-1]):
                 yield path
+        elif any(name.startswith("WeightNorm") for name in module[len(block) :]):
+            yield path
+        elif path[-1] not in ("kernel", "bias") and len(shape) >= depth:
+            place = min(stack_axis, len(shape) - depth)
+            lengths = shape[:place] + shape[place + depth :]
+            # MLA's latent norms are in front, and some are called q_norm.
+            in_front = latent and len(lengths) == 1 and lengths[0] in inputs
+            behind = lengths in per_head or (len(lengths) == 1 and lengths[0] in outputs - inputs)
+            if behind or (_QK_NORM.search(module[-1]) and not in_front):
+                yield path
+
+
+def unnamed_biases(block: Path, parts: Sequence[Part], shapes: Shapes) -> list[Path]:
+    """Parameters beside the kernels that are called as biases of queries or keys are."""
+    modules = {block, *(part.kernel[:-1] for part in parts)}
+    named = {path for part in parts for path in (part.kernel, part.bias)}
+    return [
+        path
+        for path in shapes
+        if path[:-1] in modules and path not in named and _QK_BIAS.search(path[-1])
+    ]
+
+
+def norm_lengths(block: Path, shapes: Shapes, stack_axis: int = 0) -> set[int]:
+    """How long the scales are in the nearest module around the block that has any."""
+    for end in reversed(range(len(block))):
+        found = [
+            shape
+            for path, shape in shapes.items()
+            if path[-1] == "scale" and shape and path[:end] == block[:end]
+            and path[: len(block)] != block
+        ]  # fmt: skip
+        if found:
+            return {shape[0] if stack_axis else shape[-1] for shape in found}
+    return set()
 
 
 def other_parameters(block: Path, kernel: Path, shapes: Shapes) -> list[Path]:

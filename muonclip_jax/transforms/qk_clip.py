@@ -14,6 +14,7 @@ import optax
 
 from muonclip_jax import paths
 from muonclip_jax.attention import read_max_logits
+from muonclip_jax.attention.max_logits import largest
 from muonclip_jax.layouts import (
     Block,
     Layouts,
@@ -23,6 +24,7 @@ from muonclip_jax.layouts import (
     find_blocks,
     left_out,
     module_path,
+    outside_patterns,
     refuse_qk_norm,
 )
 from muonclip_jax.paths import Path
@@ -228,7 +230,7 @@ def _check_options(layout, threshold, alpha, scope):
         if not isinstance(value, jax.core.Tracer)
     }
     for name, value in concrete.items():
-        if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        if np.ndim(value) or not jnp.issubdtype(np.asarray(value).dtype, jnp.number):
             raise TypeError(f"{name} must be one number, got {value!r}.")
     if not concrete.get("threshold", 1) > 0:
         raise ValueError(f"threshold must be above 0 (a logit; Kimi K2 uses 100), got {threshold}.")
@@ -253,7 +255,7 @@ class _Plan(NamedTuple):
 
 def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
     blocks = _blocks(layout, params)
-    maxima = _pair(layout, blocks, max_logits)
+    maxima = _pair(layout, blocks, params, max_logits)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
     gamma = {name: clip_factor(s.astype(dtype), threshold, scope) for name, s in maxima.items()}
     multipliers = {
@@ -264,7 +266,9 @@ def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
     return _Plan(blocks, maxima, gamma, multipliers)
 
 
-def _pair(layout: Layouts, blocks: tuple[Block, ...], max_logits: Any) -> dict[str, jax.Array]:
+def _pair(
+    layout: Layouts, blocks: tuple[Block, ...], params: Any, max_logits: Any
+) -> dict[str, jax.Array]:
     """Each block's maxima as `[stack..., heads]`; every sown value must find its block, unless
     the layout's pattern leaves out where it was sown."""
     if max_logits is None:
@@ -277,18 +281,22 @@ def _pair(layout: Layouts, blocks: tuple[Block, ...], max_logits: Any) -> dict[s
         )
     sown = read_max_logits(max_logits)
     found: dict[str, list[jax.Array]] = {block.name: [] for block in blocks}
+    excluded = [module_path(path) for path in left_out(layout, params)]
     for path, values in sown.items():
         # The block itself, or the innermost one around a sub-module that sowed.
         around = [b for b in blocks if path[: len(module_path(b.path))] == module_path(b.path)]
-        if not around and left_out(layout, path):
+        block = max(around, key=lambda b: len(b.path), default=None)
+        inside = len(module_path(block.path)) if block else 0
+        if any(path[: len(other)] == other and len(other) >= inside for other in excluded):
             continue
-        if not around:
+        if block is None and outside_patterns(layout, path):
+            continue
+        if block is None:
             raise ValueError(
                 f"max_logits were sown in {paths.show(path)}, where the layout finds no query and "
                 f"key kernels; it has {', '.join(found)}. Sow in the attention module itself, or "
                 "correct the layout."
             )
-        block = max(around, key=lambda b: len(b.path))
         found[block.name].append(_fit(block, values))
     for name, values in found.items():
         if not values:
@@ -298,7 +306,7 @@ def _pair(layout: Layouts, blocks: tuple[Block, ...], max_logits: Any) -> dict[s
                 "sow_weights=True for Flax's attention), or leave the block out with the layout's "
                 "block= pattern."
             )
-    return {name: jnp.stack(values).max(axis=0) for name, values in found.items()}
+    return {name: functools.reduce(jnp.maximum, values) for name, values in found.items()}
 
 
 def _fit(block: Block, sown: jax.Array) -> jax.Array:
@@ -311,7 +319,7 @@ def _fit(block: Block, sown: jax.Array) -> jax.Array:
             f"{block.name} sowed max_logits of shape {sown.shape}, but its kernels have "
             f"{block.heads} query heads{f' in stacked layers {block.stack}' if depth else ''}: "
             f"expected {block.shape}. "
-            "Sow one maximum per query head; if kernels are flat, give the layout heads=."
+            "Sow one maximum per query head, and check the layout's heads= (flat kernels need it)."
         )
     if depth and extra and after_stack and before_stack:
         raise ValueError(
@@ -320,7 +328,7 @@ def _fit(block: Block, sown: jax.Array) -> jax.Array:
             f"jax.tree.map(lambda s: s.max(axis=...), read_max_logits(intermediates))."
         )
     axes = range(depth, depth + extra) if after_stack else range(extra)
-    return sown.max(axis=tuple(axes))
+    return largest(sown, tuple(axes))
 
 
 def _role_factors(

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from muonclip_jax import paths
 from muonclip_jax.layouts import Block, Layouts, Part, as_layouts, find_blocks, refuse_qk_norm
 from muonclip_jax.layouts.pieces import GAIN_ROLES
 from muonclip_jax.paths import Path
+from muonclip_jax.transforms.states import find_state
 
 QuackRule = Literal["paper", "normalized_min", "latent_norm", "fixed"]
 Norm = Literal["frobenius", "spectral"]
@@ -106,7 +106,8 @@ def scale_by_quack(
       entry, and kv_down likewise; their factors rise with their own norms, which weight decay
       should hold. The gains' updates are scaled as well, by the entries alone. Paths are compared
       as in `"normalized_min"`. Gains are taken as they multiply: not for norms that store
-      `gain - 1`.
+      `gain - 1`. Attention
+      without latents in the same model goes by the paper's rule.
     - `"fixed"`: τ for every query and key projection, the paper's baseline; no norms.
 
     Where it goes: on the final direction, after Muon's or Adam's preconditioning, which would
@@ -138,7 +139,9 @@ def scale_by_quack(
       rule: See above.
       floor: The smallest RMS entry that a matrix is taken to have, at initialisation and later:
         its norm counts as at least that of a random matrix with such entries. For models that
-        start with queries or keys at zero, e.g. `1 / sqrt(width)`.
+        start with queries or keys at zero: the standard deviation with which the others start.
+        With more than that, factors follow no growth below it; with much less, the partners
+        of what starts at zero hardly move for as long as it is small.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -192,17 +195,7 @@ def quack_state(opt_state: Any) -> QuackState:
     Raises:
       ValueError: There is none, or more than one.
     """
-    is_quack_state = lambda node: isinstance(node, QuackState)  # noqa: E731
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_quack_state) if is_quack_state(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"Expected one QuackState in this optimizer state, found {len(found)}. Is "
-            "scale_by_quack in the chain (once, with a list of layouts for several kinds)?"
-        )
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, found[0], is_leaf=is_variable
-    )
+    return find_state(opt_state, QuackState, "scale_by_quack")
 
 
 # Which parts, and what a rule needs
@@ -224,7 +217,7 @@ def _check_number(name: str, value: Any, is_right: Callable[[Any], Any], wanted:
         )
     if isinstance(value, jax.core.Tracer):  # from inject_hyperparams, which had a concrete one
         return
-    if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+    if np.ndim(value) or not jnp.issubdtype(np.asarray(value).dtype, jnp.number):
         raise TypeError(f"{name} must be one number, got {value!r}.")
     if not (is_right(value) and np.isfinite(value)):
         raise ValueError(f"{name} must be finite and {wanted}, got {value}.")
@@ -234,8 +227,8 @@ def _read_blocks(layout: Layouts, params: Any, rule: QuackRule) -> tuple[Block, 
     blocks = find_blocks(layout, params)
     for block in blocks:
         _check_roles(block)
-        if rule == "latent_norm":
-            _check_gains(block)
+    if rule == "latent_norm":
+        _check_gains(blocks)
     if rule != "fixed":  # which scales updates, and these count behind a norm as before it
         refuse_qk_norm(blocks)
     return blocks
@@ -252,21 +245,23 @@ def _check_roles(block: Block) -> None:
         )
 
 
-def _check_gains(block: Block) -> None:
-    if not block.latent:
+def _check_gains(blocks: Sequence[Block]) -> None:
+    latent = [block for block in blocks if block.latent]
+    if not latent:
         raise ValueError(
-            f'{block.name}: rule="latent_norm" is for multi-head latent attention and its norms on '
-            'the latents; here is none. Use rule="paper".'
+            f'{blocks[0].name}: rule="latent_norm" is for multi-head latent attention and its '
+            'norms on the latents; here is none. Use rule="paper".'
         )
-    wanted = {"kv_gain"} | ({"q_gain"} if block.part("q_down") else set())
-    missing = wanted - {part.role for part in block.parts}
-    if missing:
-        raise ValueError(
-            f'{block.name}: rule="latent_norm" needs the gains of the norms on the latents; the '
-            f"layout names no {' and no '.join(sorted(missing))}. Name the norms: "
-            'layouts.mla(..., query_norm="q_norm", key_value_norm="kv_norm"), or, if the model has '
-            'none, use rule="paper".'
-        )
+    for block in latent:
+        wanted = {"kv_gain"} | ({"q_gain"} if block.part("q_down") else set())
+        missing = wanted - {part.role for part in block.parts}
+        if missing:
+            raise ValueError(
+                f'{block.name}: rule="latent_norm" needs the gains of the norms on the latents; '
+                f"the layout names no {' and no '.join(sorted(missing))}. Name the norms: "
+                'layouts.mla(..., query_norm="q_norm", key_value_norm="kv_norm"), or, if the model '
+                'has none, use rule="paper".'
+            )
 
 
 def _parts(block: Block, rule: QuackRule) -> list[Part]:
@@ -339,12 +334,13 @@ def _spectral(matrices: list[jax.Array], vector: jax.Array | None) -> tuple[jax.
     for _ in range(_POWER_ITERATIONS):
         images = [(m * vector[..., None, :]).sum(-1) for m in matrices]
         left = _length(jnp.concatenate(images, -1))[..., None]
-        images = [jnp.where(left == 0, 0, image / left) for image in images]
+        images = [image / jnp.where(left == 0, 1, left) for image in images]
         pulled = sum((m * i[..., None]).sum(-2) for m, i in zip(matrices, images, strict=True))
         size = _length(pulled)
         # A matrix that is zero, or not finite, keeps the vector for when it is back.
         goes_on = (size > 0) & (size < jnp.inf)
-        vector = jnp.where(goes_on[..., None], pulled / size[..., None], vector)
+        pulled = pulled / jnp.where(goes_on, size, 1)[..., None]
+        vector = jnp.where(goes_on[..., None], pulled, vector)
     return size, vector
 
 
@@ -379,8 +375,8 @@ def _usable(norms: PerBlock, blocks: Sequence[Block]) -> PerBlock:
                 f"has an initial norm of {float(norm[where[0]])} in {len(where)} of {norm.size} "
                 f"heads (index {', '.join(map(str, where[:8]))}{', ...' * (len(where) > 8)}), to "
                 "which no later norm can be compared. Initialise it to something finite other than "
-                "zero, or give scale_by_quack floor=, the smallest RMS entry to count, e.g. "
-                "1 / sqrt(width)."
+                "zero, or give scale_by_quack floor=, the smallest RMS entry to count: the "
+                "standard deviation with which the others start."
             )
         return jnp.where(usable, norm, jnp.nan)
 

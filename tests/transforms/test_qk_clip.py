@@ -195,6 +195,39 @@ def test_layer_scope_clips_every_head_of_the_layer_alike():
     np.testing.assert_array_equal(after[1], before[1])
 
 
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [mc.layouts.mha(block="outer"), mc.layouts.ignore("outer/inner")],
+        mc.layouts.mha(block="outer"),
+    ],
+    ids=["ignored", "outside the pattern"],
+)
+@pytest.mark.parametrize("where", ["inner", "inner/op"])
+def test_attention_that_is_left_out_does_not_clip_the_block_around_it(layouts, where):
+    inner = mha_params(jax.random.key(0))["attn"]
+    params = {"outer": {**mha_params(jax.random.key(1))["attn"], "inner": inner}}
+    sown = {
+        ("outer", "op"): jnp.full(4, 1.0),  # a sub-module of the block counts
+        ("outer", *where.split("/")): jnp.full(4, 1e4),
+    }
+    chex.assert_trees_all_equal(mc.apply_qk_clip(params, sown, layouts), params)
+    sown["outer", "op"] *= 400
+    clipped = mc.apply_qk_clip(params, sown, layouts)
+    chex.assert_trees_all_equal(clipped["outer"]["inner"], inner)
+    factor = clipped["outer"]["query"]["kernel"] / params["outer"]["query"]["kernel"]
+    np.testing.assert_allclose(factor, 0.5, rtol=1e-6)
+
+
+def test_hyperparameters_of_half_precision():
+    """`inject_hyperparams` casts them to the parameters' dtype."""
+    params = mha_params(jax.random.key(0), dtype=jnp.bfloat16)
+    tx = optax.inject_hyperparams(mc.qk_clip, static_args="layout")(mc.layouts.mha(), threshold=8.0)
+    maxima = {"attn": {"max_logits": jnp.full(4, 16.0)}}
+    _, state = tx.update(params, tx.init(params), params, max_logits=maxima)
+    assert int(mc.qk_clip_state(state).heads_clipped) == 4
+
+
 def test_nested_blocks_keep_their_own_maxima():
     inner = mha_params(jax.random.key(0))["attn"]
     params = {"outer": {**mha_params(jax.random.key(1))["attn"], "inner": inner}}

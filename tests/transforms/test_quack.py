@@ -515,3 +515,40 @@ def test_inside_a_partition_it_raises():
     tx = optax.partition({"a": scale_by_quack(MHA), "b": optax.identity()}, labels)
     with pytest.raises(ValueError, match="key"):
         tx.init(params)
+
+
+def test_a_hybrid_takes_each_kind_by_its_own_rule():
+    """With norms on its latents, MLA by `latent_norm`; plain attention beside it by the paper."""
+    rng = np.random.default_rng(0)
+    local, other = (as_jax(make(rng)["attn"]) for make in (attention, latent))
+    params = {"local": {"attn": local}, "global": {"attn": other}}
+    layout = [
+        dataclasses.replace(MHA, block="local/*"),
+        dataclasses.replace(MLA_WITH_GAINS, block="global/*"),
+    ]
+    grown = jax.tree.map(lambda x: 3 * x, params)
+    raw = jax.tree.map(jnp.ones_like, params)
+
+    def factors(layout, rule, name):
+        tx = scale_by_quack(layout, TAU, rule=rule)
+        own = {k: v for k, v in params.items() if name in (k, "both")}
+        now = {k: v for k, v in grown.items() if name in (k, "both")}
+        given = {k: v for k, v in raw.items() if name in (k, "both")}
+        return tx.update(given, tx.init(own), now)[1].factors
+
+    both = factors(layout, "latent_norm", "both")
+    alone = factors(layout[0], "paper", "local") | factors(layout[1], "latent_norm", "global")
+    chex.assert_trees_all_equal(both, alone)
+    assert set(both) == {"local/attn", "global/attn"}
+
+
+def test_hyperparameters_of_half_precision():
+    """`inject_hyperparams` casts them to the parameters' dtype."""
+    params = as_jax(attention(np.random.default_rng(0)), jnp.bfloat16)
+    make = optax.inject_hyperparams(scale_by_quack, static_args=("layout", "norm", "rule"))
+    tx = make(MHA, relative_learning_rate=0.5)
+    scaled, _ = tx.update(params, tx.init(params), params)
+    chex.assert_trees_all_equal(scaled["mlp"], params["mlp"])
+    # τ = 0.5 and norms as they were: halves, exact in any dtype.
+    expected = jax.tree.map(lambda x: x / 2, params["attn"]["key"])
+    chex.assert_trees_all_equal(scaled["attn"]["key"], expected)
