@@ -719,6 +719,8 @@ def test_qk_norm_is_known_by_its_length_whatever_its_name():
         {"LayerNorm_0": {"scale": (8,), "bias": (8,)}},  # over both heads
         {"norm_q": {"gamma": (16,)}},
         {"WeightNorm_0": {"query/kernel/scale": (2, 4)}},
+        {"q_scale": {"scale": (2, 4)}},  # every head its own
+        {"q_norm": (4,)},  # a parameter of the block itself
     ):
         params = shapes({"a": {**MHA_BLOCK, **norm}})
         with pytest.raises(ValueError, match="normalises queries or keys after"):

@@ -45,9 +45,10 @@ class Layout:
       shared_keys: Whether several query heads may read one key head; head `h` then reads key head
         `h // (heads // kv_heads)`.
       harmless_norms: Modules inside the block, with a `scale` as long as one head, that do not
-        normalise queries or keys after their projection. Any other such norm is taken for a
-        QK-norm, behind which QK-Clip and QuacK would do nothing, so they refuse it. (A QK-norm
-        without a learned scale leaves no trace in the parameters and cannot be seen.)
+        normalise queries or keys after their projection (or such parameters of the block itself).
+        Any other such norm is taken for a QK-norm, behind which QK-Clip and QuacK would do
+        nothing, so they refuse it. (A QK-norm without a learned scale leaves no trace in the
+        parameters and cannot be seen.)
       block: Glob over block paths (`layers/*/self_attn`) restricting where to look; None
         takes every module that has the query and key parameters.
       stack_axis: Where the axes of scanned or vmapped layers are in every parameter; MaxText and
@@ -162,9 +163,8 @@ class Layout:
         return told
 
     def _norms(self, block: Path, parts: tuple[Part, ...], shapes: Shapes) -> Iterator[Path]:
-        known = {part.kernel for part in parts}
         for path in qk_norms(block, parts, shapes, self.stack_axis):
-            if path not in known and "/".join(path[len(block) : -1]) not in self.harmless_norms:
+            if _norm_name(block, path) not in self.harmless_norms:
                 yield path
 
     def _check_heads(self, block: "Block") -> None:
@@ -376,15 +376,21 @@ def refuse_qk_norm(blocks: Sequence[Block]) -> None:
     """Raises ValueError when a norm behind a projection undoes what scaling its kernel does."""
     for block in blocks:
         for path in block.qk_norms:
-            module = "/".join(path[len(block.path) : -1])
             raise ValueError(
                 f"{paths.show(path)} {block.shapes[path]} normalises queries or keys after their "
                 f"projection: scaling the kernels of {paths.show(block.path)} would change "
                 "nothing. QK-norm already bounds the logits: drop it, use mc.muon, which splits "
                 "heads behind a norm too, or leave the block out with the layout's block= pattern. "
                 "If this norm does something else, say so with "
-                f"dataclasses.replace(layout, harmless_norms=({module!r},))."
+                "dataclasses.replace(layout, "
+                f"harmless_norms=({_norm_name(block.path, path)!r},))."
             )
+
+
+def _norm_name(block: Path, scale: Path) -> str:
+    """A norm's module inside the block, or its scale where this is a parameter of the block."""
+    inside = scale[len(block) :]
+    return "/".join(inside[:-1] or inside)
 
 
 def module_path(block: Path) -> Path:
