@@ -102,8 +102,8 @@ def qk_clip(
 
     Raises:
       ValueError: threshold <= 0, alpha outside [0, 1] or an unknown scope when built; when
-        applied, what `find_blocks` raises, no `max_logits`, or maxima that do not pair with
-        the blocks, each named.
+        applied, what `find_blocks` raises, a QK-norm behind the projections, no `max_logits`, or
+        maxima that do not pair with the blocks, each named.
     """
     _check_options(layout, threshold, alpha, scope)
 
