@@ -132,10 +132,8 @@ def _apply_to_axes(fn, x: jax.Array, spec: MuonDimensionNumbers) -> jax.Array:
 
 
 def _together(fn, heads: jax.Array, part: Part) -> jax.Array:
-    """`fn` on the heads side by side: `[stack..., in, heads*features]`, of `o` the transpose."""
-    by_side = heads if part.role == "o" else heads.swapaxes(-1, -2)
-    tall = by_side.reshape(*by_side.shape[:-3], -1, by_side.shape[-1])
-    wide = tall if part.role == "o" else tall.swapaxes(-1, -2)
-    result = fn(wide) if part.role == "o" else fn(wide).swapaxes(-1, -2)
-    result = result.reshape(by_side.shape)
-    return result if part.role == "o" else result.swapaxes(-1, -2)
+    """`fn` on all heads in one matrix: `[stack..., in, heads*features]`, of `o` the transpose."""
+    turn = (lambda x: x) if part.role == "o" else (lambda x: x.swapaxes(-1, -2))
+    features_first = turn(heads)  # [stack..., heads, features, in], of o [..., features, out]
+    tall = features_first.reshape(*heads.shape[:-3], -1, features_first.shape[-1])
+    return turn(turn(fn(turn(tall))).reshape(features_first.shape))

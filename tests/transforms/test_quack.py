@@ -529,15 +529,13 @@ def test_a_hybrid_takes_each_kind_by_its_own_rule():
     grown = jax.tree.map(lambda x: 3 * x, params)
     raw = jax.tree.map(jnp.ones_like, params)
 
-    def factors(layout, rule, name):
+    def factors(layout, rule, names):
         tx = scale_by_quack(layout, TAU, rule=rule)
-        own = {k: v for k, v in params.items() if name in (k, "both")}
-        now = {k: v for k, v in grown.items() if name in (k, "both")}
-        given = {k: v for k, v in raw.items() if name in (k, "both")}
-        return tx.update(given, tx.init(own), now)[1].factors
+        first, now, given = ({k: tree[k] for k in names} for tree in (params, grown, raw))
+        return tx.update(given, tx.init(first), now)[1].factors
 
-    both = factors(layout, "latent_norm", "both")
-    alone = factors(layout[0], "paper", "local") | factors(layout[1], "latent_norm", "global")
+    both = factors(layout, "latent_norm", params)
+    alone = factors(layout[0], "paper", ["local"]) | factors(layout[1], "latent_norm", ["global"])
     chex.assert_trees_all_equal(both, alone)
     assert set(both) == {"local/attn", "global/attn"}
 
