@@ -223,7 +223,7 @@ def _muon_or_other(
 
 
 def _decayed_weights(
-    weight_decay: Any, mask: Any | None, layout: Layouts | None = None
+    weight_decay: Any, mask: Any | None, layout: Layouts | None
 ) -> optax.GradientTransformation:
     mask = partial(routing.decay_mask, layout=layout) if mask is None else mask
     return optax.add_decayed_weights(weight_decay, mask)

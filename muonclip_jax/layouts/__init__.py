@@ -13,6 +13,7 @@ from muonclip_jax.layouts.blocks import (
     find_blocks,
     left_out,
     module_path,
+    multipliers,
     outside_patterns,
     refuse_qk_norm,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "mha",
     "mla",
     "module_path",
+    "multipliers",
     "outside_patterns",
     "refuse_qk_norm",
 ]

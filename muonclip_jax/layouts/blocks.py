@@ -22,6 +22,7 @@ from muonclip_jax.layouts.pieces import (
     Role,
 )
 from muonclip_jax.layouts.surroundings import (
+    Shapes,
     looks_like_attention,
     norm_lengths,
     other_parameters,
@@ -29,8 +30,6 @@ from muonclip_jax.layouts.surroundings import (
     unnamed_biases,
 )
 from muonclip_jax.paths import Path
-
-Shapes = Mapping[Path, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -273,6 +272,17 @@ class Block:
                 row = multipliers[part.kernel]
                 multipliers[part.kernel] = part.as_bias(row, self.shapes[part.kernel])
         return multipliers
+
+
+def multipliers(
+    blocks: Sequence[Block], factors: Mapping[str, Mapping[Role, jax.Array]]
+) -> dict[Path, jax.Array]:
+    """`Block.multipliers` of all blocks together; the factors are by the block's name."""
+    return {
+        path: array
+        for block in blocks
+        for path, array in block.multipliers(factors[block.name]).items()
+    }
 
 
 def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:

@@ -3,8 +3,9 @@
 from typing import Any
 
 from muonclip_jax import paths
-from muonclip_jax.layouts.blocks import Layout, Shapes, find_blocks, some_kernels
+from muonclip_jax.layouts.blocks import Layout, find_blocks, some_kernels
 from muonclip_jax.layouts.kinds import gqa, mha
+from muonclip_jax.layouts.surroundings import Shapes
 from muonclip_jax.paths import Path
 
 

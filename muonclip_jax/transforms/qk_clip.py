@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from muonclip_jax import paths
@@ -24,10 +23,12 @@ from muonclip_jax.layouts import (
     find_blocks,
     left_out,
     module_path,
+    multipliers,
     outside_patterns,
     refuse_qk_norm,
 )
 from muonclip_jax.paths import Path
+from muonclip_jax.transforms.options import is_concrete_number
 from muonclip_jax.transforms.states import find_state
 
 Scope = Literal["head", "layer"]
@@ -223,18 +224,9 @@ def _check_options(layout, threshold, alpha, scope):
     as_layouts(layout)
     if scope not in get_args(Scope):
         raise ValueError(f'scope must be "head" or "layer", got {scope!r}.')
-    # Traced values come from optax.inject_hyperparams, which was given the concrete ones.
-    concrete = {
-        name: value
-        for name, value in (("threshold", threshold), ("alpha", alpha))
-        if not isinstance(value, jax.core.Tracer)
-    }
-    for name, value in concrete.items():
-        if np.ndim(value) or not jnp.issubdtype(np.asarray(value).dtype, jnp.number):
-            raise TypeError(f"{name} must be one number, got {value!r}.")
-    if not concrete.get("threshold", 1) > 0:
+    if is_concrete_number("threshold", threshold) and not threshold > 0:
         raise ValueError(f"threshold must be above 0 (a logit; Kimi K2 uses 100), got {threshold}.")
-    if not 0 <= concrete.get("alpha", 0) <= 1:
+    if is_concrete_number("alpha", alpha) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha, the queries' share of the clip, must be in [0, 1], got {alpha}.")
 
 
@@ -258,12 +250,8 @@ def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
     maxima = _pair(layout, blocks, params, max_logits)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
     gamma = {name: clip_factor(s.astype(dtype), threshold, scope) for name, s in maxima.items()}
-    multipliers = {
-        path: array
-        for b in blocks
-        for path, array in b.multipliers(_role_factors(b, gamma[b.name], alpha)).items()
-    }
-    return _Plan(blocks, maxima, gamma, multipliers)
+    factors = {block.name: _role_factors(block, gamma[block.name], alpha) for block in blocks}
+    return _Plan(blocks, maxima, gamma, multipliers(blocks, factors))
 
 
 def _pair(

@@ -17,9 +17,18 @@ import numpy as np
 import optax
 
 from muonclip_jax import paths
-from muonclip_jax.layouts import Block, Layouts, Part, as_layouts, find_blocks, refuse_qk_norm
-from muonclip_jax.layouts.pieces import GAIN_ROLES
+from muonclip_jax.layouts import (
+    GAIN_ROLES,
+    Block,
+    Layouts,
+    Part,
+    as_layouts,
+    find_blocks,
+    multipliers,
+    refuse_qk_norm,
+)
 from muonclip_jax.paths import Path
+from muonclip_jax.transforms.options import is_concrete_number
 from muonclip_jax.transforms.states import find_state
 
 QuackRule = Literal["paper", "normalized_min", "latent_norm", "fixed"]
@@ -215,11 +224,7 @@ def _check_number(name: str, value: Any, is_right: Callable[[Any], Any], wanted:
             f"{name} must be a number; for a schedule wrap scale_by_quack in "
             "optax.inject_hyperparams."
         )
-    if isinstance(value, jax.core.Tracer):  # from inject_hyperparams, which had a concrete one
-        return
-    if np.ndim(value) or not jnp.issubdtype(np.asarray(value).dtype, jnp.number):
-        raise TypeError(f"{name} must be one number, got {value!r}.")
-    if not (is_right(value) and np.isfinite(value)):
+    if is_concrete_number(name, value) and not (is_right(value) and np.isfinite(value)):
         raise ValueError(f"{name} must be finite and {wanted}, got {value}.")
 
 
@@ -454,16 +459,12 @@ def _largest(arrays: Iterable[jax.Array]) -> jax.Array:
 
 
 def _scale(updates: Any, blocks: Sequence[Block], factors: PerBlock) -> Any:
-    multipliers = {
-        path: array
-        for block in blocks
-        for path, array in block.multipliers(factors[block.name]).items()
-    }
+    by_path = multipliers(blocks, factors)
 
     def scale(path: Path, update: jax.Array) -> jax.Array:
-        if path not in multipliers:
+        if path not in by_path:
             return update
-        multiplier = multipliers[path]
+        multiplier = by_path[path]
         # A factor of 1 leaves the bits, also of numbers that multiplication flushes to zero.
         return jnp.where(multiplier == 1, update, (update * multiplier).astype(update.dtype))
 

@@ -9,7 +9,6 @@ from flax import linen
 from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
-from muonclip_jax.layouts import Layout, Piece
 from tests.models.checks import (
     Model,
     by_path,
@@ -21,6 +20,7 @@ from tests.models.checks import (
     softmax_inputs,
     stand_ins,
 )
+from tests.models.families import GEMMA
 
 require("gemma")
 with (
@@ -31,16 +31,6 @@ with (
 
     Transformer, LoRA = gm.nn.Transformer, gm.nn.LoRA  # imported when first asked for
 
-GEMMA = Layout(
-    "gemma",
-    (
-        Piece("q", "q_einsum/w", "heads in features"),
-        Piece("k", "kv_einsum/w", "part heads in features", select={"part": 0}),
-        Piece("v", "kv_einsum/w", "part heads in features", select={"part": 1}),
-        Piece("o", "attn_vec_einsum/w", "heads features out"),
-    ),
-    shared_keys=True,
-)
 # Its MLP: [2, in, out], gate and input, and [in, out].
 MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 RULES = {"*/mlp/gating_einsum": MATRIX, "*/mlp/linear": MATRIX}

@@ -20,6 +20,7 @@ from tests.models.checks import (
     require,
     softmax_inputs,
 )
+from tests.models.families import GEMMA
 
 # A bare package in place of tunix/__init__.py, which imports far more than the models.
 tunix = types.ModuleType("tunix")
@@ -39,16 +40,6 @@ QWEN2 = Layout(
         Piece("k", "k_proj/w", bias="k_bias"),
         Piece("v", "v_proj/w", bias="v_bias"),
         Piece("o", "o_proj/w", "heads features out"),
-    ),
-    shared_keys=True,
-)
-GEMMA = Layout(
-    "gemma",
-    (
-        Piece("q", "q_einsum/w", "heads in features"),
-        Piece("k", "kv_einsum/w", "part heads in features", select={"part": 0}),
-        Piece("v", "kv_einsum/w", "part heads in features", select={"part": 1}),
-        Piece("o", "attn_vec_einsum/w", "heads features out"),
     ),
     shared_keys=True,
 )
