@@ -8,15 +8,28 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from rich.console import Console
+import jax
+from jax.sharding import NamedSharding
+from rich.console import Console, Group
 from rich.table import Table
 
 from muonclip_jax import matrices, paths, routing
 from muonclip_jax.layouts import Block, Layouts, Role, find_blocks
 from muonclip_jax.matrices import HeadMatrices, Spec
+from muonclip_jax.meshes import mesh_of
+from muonclip_jax.orthogonalize import (
+    DevicesPerMatrix,
+    Matrices,
+    Plan,
+    Schedule,
+    plans,
+    schedules,
+)
 from muonclip_jax.paths import Path
+from muonclip_jax.shardings import Shardings, shardings_of
 
 _NUMBER = re.compile(r"\d+")
 
@@ -54,18 +67,71 @@ class ParameterRow:
     qk_norm: bool  # whether it belongs to a norm behind the queries or keys
 
 
+@dataclass(frozen=True)
+class StackRow:
+    """Matrices of one shape that Muon orthogonalizes together, in one update.
+
+    Costs are per device; `matrices_per_device` counts the zeros that make the shares equal.
+    """
+
+    n: int  # the shorter side
+    m: int
+    count: int
+    split: dict[str, str]  # mesh axis → "stack", "rows" (of n), "cols" (of m) or "copies"
+    devices: int
+    devices_per_matrix: int
+    matrices_per_device: int
+    flops: int
+    ratio_to_even_share: float  # of FLOPs, 1 when no device waits or repeats
+    bytes_sent: int
+
+
 class Description(tuple[ParameterRow, ...]):
     """The rows of `describe`: prints as a table, in which layers that are alike share a line, and
-    `rich` renders it as one.
+    `rich` renders it as one. On a mesh a second table tells which device orthogonalizes what.
 
-    `rows.asdicts()` are dicts, lists, strings and numbers only, for a program or `json.dumps`.
+    `rows.asdicts()` are dicts, lists, strings and numbers only, for a program or `json.dumps`;
+    `rows.stacks` are the rows of the second table.
     """
+
+    stacks: tuple[StackRow, ...]
+
+    def __new__(cls, rows: Iterable[ParameterRow], stacks: Iterable[StackRow]) -> "Description":
+        self = super().__new__(cls, rows)
+        self.stacks = tuple(stacks)
+        return self
 
     def asdicts(self) -> list[dict[str, Any]]:
         """Every row as plain data."""
         return [dataclasses.asdict(row) for row in self]
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        spread = any(stack.devices > 1 for stack in self.stacks)
+        return Group(self._parameters(), *[self._stacks()] * spread)
+
+    def _stacks(self) -> Table:
+        devices = max(stack.devices for stack in self.stacks)
+        table = Table(
+            title=f"One update's matrices on {devices} devices",
+            title_justify="left",
+        )
+        for header in ("matrices", "split by", "devices each", "on a device"):
+            table.add_column(header, overflow="fold")
+        for header in ("GFLOP", "of even share", "MB sent"):
+            table.add_column(header, justify="right")
+        for stack in self.stacks:
+            table.add_row(
+                f"{stack.count} × [{stack.n}, {stack.m}]",
+                ", ".join(f"{axis}: {place}" for axis, place in stack.split.items()),
+                str(stack.devices_per_matrix),
+                str(stack.matrices_per_device),
+                f"{stack.flops / 1e9:.3g}",
+                f"{stack.ratio_to_even_share:.2f}",
+                f"{stack.bytes_sent / 1e6:.3g}",
+            )
+        return table
+
+    def _parameters(self) -> Table:
         muon, other = (
             sum(math.prod(row.shape) for row in self if row.optimizer == name)
             for name in ("muon", "other")
@@ -103,6 +169,10 @@ def describe(
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
+    schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008 (frozen)
+    dtype: jax.typing.DTypeLike | None = "bfloat16",
+    shardings: Shardings | None = None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> Description:
     """What happens to every parameter: its optimizer, its matrices, its role in attention.
 
@@ -112,9 +182,13 @@ def describe(
       per_head: As given to the recipe.
       rules: As given to the recipe.
       dimension_numbers: As given to the recipe.
+      schedule: As given to the recipe.
+      dtype: As given to the recipe.
+      shardings: As given to the recipe; not needed for arrays that are on a mesh.
+      devices_per_matrix: As given to the recipe.
 
     Returns:
-      A tuple of `ParameterRow`s that prints as a table.
+      A tuple of `ParameterRow`s that prints as a table; its `stacks` are `StackRow`s.
 
     Raises:
       ValueError: What the routing or the layout would raise at the first training step. (A
@@ -124,7 +198,7 @@ def describe(
     blocks = () if layout is None else find_blocks(layout, params)
     attention = _attention(blocks)
     norms = {path for block in blocks for path in block.qk_norms}
-    return Description(
+    rows = (
         ParameterRow(
             paths.show(path),
             tuple(leaf.shape),
@@ -134,6 +208,38 @@ def describe(
             path in norms,
         )
         for path, leaf in paths.leaves(params)
+    )
+    places = shardings_of(params, shardings)
+    batches = [
+        batch
+        for path, leaf in paths.leaves(params)
+        if specs[path] is not None
+        for batch in _matrices(leaf, specs[path], places[path])
+    ]
+    mesh = next((sharding.mesh for sharding in places.values() if sharding), mesh_of(params))
+    stacks = plans(batches, mesh, schedule, dtype, devices_per_matrix)
+    return Description(rows, map(_stack_row, (plan for plan, _ in stacks)))
+
+
+def _matrices(leaf: Any, spec: Spec, sharding: NamedSharding | None) -> list[Matrices]:
+    """`matrices.split` of an array's shape."""
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.eval_shape(partial(matrices.split, spec=spec, sharding=sharding), shape)
+
+
+def _stack_row(plan: Plan) -> StackRow:
+    axes = (axis for axis, _ in plan.stack.mesh)
+    return StackRow(
+        n=plan.stack.n,
+        m=plan.stack.m,
+        count=plan.stack.count,
+        split=dict(zip(axes, plan.stack.here, strict=True)),
+        devices=plan.stack.devices,
+        devices_per_matrix=plan.devices_per_matrix,
+        matrices_per_device=plan.matrices_per_device,
+        flops=plan.flops,
+        ratio_to_even_share=plan.ratio_to_even_share,
+        bytes_sent=plan.bytes_sent,
     )
 
 

@@ -4,16 +4,18 @@ Flax kernels are `[in, out]`: the reduction axis of a `MuonDimensionNumbers` is 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax import paths
 from muonclip_jax.layouts import Part, Role, entries
+from muonclip_jax.orthogonalize.stacks import Matrices
 from muonclip_jax.paths import Path
 
 
@@ -67,15 +69,29 @@ def shapes(shape: tuple[int, ...], spec: Spec) -> tuple[tuple[int, int, int], ..
     return tuple(found)
 
 
-def apply(fn: Callable[[jax.Array], jax.Array], x: jax.Array, spec: Spec) -> jax.Array:
-    """Applies `fn: [batch..., in, out] → [batch..., in, out]` to the matrices in `x`."""
+def split(x: Any, spec: Spec, sharding: NamedSharding | None = None) -> list[Matrices]:
+    """The matrices in a parameter, those of each kind together, with where they are on the mesh.
+
+    Args:
+      x: The array.
+      spec: How to read it.
+      sharding: How it is split over a mesh, if it is.
+    """
     if isinstance(spec, MuonDimensionNumbers):
-        return _apply_to_axes(fn, x, spec)
-    result = x
-    for part in spec.parts:
-        heads = part.take(x)
-        result = part.put(result, _together(fn, heads, part) if spec.together(part) else fn(heads))
-    return result
+        batch, ins, outs = axes(x.shape, spec)
+        order = (*batch, *ins, *outs)
+        return [Matrices(x.transpose(order), len(ins), len(outs), _permuted(sharding, order))]
+    return [_matrices_of(part, x, sharding, spec.together(part)) for part in spec.parts]
+
+
+def join(x: jax.Array, values: Sequence[jax.Array], spec: Spec) -> jax.Array:
+    """The inverse of `split`: `x` with the values in place of its matrices."""
+    if isinstance(spec, MuonDimensionNumbers):
+        order = sum(axes(x.shape, spec), ())
+        return values[0].transpose([order.index(axis) for axis in range(x.ndim)])
+    for part, heads in zip(spec.parts, values, strict=True):
+        x = part.put(x, _heads_first(heads, part) if spec.together(part) else heads)
+    return x
 
 
 def axes(shape: tuple[int, ...], spec: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
@@ -122,18 +138,25 @@ def is_spec(node: Any) -> bool:
     return node is None or isinstance(node, Spec)
 
 
-def _apply_to_axes(fn, x: jax.Array, spec: MuonDimensionNumbers) -> jax.Array:
-    batch, ins, outs = axes(x.shape, spec)
-    order = (*batch, *ins, *outs)
-    moved = x.transpose(order)
-    ((_, n, m),) = shapes(x.shape, spec)
-    result = fn(moved.reshape(*moved.shape[: len(batch)], n, m)).reshape(moved.shape)
-    return result.transpose([order.index(axis) for axis in range(x.ndim)])
+def _matrices_of(part: Part, x: Any, sharding: NamedSharding | None, together: bool) -> Matrices:
+    heads = part.take(x)  # [stack..., heads, in, features], of o [..., features, out]
+    spec = None if sharding is None else part.split_of_heads(sharding)
+    if not together:
+        return Matrices(heads, 1, 1, spec)
+    if part.role == "o":
+        return Matrices(heads, 2, 1, spec)
+    *stack, head, ins, features = spec if spec is not None else (None,) * heads.ndim
+    return Matrices(
+        heads.swapaxes(-3, -2), 1, 2, spec and PartitionSpec(*stack, ins, head, features)
+    )
 
 
-def _together(fn, heads: jax.Array, part: Part) -> jax.Array:
-    """`fn` on all heads in one matrix: `[stack..., in, heads*features]`, of `o` the transpose."""
-    turn = (lambda x: x) if part.role == "o" else (lambda x: x.swapaxes(-1, -2))
-    features_first = turn(heads)  # [stack..., heads, features, in], of o [..., features, out]
-    tall = features_first.reshape(*heads.shape[:-3], -1, features_first.shape[-1])
-    return turn(turn(fn(turn(tall))).reshape(features_first.shape))
+def _heads_first(values: jax.Array, part: Part) -> jax.Array:
+    return values if part.role == "o" else values.swapaxes(-3, -2)
+
+
+def _permuted(sharding: NamedSharding | None, order: Sequence[int]) -> PartitionSpec | None:
+    if sharding is None:
+        return None
+    spec = dict(enumerate(sharding.spec))
+    return PartitionSpec(*(spec.get(axis) for axis in order))

@@ -10,7 +10,8 @@ import optax
 
 from muonclip_jax import paths, routing
 from muonclip_jax.layouts import Layouts, Role
-from muonclip_jax.orthogonalize import Schedule, schedules
+from muonclip_jax.orthogonalize import DevicesPerMatrix, Schedule, schedules
+from muonclip_jax.shardings import Shardings
 from muonclip_jax.transforms.muon import scale_by_muon
 from muonclip_jax.transforms.qk_clip import Scope, qk_clip
 from muonclip_jax.transforms.quack import Norm, QuackRule, scale_by_quack
@@ -35,6 +36,8 @@ def muon(
     dimension_numbers: routing.DimensionNumbers | None = None,
     dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
+    shardings: Shardings | None = None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for matrices, another optimizer for everything else, one learning rate for both.
 
@@ -68,6 +71,9 @@ def muon(
         schedule, name it in `static_args`.
       dtype: The dtype of the Newton–Schulz iteration.
       mu_dtype: The dtype of Muon's momentum.
+      shardings: How the parameters are split over a mesh with Auto axes, as in `scale_by_muon`.
+      devices_per_matrix: How many devices hold one matrix together while it is orthogonalized, as
+        in `scale_by_muon`; None chooses. `describe` prints the outcome.
 
     Raises:
       ValueError: When built, an `other` that already descends (`optax.adamw(1e-3)`); at init, a
@@ -86,6 +92,8 @@ def muon(
             dimension_numbers=dimension_numbers,
             dtype=dtype,
             mu_dtype=mu_dtype,
+            shardings=shardings,
+            devices_per_matrix=devices_per_matrix,
         ),
         _decayed_weights(weight_decay, weight_decay_mask, layout),
         optax.scale_by_learning_rate(learning_rate),
@@ -163,7 +171,8 @@ def quack(
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
         QuacK). The paper does not say; by default all weights decay alike.
       **muon_options: `other`, `momentum`, `nesterov`, `schedule`, `update_rms`, `per_head`,
-        `rules`, `dimension_numbers`, `dtype` and `mu_dtype` of `muon`. (`optax.inject_hyperparams`
+        `rules`, `dimension_numbers`, `dtype`, `mu_dtype`, `shardings` and `devices_per_matrix` of
+        `muon`. (`optax.inject_hyperparams`
         cannot see through these: inject `scale_by_quack`, and chain it.)
 
     Raises:
@@ -201,6 +210,8 @@ def _muon_or_other(
     dimension_numbers: routing.DimensionNumbers | None = None,
     dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
+    shardings: Shardings | None = None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's directions for matrices, those of `other` for the rest."""
     _check_ascent(other, "other")
@@ -215,6 +226,8 @@ def _muon_or_other(
                 dimension_numbers=numbers,
                 dtype=dtype,
                 mu_dtype=mu_dtype,
+                shardings=shardings,
+                devices_per_matrix=devices_per_matrix,
             ),
             scale_by_update_rms(update_rms, dimension_numbers=numbers),
         )

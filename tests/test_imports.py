@@ -8,6 +8,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "muonclip_jax"
 # Each part may import the parts before it.
 ORDER = [
     "paths",
+    "meshes",
+    "shardings",
     "orthogonalize",
     "attention",
     "layouts",

@@ -4,6 +4,7 @@ Leading axes are a batch and stay one: every product is a single batched matmul.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax.orthogonalize.schedules import Schedule, polar_express
+from muonclip_jax.orthogonalize.team import ALONE, Team
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -51,20 +53,8 @@ def orthogonalize(
     Source: the iteration is Björck and Bowie's, as used by Jordan et al.,
     https://kellerjordan.github.io/posts/muon/.
     """
-    if not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"orthogonalize: schedule={schedule!r} is not a Schedule; pass for example "
-            'schedules.polar_express(steps=5), or Schedule("mine", ((a, b, c), ...))'
-        )
-    x = _matrices("orthogonalize", x)
-    dtype = _supported("orthogonalize", "dtype", x.dtype if dtype is None else dtype)
-    if escape := schedule.escape(rounding=float(jnp.finfo(dtype).eps)):
-        raise ValueError(
-            f"orthogonalize: schedule {schedule.name!r} has no margin for rounding in {dtype}, "
-            f"with which some matrices blow up: {escape}. Give it a larger safety factor "
-            "(1.01 suits bfloat16), or run it in a dtype that rounds less"
-        )
-    return _orthogonalize(x, schedule, dtype)
+    x = jnp.asarray(x)
+    return _orthogonalize(x, schedule, check(x, schedule, dtype))
 
 
 def orthogonality_error(x: ArrayLike) -> jax.Array:
@@ -81,53 +71,105 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
     Raises:
         TypeError, ValueError: As `orthogonalize` for `x`.
     """
-    gram = _gram(_wide(_matrices("orthogonality_error", x)))
+    x = jnp.asarray(x)
+    _check_matrices("orthogonality_error", x)
+    gram = _gram(wide(x))
     n = gram.shape[-1]
     return jnp.linalg.norm(gram - jnp.eye(n, dtype=gram.dtype), axis=(-2, -1)) / n**0.5
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "dtype"))
 def _orthogonalize(x: jax.Array, schedule: Schedule, dtype: jnp.dtype) -> jax.Array:
-    wide = _normalize(_wide(x), schedule, dtype)
-    # A scan costs as much as an unrolled loop at run time and compiles once for all steps.
-    wide, _ = lax.scan(_step, wide, jnp.asarray(schedule.coefficients, _accumulator(dtype)))
-    return (wide if wide.shape == x.shape else wide.mT).astype(x.dtype)
+    result = iterate(normalize(wide(x), schedule, dtype), schedule)
+    return (result if result.shape == x.shape else result.mT).astype(x.dtype)
 
 
-def _step(x: jax.Array, coefficients: jax.Array) -> tuple[jax.Array, None]:
-    """aX + (bA + cA²)X with A = XXᵀ; sums in the accumulator's dtype, factors in that of x."""
-    a, b, c = coefficients
-    gram = _gram(x)
-    factor = gram.astype(x.dtype)
-    polynomial = (b * gram + c * _matmul(factor, factor)).astype(x.dtype)
-    return (a * x + _matmul(polynomial, x)).astype(x.dtype), None
+def wide(x: jax.Array) -> jax.Array:
+    """At most as many rows as columns, so that XXᵀ is the smaller Gram matrix. One transpose
+    here is cheaper than contracting columns at every step, which CPUs do slowly in bfloat16."""
+    return x.mT if x.shape[-2] > x.shape[-1] else x
 
 
-def _normalize(x: jax.Array, schedule: Schedule, dtype: jnp.dtype) -> jax.Array:
-    """Wide matrices with singular values at most 1 / norm_factor, in `dtype`."""
+def normalize(x: jax.Array, schedule: Schedule, dtype: jnp.dtype, team: Team = ALONE) -> jax.Array:
+    """The matrices in `dtype`, scaled for `iterate`: to a norm of 1 / norm_factor, or for AOL,
+    which takes its norm from the Gram matrix, to a largest entry of 1.
+
+    Args:
+      x: Matrices `[..., n, m]`, or a team's parts of them.
+      schedule: Which norm.
+      dtype: Of the iteration.
+      team: Those with the other parts.
+    """
     x = x.astype(jnp.promote_types(_accumulator(x.dtype), dtype))
     # After division by the largest entry squares neither overflow nor vanish. The result is
     # scale-invariant, so holding that divisor constant leaves the gradient exact. XLA divides by
     # multiplying with the reciprocal, hence the bound: a subnormal one would count as zero.
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    x = x / _nonzero(lax.stop_gradient(jnp.minimum(largest, 1 / jnp.finfo(x.dtype).tiny)))
-    match schedule.normalization:
-        case "frobenius":
-            squared_scale = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
-        case "aol":
-            squared_scale = jnp.sum(jnp.abs(_gram(x.astype(dtype))), axis=-1, keepdims=True)
-    return (x / (jnp.sqrt(_nonzero(squared_scale)) * schedule.norm_factor)).astype(dtype)
+    largest = team.largest(lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)))
+    x = x / _nonzero(jnp.minimum(largest, 1 / jnp.finfo(x.dtype).tiny))
+    if schedule.normalization == "frobenius":
+        squares = team.sum(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+        x = x / (jnp.sqrt(_nonzero(squares)) * schedule.norm_factor)
+    return x.astype(dtype)
+
+
+def iterate_in_slices(x: jax.Array, schedule: Schedule, team: Team = ALONE) -> jax.Array:
+    """`iterate` on as many matrices of a stack `[k, n, m]` at a time as fill the device, for which
+    CPUs need few; more at a time cost only memory, and on CPUs time."""
+
+    run = functools.partial(iterate, schedule=schedule, team=team)
+
+    def slices(entries: int):
+        size = max(1, entries // (x.shape[1] * x.shape[2]))
+        return lambda x: _in_slices(run, x, size)
+
+    return lax.platform_dependent(x, cpu=slices(2**21), default=slices(2**24))
+
+
+def _in_slices(fn, x: jax.Array, size: int) -> jax.Array:
+    if len(x) <= size:
+        return fn(x)
+    whole, rest = jnp.split(x, [len(x) // size * size])
+    done = lax.map(fn, whole.reshape(-1, size, *x.shape[1:])).reshape(whole.shape)
+    return jnp.concatenate([done, fn(rest)]) if len(rest) else done
+
+
+def iterate(x: jax.Array, schedule: Schedule, team: Team = ALONE) -> jax.Array:
+    """The schedule's steps on what `normalize` gives.
+
+    Args:
+      x: Matrices `[..., n, m]`, n <= m, or a team's columns of them; n is a multiple of the
+        team's size.
+      schedule: The steps.
+      team: Those with the other columns. They share all work evenly.
+    """
+    if schedule.normalization == "aol":
+        sums = jnp.sum(jnp.abs(team.sum_rows(_gram(x))), axis=-1, keepdims=True)
+        scale = jnp.sqrt(_nonzero(team.all_rows(sums))) * schedule.norm_factor
+        x = (x / scale).astype(x.dtype)
+    # A scan costs as much as an unrolled loop at run time and compiles once for all steps.
+    coefficients = jnp.asarray(schedule.coefficients, _accumulator(x.dtype))
+    return lax.scan(functools.partial(_step, team=team), x, coefficients)[0]
+
+
+def _step(x: jax.Array, coefficients: jax.Array, team: Team) -> tuple[jax.Array, None]:
+    """aX + (bA + cA²)X with A = XXᵀ; sums in the accumulator's dtype, factors in that of x."""
+    a, b, c = coefficients
+    gram = team.sum_rows(_gram(x))
+    rows = gram.astype(x.dtype)
+    polynomial = (b * gram + c * _matmul(rows, team.all_rows(rows))).astype(x.dtype)
+    return (a * x + _matmul(team.all_rows(polynomial), x)).astype(x.dtype), None
+
+
+def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """With zeros at the end of an axis, up to a multiple of a length."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths) if missing else x
 
 
 def _nonzero(scale: jax.Array) -> jax.Array:
     """1 for 0, so that zeros stay zeros; NaN stays NaN."""
     return jnp.where(scale == 0, 1, scale)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """At most as many rows as columns, so that XXᵀ is the smaller Gram matrix. One transpose
-    here is cheaper than contracting columns at every step, which CPUs do slowly in bfloat16."""
-    return x.mT if x.shape[-2] > x.shape[-1] else x
 
 
 def _gram(x: jax.Array) -> jax.Array:
@@ -150,8 +192,26 @@ def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _matrices(owner: str, x: ArrayLike) -> jax.Array:
-    x = jnp.asarray(x)
+def check(x: Any, schedule: Schedule, dtype: DTypeLike | None) -> jnp.dtype:
+    """Raises what `orthogonalize` raises; returns the iteration's dtype. Looks at the shape and
+    dtype of `x` only."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"orthogonalize: schedule={schedule!r} is not a Schedule; pass for example "
+            'schedules.polar_express(steps=5), or Schedule("mine", ((a, b, c), ...))'
+        )
+    _check_matrices("orthogonalize", x)
+    dtype = _supported("orthogonalize", "dtype", x.dtype if dtype is None else dtype)
+    if escape := schedule.escape(rounding=float(jnp.finfo(dtype).eps)):
+        raise ValueError(
+            f"orthogonalize: schedule {schedule.name!r} has no margin for rounding in {dtype}, "
+            f"with which some matrices blow up: {escape}. Give it a larger safety factor "
+            "(1.01 suits bfloat16), or run it in a dtype that rounds less"
+        )
+    return dtype
+
+
+def _check_matrices(owner: str, x: Any) -> None:
     _supported(owner, "x", x.dtype)
     if x.ndim < 2:
         raise ValueError(
@@ -160,7 +220,6 @@ def _matrices(owner: str, x: ArrayLike) -> jax.Array:
         )
     if 0 in x.shape:
         raise ValueError(f"{owner}: x has shape {x.shape}, with an axis of length zero")
-    return x
 
 
 def _supported(owner: str, argument: str, dtype: DTypeLike) -> jnp.dtype:

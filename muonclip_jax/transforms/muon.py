@@ -1,5 +1,6 @@
 """Muon: momentum, orthogonalized."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax import matrices, paths, routing
-from muonclip_jax.orthogonalize import Schedule, orthogonalize, schedules
+from muonclip_jax.meshes import in_auto_axes, mesh_of, specs_of
+from muonclip_jax.orthogonalize import DevicesPerMatrix, Schedule, orthogonalize_all, schedules
+from muonclip_jax.paths import Path
+from muonclip_jax.shardings import Shardings, placed, shardings_of
 
 
 class MuonState(NamedTuple):
@@ -31,6 +35,8 @@ def scale_by_muon(
     bias_correction: bool = False,
     dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
+    shardings: Shardings | None = None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformation:
     """Replaces each matrix gradient by its orthogonalized momentum.
 
@@ -40,7 +46,15 @@ def scale_by_muon(
     be a matrix or a batch of matrices: `mc.muon` sends the others to another optimizer.
 
     Cost per matrix `[n, m]`, n <= m: about `(4m/n + 2) n³` FLOPs for each of the schedule's steps.
-    Memory: one momentum array per parameter.
+    Matrices of one shape are orthogonalized together, as a stack. Memory: one momentum array per
+    parameter, in the parameter's sharding.
+
+    On a mesh every device orthogonalizes its share of each stack, which gets there and back with
+    one all-to-all each, in `dtype`. Where there are fewer matrices than devices, teams of devices
+    hold a matrix together, each some of its columns, and share all products evenly. `describe`
+    prints the plan. On meshes with Explicit axes this needs nothing; with Auto axes, JAX's default,
+    it needs `shardings`, since inside `jax.jit` nothing else tells how parameters are split.
+    Inside `jax.shard_map` and `jax.pmap` each device orthogonalizes what it has.
 
     Args:
       momentum: μ in [0, 1).
@@ -55,13 +69,21 @@ def scale_by_muon(
         and `G/(1-β^t)`. Without Nesterov it changes nothing, since `msign` ignores scale.
       dtype: The dtype of the iteration, see `orthogonalize`.
       mu_dtype: The dtype of the momentum; None keeps the parameter's.
+      shardings: On meshes with Auto axes, how each parameter is split: a tree of `NamedSharding`
+        (or, with `jax.set_mesh`, `PartitionSpec`) like the parameters, or a prefix of one, or a
+        function from parameters to one; `jax.tree.map(lambda p: p.sharding, params)`. A wrong one
+        costs copies, nothing else.
+      devices_per_matrix: How many devices make a team, or `{(n, m): devices}` for shapes that
+        differ, the others being chosen. None chooses by a model of FLOPs, bytes sent and
+        collectives (`orthogonalize/plan.py`).
 
     Returns:
       A transformation whose updates have the gradients' shapes and dtypes.
 
     Raises:
       ValueError: momentum outside [0, 1) when built; at init and update, a parameter that is no
-        matrix or that `dimension_numbers` does not fit, with its path.
+        matrix or that `dimension_numbers` or `shardings` does not fit, with its path, and a
+        `devices_per_matrix` that the mesh does not have.
     """
     if callable(momentum):
         raise TypeError(
@@ -74,26 +96,55 @@ def scale_by_muon(
     def init(params: optax.Params) -> MuonState:
         routing.resolve_matrices(dimension_numbers, params)
         zeros = optax.tree.zeros_like(params, dtype=mu_dtype)
-        return MuonState(jnp.zeros([], jnp.int32), zeros)
+        return MuonState(jnp.zeros([], jnp.int32), placed(zeros, shardings))
 
     def update(updates, state, params=None):
         del params
         specs = routing.resolve_matrices(dimension_numbers, updates)
+        known = shardings_of(updates, shardings)
+        _warn_of_unknown(updates, known)
         accumulated = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
         look_ahead, gradient_weight = _nesterov_weights(momentum, state.count, bias_correction)
 
-        def direction(path, m, g):
-            looked = look_ahead * m + gradient_weight * g if nesterov else m
-            step = matrices.apply(
-                lambda x: orthogonalize(x, schedule, dtype=dtype), looked, specs[path]
-            )
-            return step.astype(g.dtype)
+        def look(m, g):
+            return look_ahead * m + gradient_weight * g if nesterov else m
 
-        directions = paths.map_with_path(direction, accumulated, updates)
+        def orthogonalized(tree):
+            leaves = dict(paths.leaves(tree))
+            split = {
+                path: matrices.split(x, specs[path], known[path]) for path, x in leaves.items()
+            }
+            together = orthogonalize_all(
+                [batch for batches in split.values() for batch in batches],
+                schedule,
+                dtype=dtype,
+                devices_per_matrix=devices_per_matrix,
+            )
+            done = iter(together)
+            return paths.map_with_path(
+                lambda path, x: matrices.join(x, [next(done) for _ in split[path]], specs[path]),
+                tree,
+            )
+
+        looked = jax.tree.map(look, accumulated, updates)
+        directions = in_auto_axes(orthogonalized, specs_of(updates))(looked)
+        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
         kept = jax.tree.map(lambda a, m: a.astype(m.dtype), accumulated, state.momentum)
-        return directions, MuonState(optax.safe_increment(state.count), kept)
+        return directions, MuonState(optax.safe_increment(state.count), placed(kept, shardings))
 
     return optax.GradientTransformation(init, update)
+
+
+def _warn_of_unknown(updates: Any, known: dict[Path, Any]) -> None:
+    mesh = mesh_of(updates)
+    if mesh is not None and any(sharding is None for sharding in known.values()):
+        path = next(path for path, sharding in known.items() if sharding is None)
+        warnings.warn(
+            f"Muon cannot tell how {paths.show(path)} is split over the mesh {dict(mesh.shape)}, "
+            "whose axes are Auto: XLA will gather matrices, or orthogonalize them on every device. "
+            "Pass shardings=jax.tree.map(lambda p: p.sharding, params).",
+            stacklevel=2,
+        )
 
 
 def _nesterov_weights(momentum, count, bias_correction) -> tuple[Any, Any]:

@@ -1,0 +1,209 @@
+"""Many parameters' matrices, orthogonalized together: one stack for each shape."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from muonclip_jax.meshes import mesh_axes, mesh_of
+from muonclip_jax.orthogonalize.iteration import (
+    check,
+    iterate_in_slices,
+    normalize,
+    orthogonalize,
+)
+from muonclip_jax.orthogonalize.plan import DevicesPerMatrix, Place, Plan, Stack, choose
+from muonclip_jax.orthogonalize.schedules import Schedule
+from muonclip_jax.orthogonalize.spread import orthogonalize_spread
+
+# Entries of a stack on one device. Beyond it matrices make no larger kernels, only more
+# temporaries: parameters go to a new stack.
+_LARGEST_STACK = 2**27
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values"],
+    meta_fields=["rows", "cols", "spec"],
+)
+@dataclass(frozen=True)
+class Matrices:
+    """Equal matrices of one parameter, `[batch..., rows..., cols...]`.
+
+    Attributes:
+      values: The array, or its `jax.ShapeDtypeStruct`.
+      rows: How many of its axes make up the rows; in a Flax kernel, the input.
+      cols: How many make up the columns.
+      spec: How it is split over the mesh; None: not at all, or nobody knows.
+    """
+
+    values: Any
+    rows: int = 1
+    cols: int = 1
+    spec: PartitionSpec | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(count, in, out)."""
+        return tuple(math.prod(self.values.shape[i] for i in axes) for axes in self._axes)
+
+    @property
+    def turned(self) -> bool:
+        """Whether its columns are the shorter side, or of square ones those that the mesh splits
+        as it splits the rows of others."""
+        _, rows, cols = self.shape
+        return (rows, self._split(1)) > (cols, self._split(2))
+
+    def here(self, mesh: Mapping[str, int]) -> tuple[Place, ...]:
+        """How each axis of the mesh splits them."""
+        sides = ("cols", "rows") if self.turned else ("rows", "cols")
+        places = dict.fromkeys(mesh, "copies")
+        for place, which in zip(("stack", *sides), range(3), strict=True):
+            places |= dict.fromkeys(self._split(which), place)
+        return tuple(places[axis] for axis in mesh)
+
+    def flat(self, values: jax.Array) -> jax.Array:
+        """The values, or a device's share of them, as wide matrices `[count, n, m]`."""
+        batch, rows, cols = (math.prod(values.shape[i] for i in axes) for axes in self._axes)
+        matrices = values.reshape(batch, rows, cols)
+        return matrices.mT if self.turned else matrices
+
+    def unflat(self, matrices: jax.Array, like: jax.Array) -> jax.Array:
+        """The inverse of `flat`, in the shape and dtype of `like`."""
+        return (matrices.mT if self.turned else matrices).reshape(like.shape).astype(like.dtype)
+
+    @property
+    def _axes(self) -> tuple[range, range, range]:
+        """Which axes of the array are batch, rows and columns."""
+        ends = (0, self.values.ndim - self.rows - self.cols, self.values.ndim - self.cols)
+        return tuple(map(range, ends, (*ends[1:], self.values.ndim)))
+
+    def _split(self, which: int) -> tuple[str, ...]:
+        """The mesh axes that split batch, rows or columns."""
+        spec = tuple(self.spec or ())
+        entries = (spec[i] for i in self._axes[which] if i < len(spec))
+        return tuple(axis for entry in entries for axis in mesh_axes(entry))
+
+
+def plans(
+    batches: Sequence[Matrices],
+    mesh: AbstractMesh | None,
+    schedule: Schedule,
+    dtype: Any,
+    devices_per_matrix: DevicesPerMatrix | None = None,
+) -> Iterator[tuple[Plan, list[int]]]:
+    """The stacks that `orthogonalize_all` makes: how each is spread, and which batches are in it.
+
+    Raises:
+      ValueError: As `choose`.
+    """
+    steps = len(schedule.coefficients)
+    sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
+    groups: dict[Any, list[int]] = {}
+    for i, batch in enumerate(batches):
+        kind = (*sorted(batch.shape[1:]), batch.here(sizes), _dtype(batch.values, dtype))
+        # What nobody knows the place of stays by itself, where XLA has it.
+        alone = i if sizes and batch.spec is None else None
+        groups.setdefault((*kind, alone), []).append(i)
+    for (n, m, here, item, alone), members in groups.items():
+        if alone is not None:
+            unknown = ("unknown",) * len(sizes)
+            stack = Stack(batches[alone].shape[0], n, m, tuple(sizes.items()), unknown)
+            yield Plan(stack, (), steps), members
+            continue
+        for some in _limited(members, [batches[i] for i in members], math.prod(sizes.values())):
+            count = sum(batches[i].shape[0] for i in some)
+            stack = Stack(count, n, m, tuple(sizes.items()), here, item.itemsize)
+            yield choose(stack, steps, devices_per_matrix), some
+
+
+def orthogonalize_all(
+    batches: Sequence[Matrices],
+    schedule: Schedule,
+    *,
+    dtype: jax.typing.DTypeLike | None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
+) -> list[jax.Array]:
+    """`orthogonalize` for many parameters: those of one matrix shape make one stack.
+
+    On a mesh every device orthogonalizes its share of each stack. Matrices go there and back in
+    one all-to-all each, in `dtype`; see `plan`.
+
+    Args:
+      batches: The matrices. On a mesh `spec` is how they are split over it; a wrong one costs
+        copies, nothing else.
+      schedule: The Newton–Schulz polynomials.
+      dtype: As in `orthogonalize`.
+      devices_per_matrix: As in `choose`.
+
+    Returns:
+      Arrays with the shapes and dtypes of the values.
+
+    Raises:
+      TypeError, ValueError: As `orthogonalize` and `choose`.
+    """
+    results: dict[int, jax.Array] = {}
+    mesh = mesh_of([batch.values for batch in batches])
+    for plan, members in plans(batches, mesh, schedule, dtype, devices_per_matrix):
+        some = [batches[i] for i in members]
+        iteration = check(some[0].values, schedule, dtype)
+        run = functools.partial(_stack, batches=some, plan=plan, schedule=schedule, dtype=iteration)
+        if "unknown" in plan.stack.here:
+            run = functools.partial(_by_xla, some[0], schedule=schedule, dtype=iteration)
+        elif plan.factors:
+            specs = tuple(batch.spec for batch in some)
+            run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+        results |= zip(members, run(*(batch.values for batch in some)), strict=True)
+    return [results[i] for i in range(len(batches))]
+
+
+def _stack(
+    *values: jax.Array,
+    batches: Sequence[Matrices],
+    plan: Plan,
+    schedule: Schedule,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, ...]:
+    """One stack, or a device's share of it."""
+    flat = [batch.flat(x) for batch, x in zip(batches, values, strict=True)]
+    ends = list(itertools.accumulate(map(len, flat)))
+    if plan.factors:
+        done = orthogonalize_spread(jnp.concatenate(flat), plan, schedule, dtype)
+    else:
+        # Rounded before they are copied.
+        stack = jnp.concatenate([normalize(x, schedule, dtype) for x in flat])
+        done = iterate_in_slices(stack, schedule)
+    parts = jnp.split(done, ends[:-1])
+    return tuple(b.unflat(p, x) for b, p, x in zip(batches, parts, values, strict=True))
+
+
+def _by_xla(
+    batch: Matrices, values: jax.Array, schedule: Schedule, dtype: jnp.dtype
+) -> tuple[jax.Array]:
+    """A parameter whose batch axes stay apart, since they may be split over a mesh."""
+    leading = values.shape[: values.ndim - batch.rows - batch.cols]
+    matrices = values.reshape(*leading, *batch.shape[1:])
+    return (orthogonalize(matrices, schedule, dtype=dtype).reshape(values.shape),)
+
+
+def _limited(members: list[int], batches: list[Matrices], devices: int) -> Iterator[list[int]]:
+    """The members in groups of at most `_LARGEST_STACK` entries a device, or one alone."""
+    some: list[int] = []
+    entries = 0
+    for member, batch in zip(members, batches, strict=True):
+        size = batch.values.size // devices
+        if some and entries + size > _LARGEST_STACK:
+            yield some
+            some, entries = [], 0
+        some, entries = [*some, member], entries + size
+    yield some
+
+
+def _dtype(values: Any, dtype: Any) -> jnp.dtype:
+    return jnp.dtype(values.dtype if dtype is None else dtype)

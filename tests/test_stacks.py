@@ -1,0 +1,370 @@
+"""Stacks of matrices on eight simulated devices: same result as on one, and what moves for it."""
+
+import functools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+import muonclip_jax as mc
+from benchmarks.compiled import collectives, totals
+
+AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
+MATRIX = MuonDimensionNumbers(-2, -1)
+# Heads as in a Flax kernel [in, heads, features]: a batch of [in, features].
+NUMBERS = {
+    "wide": MATRIX,
+    "tall": MATRIX,
+    "odd": MATRIX,  # whose sides the devices do not divide
+    "square": MATRIX,
+    "layers": MATRIX,
+    "experts": MATRIX,
+    "heads": MuonDimensionNumbers(0, 2),
+    "output": MuonDimensionNumbers((0, 1), 2),  # [heads, features, out] as one matrix
+}
+SHAPES = {
+    "wide": (16, 32),
+    "tall": (32, 16),
+    "odd": (9, 14),
+    "square": (16, 16),
+    "layers": (3, 16, 32),
+    "experts": (2, 8, 16, 32),
+    "heads": (16, 8, 6),
+    "output": (8, 4, 16),
+}
+SPECS = {
+    "both": dict(
+        wide=P("fsdp", "tp"),
+        tall=P("tp", "fsdp"),
+        odd=P(None, "tp"),
+        square=P("fsdp", "tp"),
+        layers=P(None, "fsdp", "tp"),
+        experts=P(None, "fsdp", None, "tp"),
+        heads=P("fsdp", "tp"),
+        output=P("tp", None, "fsdp"),
+    ),
+    "rows": dict(
+        wide=P(("fsdp", "tp")),
+        tall=P(None, ("fsdp", "tp")),
+        odd=P(),
+        square=P(("tp", "fsdp")),
+        layers=P(None, ("fsdp", "tp")),
+        experts=P("tp", None, "fsdp"),
+        heads=P(("fsdp", "tp")),
+        output=P(("fsdp", "tp")),
+    ),
+    "columns": dict(
+        wide=P(None, ("fsdp", "tp")),
+        tall=P(("tp", "fsdp")),
+        odd=P(None, "tp"),
+        square=P(None, "tp"),
+        layers=P(None, None, "tp"),
+        experts=P(None, "tp", None, "fsdp"),
+        heads=P(None, None, "tp"),
+        output=P(None, "fsdp", "tp"),
+    ),
+    "copies": dict.fromkeys(SHAPES, P()),
+}
+
+
+def mesh_of(axis_type, sizes=(4, 2)):
+    return jax.make_mesh(sizes, ("fsdp", "tp"), axis_types=(axis_type,) * 2)
+
+
+@functools.cache
+def gradients(dtype="float32"):
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()}
+
+
+def muon(**options):
+    options = {"dimension_numbers": NUMBERS, "dtype": "float32"} | options
+    return mc.scale_by_muon(**options)
+
+
+def step(tx, grads, state):
+    return jax.jit(tx.update, donate_argnums=1)(grads, state)
+
+
+@functools.cache
+def on_one_device():
+    tx = muon()
+    return step(tx, gradients(), tx.init(gradients()))
+
+
+def on_mesh(mesh, specs, **options):
+    """The transformation, gradients and state on the mesh."""
+    shardings = {name: NamedSharding(mesh, specs[name]) for name in specs}
+    grads = jax.device_put({name: gradients()[name] for name in specs}, shardings)
+    auto = mesh.axis_types[0] == AxisType.Auto
+    tx = muon(shardings=shardings if auto else None, **options)
+    return tx, grads, tx.init(grads)
+
+
+@pytest.mark.parametrize("specs", SPECS)
+@pytest.mark.parametrize(
+    ("axis_type", "devices_per_matrix"),
+    [(AxisType.Auto, 1), (AxisType.Auto, 2), (AxisType.Auto, 8), (AxisType.Explicit, 4)],
+)
+def test_as_on_one_device(specs, axis_type, devices_per_matrix):
+    mesh = mesh_of(axis_type)
+    tx, grads, state = on_mesh(mesh, SPECS[specs], devices_per_matrix=devices_per_matrix)
+    directions, state = step(tx, grads, state)
+    expected, expected_state = on_one_device()
+    # Five steps in float32 multiply rounding by up to their slope at small singular values.
+    chex.assert_trees_all_close(directions, expected, atol=1e-5)
+    chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
+    for name, spec in SPECS[specs].items():
+        wanted = NamedSharding(mesh, spec)
+        for array in (directions[name], state.momentum[name]):
+            assert array.sharding.is_equivalent_to(wanted, array.ndim), name
+
+
+def moved(tx, grads, state):
+    """What the devices send each other in one update: {kind: (how many times, bytes)}."""
+    compiled = jax.jit(tx.update).lower(grads, state).compile()
+    found = totals(collectives(compiled)).items()
+    return {kind: (total.count, total.bytes) for kind, total in found}
+
+
+LAYER_BYTES = 8 * 32 * 64 * 4  # eight matrices [32, 64], float32
+PER_DEVICE = LAYER_BYTES // 8
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize(
+    ("spec", "scanned", "expected"),
+    [
+        # Norms of split matrices: two small sums. Then there and back.
+        (P("fsdp", "tp"), False, {"all-reduce": (2, 64), "all-to-all": (2, 2 * PER_DEVICE)}),
+        (P(("fsdp", "tp")), False, {"all-reduce": (2, 64), "all-to-all": (2, 2 * PER_DEVICE)}),
+        (P(None, "fsdp", "tp"), True, {"all-reduce": (2, 64), "all-to-all": (2, 2 * PER_DEVICE)}),
+        # Where each device has whole matrices of its own, nothing moves.
+        (P(("fsdp", "tp")), True, {}),
+        (P("fsdp", "tp"), True, {"all-reduce": (2, 16), "all-to-all": (2, 2 * PER_DEVICE)}),
+        # Work this small is done by all devices that have copies.
+        (P(), False, {}),
+        (P("fsdp"), True, {}),
+    ],
+    ids=str,
+)
+def test_what_moves(spec, scanned, expected, axis_type):
+    """Eight matrices on eight devices: each orthogonalizes one."""
+    shapes = {"w": (8, 32, 64)} if scanned else {str(i): (32, 64) for i in range(8)}
+    sharding = NamedSharding(mesh_of(axis_type), spec)
+    shardings = dict.fromkeys(shapes, sharding)
+    grads = jax.device_put({k: jnp.ones(shape) for k, shape in shapes.items()}, shardings)
+    tx = mc.scale_by_muon(
+        dimension_numbers=dict.fromkeys(shapes, MATRIX),
+        dtype="float32",
+        shardings=shardings,
+        devices_per_matrix=1,
+    )
+    assert moved(tx, grads, tx.init(grads)) == expected
+
+
+def test_copies_share_large_work():
+    """Each of eight devices orthogonalizes two of sixteen matrices, and all get the results."""
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P())
+    matrices = {"w": jax.ShapeDtypeStruct((16, 1024, 1024), jnp.float32, sharding=sharding)}
+    tx = mc.scale_by_muon(dimension_numbers={"w": MATRIX}, dtype="float16", shardings=sharding)
+    state = jax.eval_shape(tx.init, matrices)
+    assert moved(tx, matrices, state) == {"all-gather": (1, 16 * 1024 * 1024 * 2)}
+    (stack,) = mc.describe(matrices, dimension_numbers={"w": MATRIX}, shardings=sharding).stacks
+    assert (stack.split, stack.matrices_per_device) == ({"fsdp": "copies", "tp": "copies"}, 2)
+
+
+def test_teams_move_gram_matrices_only():
+    """One [32, 64] on eight devices: what each step sums and shows is n², not n m."""
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P(None, ("fsdp", "tp")))
+    grads = {"w": jax.device_put(jnp.ones((32, 64)), sharding)}
+    schedule = mc.schedules.polar_express(steps=5)
+    tx = mc.scale_by_muon(
+        dtype="float32", schedule=schedule, shardings=sharding, devices_per_matrix=8
+    )
+    gram = 32 * 32 * 4
+    assert moved(tx, grads, tx.init(grads)) == {
+        "all-reduce": (2, 8),
+        "reduce-scatter": (5, 5 * gram),
+        "all-gather": (10, 10 * gram),
+    }
+
+
+def test_matrices_travel_in_the_dtype_of_the_iteration():
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
+    grads = {str(i): jax.device_put(jnp.ones((32, 64)), sharding) for i in range(8)}
+    tx = mc.scale_by_muon(dtype="float16", shardings=sharding, devices_per_matrix=1)
+    assert moved(tx, grads, tx.init(grads))["all-to-all"] == (2, PER_DEVICE)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_half_precision_as_on_one_device(dtype, scale):
+    """Norms are taken before anything is rounded, so scale does not matter on the way either."""
+    grads = {str(i): scale * gradients()["layers"][i] for i in range(3)}
+    expected, _ = mc.scale_by_muon(dtype=dtype).update(grads, mc.scale_by_muon().init(grads))
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
+    tx = mc.scale_by_muon(dtype=dtype, shardings=sharding, devices_per_matrix=2)
+    grads = jax.device_put(grads, sharding)
+    directions, _ = step(tx, grads, tx.init(grads))
+    # Sums in another order round differently in few entries, by a spacing of the dtype each step.
+    for name, value in directions.items():
+        difference = jnp.linalg.norm(value - expected[name]) / jnp.linalg.norm(expected[name])
+        assert difference < 8 * jnp.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("devices_per_matrix", [1, 2, 8])
+def test_hard_matrices(devices_per_matrix):
+    """Zero stays zero, rank one becomes its singular vectors, NaN and Inf stay in their matrix."""
+    outer = jnp.outer(jnp.arange(1.0, 17), jnp.ones(32))
+    grads = {
+        "zero": jnp.zeros((16, 32)),
+        "rank one": outer,
+        "nan": outer.at[3, 4].set(jnp.nan),
+        "inf": outer.at[15, 31].set(jnp.inf),
+        "healthy": gradients()["wide"],
+    }
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
+    options = {"dtype": "float32", "schedule": mc.schedules.polar_express(steps=8)}
+    tx = mc.scale_by_muon(
+        shardings=sharding, devices_per_matrix=devices_per_matrix, nesterov=False, **options
+    )
+    grads = jax.device_put(grads, sharding)
+    directions, _ = step(tx, grads, tx.init(grads))
+    assert not directions["zero"].any()
+    np.testing.assert_allclose(directions["rank one"], outer / jnp.linalg.norm(outer), atol=1e-5)
+    assert jnp.isnan(directions["nan"]).all() and jnp.isnan(directions["inf"]).all()
+    whole = mc.orthogonalize(gradients()["wide"], options["schedule"], dtype="float32")
+    np.testing.assert_allclose(directions["healthy"], whole, atol=1e-5)
+
+
+def test_aol_in_teams():
+    schedule = mc.schedules.aol()
+    grads = {"w": gradients()["wide"]}
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
+    tx = mc.scale_by_muon(
+        schedule=schedule, dtype="float32", nesterov=False, shardings=sharding, devices_per_matrix=4
+    )
+    on_devices = jax.device_put(grads, sharding)
+    directions, _ = step(tx, on_devices, tx.init(on_devices))
+    expected = mc.orthogonalize(grads["w"], schedule, dtype="float32")
+    np.testing.assert_allclose(directions["w"], expected, atol=1e-5)
+
+
+# Where shardings come from
+
+
+def test_arrays_at_hand_tell_themselves():
+    """Outside of jit nothing has to be given, on Auto meshes either."""
+    mesh = mesh_of(AxisType.Auto)
+    shardings = {name: NamedSharding(mesh, SPECS["both"][name]) for name in SHAPES}
+    grads = jax.device_put(gradients(), shardings)
+    tx = muon(devices_per_matrix=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        directions, _ = tx.update(grads, tx.init(grads))
+    chex.assert_trees_all_close(directions, on_one_device()[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda mesh: {name: SPECS["both"][name] for name in SHAPES},
+        lambda mesh: lambda params: {name: SPECS["both"][name] for name in params},
+        lambda mesh: {name: NamedSharding(mesh, SPECS["both"][name]) for name in SHAPES},
+    ],
+    ids=["specs", "function", "shardings"],
+)
+def test_forms_of_shardings(given):
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh):
+        grads = jax.device_put(
+            gradients(), {name: NamedSharding(mesh, SPECS["both"][name]) for name in SHAPES}
+        )
+        tx = muon(shardings=given(mesh), devices_per_matrix=1)
+        assert set(moved(tx, grads, tx.init(grads))) == {"all-reduce", "all-to-all"}
+
+
+def test_wrong_shardings_cost_copies_only():
+    mesh = mesh_of(AxisType.Auto)
+    _, grads, _ = on_mesh(mesh, SPECS["both"])
+    tx = muon(shardings={name: NamedSharding(mesh, SPECS["rows"][name]) for name in SHAPES})
+    directions, _ = step(tx, grads, tx.init(grads))
+    chex.assert_trees_all_close(directions, on_one_device()[0], atol=1e-5)
+
+
+def test_unknown_shardings_are_told():
+    _, grads, state = on_mesh(mesh_of(AxisType.Auto), SPECS["both"])
+    with pytest.warns(UserWarning, match=r"how experts is split .* Auto: .*Pass shardings="):
+        directions, _ = step(muon(), grads, state)
+    chex.assert_trees_all_close(directions, on_one_device()[0], atol=1e-5)
+
+
+def test_momentum_is_placed_inside_jit():
+    mesh = mesh_of(AxisType.Auto)
+    tx, grads, _ = on_mesh(mesh, SPECS["both"])
+    state = jax.jit(tx.init)(grads)
+    for name, momentum in state.momentum.items():
+        assert momentum.sharding.is_equivalent_to(grads[name].sharding, momentum.ndim)
+
+
+def test_in_shard_map_each_device_has_its_own():
+    """Data parallel by hand: the same matrices, and work, on every device."""
+    mesh = mesh_of(AxisType.Auto)
+    grads = {"wide": gradients()["wide"]}
+    tx = mc.scale_by_muon(dtype="float32")
+    local = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[0],
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    found = jax.jit(local)(grads)
+    expected, _ = tx.update(grads, tx.init(grads))
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+# Errors
+
+
+def one_matrix(shardings, **options):
+    tx = mc.scale_by_muon(shardings=shardings, **options)
+    grads = {"mlp": {"kernel": jnp.ones((16, 32))}}
+    return jax.jit(lambda g: tx.update(g, tx.init(g)))(grads)
+
+
+@pytest.mark.parametrize(
+    ("shardings", "error", "message"),
+    [
+        ({"mlp": {"bias": P()}}, ValueError, r"says nothing about mlp/kernel \(16, 32\)"),
+        ({"mlp": {"kernel": "fsdp"}}, TypeError, "'fsdp' for mlp/kernel; it must be"),
+        (P("fsdp"), ValueError, "mlp/kernel .* on no mesh: call jax.set_mesh"),
+    ],
+)
+def test_wrong_shardings_raise(shardings, error, message):
+    with pytest.raises(error, match=message):
+        one_matrix(shardings)
+
+
+@pytest.mark.parametrize("spec", [P(None, None, "tp"), P("three")], ids=str)
+def test_shardings_that_do_not_fit_raise(spec):
+    mesh = jax.make_mesh((3, 2), ("three", "tp"), axis_types=(AxisType.Auto,) * 2)
+    message = (
+        r"gives mlp/kernel \(16, 32\) the sharding .* on the mesh .*, which does not divide it"
+    )
+    with pytest.raises(ValueError, match=message):
+        one_matrix(NamedSharding(mesh, spec))
+
+
+def test_teams_that_the_mesh_does_not_have_raise():
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P())
+    message = r"devices_per_matrix=3 .*\[16, 32\].* fsdp=4 × tp=2; choose from \[1, 2, 4, 8\]"
+    with pytest.raises(ValueError, match=message):
+        one_matrix(sharding, devices_per_matrix=3)
