@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax import paths
 from muonclip_jax.meshes import mesh_axes, mesh_of
@@ -47,7 +47,7 @@ def shardings_of(tree: Any, given: Shardings | None) -> dict[Path, NamedSharding
             )
         if not isinstance(entry, NamedSharding):
             return None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        _check(path, leaf, entry)
+        _check(path, leaf, entry, mesh)
         return entry
 
     return {path: sharding(path, leaf) for path, leaf in paths.leaves(tree)}
@@ -61,8 +61,10 @@ def placed(tree: Any, given: Shardings | None) -> Any:
     found = shardings_of(tree, given)
 
     def place(path: Path, x: jax.Array) -> jax.Array:
-        known = found[path] is not None and _from_type(x) is None
-        return jax.lax.with_sharding_constraint(x, found[path]) if known else x
+        typed = _from_type(x) is not None or jax.typeof(x).sharding.mesh.explicit_axes
+        if typed or found[path] is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, found[path])
 
     return paths.map_with_path(place, tree)
 
@@ -70,7 +72,9 @@ def placed(tree: Any, given: Shardings | None) -> Any:
 def _from_type(leaf: Any) -> NamedSharding | None:
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
-        return sharding if sharding.mesh.explicit_axes else None
+        mesh = sharding.mesh
+        told_in_full = all(mesh.shape[axis] == 1 for axis in mesh.auto_axes)
+        return sharding if mesh.explicit_axes and told_in_full else None
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
@@ -98,9 +102,19 @@ def _entry(path: Path, leaf: Any, told: dict[Path, Any]) -> Any:
     )
 
 
-def _check(path: Path, leaf: Any, sharding: NamedSharding) -> None:
-    """Raises ValueError when an array cannot be split so."""
+def _check(path: Path, leaf: Any, sharding: NamedSharding, mesh: AbstractMesh | None) -> None:
+    """Raises ValueError when an array on this mesh cannot be split so."""
     shape, spec, sizes = tuple(leaf.shape), sharding.spec, sharding.mesh.shape
+    if mesh is not None and dict(sizes) != dict(mesh.shape):
+        raise ValueError(
+            f"shardings= gives {paths.show(path)} a sharding on the mesh {dict(sizes)}, and the "
+            f"parameters are on the mesh {dict(mesh.shape)}; give those of the parameters."
+        )
+    if PartitionSpec.UNCONSTRAINED in spec:
+        raise ValueError(
+            f"shardings= leaves {paths.show(path)} partly unconstrained, {spec}; say how it is "
+            "split, None for an axis that is not."
+        )
     even = len(spec) <= len(shape) and all(
         length % math.prod(sizes[axis] for axis in mesh_axes(entry)) == 0
         for length, entry in zip(shape, spec, strict=False)

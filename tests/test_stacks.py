@@ -244,10 +244,13 @@ def test_hard_matrices(devices_per_matrix):
     np.testing.assert_allclose(directions["healthy"], whole, atol=1e-5)
 
 
-def test_aol_in_teams():
+@pytest.mark.parametrize("spec", [P("fsdp", "tp"), P("tp", "fsdp")], ids=str)
+@pytest.mark.parametrize("name", ["wide", "square"])
+def test_aol_in_teams(name, spec):
+    """Its norm is one of rows, so that which side counts as rows must not depend on the mesh."""
     schedule = mc.schedules.aol()
-    grads = {"w": gradients()["wide"]}
-    sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
+    grads = {"w": gradients()[name]}
+    sharding = NamedSharding(mesh_of(AxisType.Auto), spec)
     tx = mc.scale_by_muon(
         schedule=schedule, dtype="float32", nesterov=False, shardings=sharding, devices_per_matrix=4
     )
@@ -331,6 +334,45 @@ def test_in_shard_map_each_device_has_its_own():
     chex.assert_trees_all_close(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_in_shard_map_over_some_axes(axis_type):
+    """Along those each device has matrices of its own, which no plan may mix up."""
+    mesh = mesh_of(axis_type)
+    grads = {"w": gradients()["experts"][0, :4]}
+    tx = mc.scale_by_muon(
+        dimension_numbers=MATRIX,
+        dtype="float32",
+        nesterov=False,
+        shardings=P(None, None, "tp"),
+        devices_per_matrix=2,
+    )
+    local = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[0],
+        mesh=mesh,
+        in_specs=P("fsdp"),
+        out_specs=P("fsdp"),
+        axis_names={"fsdp"},
+        check_vma=False,
+    )
+    with jax.set_mesh(mesh):
+        found = jax.jit(local)(jax.device_put(grads, NamedSharding(mesh, P("fsdp", None, "tp"))))
+    schedule = mc.schedules.polar_express(steps=5)
+    expected = mc.orthogonalize(grads["w"], schedule, dtype="float32")
+    np.testing.assert_allclose(found["w"], expected, atol=1e-5)
+
+
+def test_mixed_meshes_are_told_by_shardings():
+    """The types of arrays on meshes of both kinds tell half."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    sharding = NamedSharding(mesh, P("fsdp", "tp"))
+    grads = {str(i): jax.device_put(jnp.ones((32, 64)), sharding) for i in range(8)}
+    tx = mc.scale_by_muon(dtype="float32", shardings=sharding, devices_per_matrix=1)
+    assert moved(tx, grads, tx.init(grads))["all-to-all"] == (2, 2 * PER_DEVICE)
+    untold = mc.scale_by_muon(dtype="float32")
+    with pytest.warns(UserWarning, match="Pass shardings="):
+        jax.jit(untold.update).lower(grads, untold.init(grads))
+
+
 # Errors
 
 
@@ -361,6 +403,43 @@ def test_shardings_that_do_not_fit_raise(spec):
     )
     with pytest.raises(ValueError, match=message):
         one_matrix(NamedSharding(mesh, spec))
+
+
+def test_shardings_on_another_mesh_raise():
+    other = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        with pytest.raises(ValueError, match=r"mlp/kernel .* mesh \{'data': 8\}, and .* 'tp': 2"):
+            one_matrix(NamedSharding(other, P("data")))
+        with pytest.raises(ValueError, match="mlp/kernel partly unconstrained"):
+            one_matrix(P(P.UNCONSTRAINED, "tp"))
+
+
+@pytest.mark.parametrize("value", [0, True, 2.0, {8: 2}, {(8, 8): 0}, {(8, 8, 8): 2}])
+def test_what_is_no_number_of_devices_raises(value):
+    with pytest.raises(TypeError, match=r"devices_per_matrix must be a whole number .*static_args"):
+        mc.scale_by_muon(devices_per_matrix=value)
+
+
+def test_shapes_that_no_matrix_has_raise():
+    message = r"names matrices \[16, 31\], and there are none; there are \[16, 32\]"
+    with pytest.raises(ValueError, match=message):
+        one_matrix(None, devices_per_matrix={(16, 31): 2})
+
+
+def test_one_device_makes_no_teams():
+    directions, _ = one_matrix(None, devices_per_matrix=8)
+    chex.assert_trees_all_equal(directions, one_matrix(None)[0])
+
+
+@pytest.mark.parametrize(
+    ("second", "error"),
+    [(jnp.ones((16, 32), "complex64"), TypeError), (jnp.ones((0, 16, 32)), ValueError)],
+)
+def test_every_matrix_of_a_stack_is_checked(second, error):
+    grads = {"first": jnp.ones((16, 32)), "second": second}
+    tx = mc.scale_by_muon(dimension_numbers=MATRIX)
+    with pytest.raises(error, match="orthogonalize: x "):
+        tx.update(grads, tx.init(grads))
 
 
 def test_teams_that_the_mesh_does_not_have_raise():

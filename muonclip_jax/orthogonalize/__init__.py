@@ -10,7 +10,7 @@ team.py        what the devices that hold parts of the same matrices tell each o
 
 from muonclip_jax.orthogonalize import schedules
 from muonclip_jax.orthogonalize.iteration import orthogonality_error, orthogonalize
-from muonclip_jax.orthogonalize.plan import DevicesPerMatrix, Plan
+from muonclip_jax.orthogonalize.plan import DevicesPerMatrix, Plan, check_devices_per_matrix
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.stacks import Matrices, orthogonalize_all, plans
 
@@ -19,6 +19,7 @@ __all__ = [
     "Matrices",
     "Plan",
     "Schedule",
+    "check_devices_per_matrix",
     "orthogonality_error",
     "orthogonalize",
     "orthogonalize_all",

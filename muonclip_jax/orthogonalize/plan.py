@@ -16,7 +16,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 Place = Literal["stack", "rows", "cols", "copies", "unknown"]
 
@@ -158,6 +159,25 @@ class Plan:
         return math.prod(f.size for f in self.factors if which(f))
 
 
+def check_devices_per_matrix(value: Any) -> None:
+    """Raises TypeError for what is no `DevicesPerMatrix`."""
+    entries = value if isinstance(value, Mapping) else {(1, 1): value}
+    for shape, devices in entries.items():
+        if not _are_counts(shape, 2) or not _are_counts((devices,), 1):
+            raise TypeError(
+                "devices_per_matrix must be a whole number of at least 1, or {(n, m): number}, "
+                f"got {value!r}. (Under optax.inject_hyperparams name it in static_args.)"
+            )
+
+
+def _are_counts(numbers: Any, how_many: int) -> bool:
+    return (
+        isinstance(numbers, tuple)
+        and len(numbers) == how_many
+        and all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in numbers)
+    )
+
+
 def choose(stack: Stack, steps: int, devices_per_matrix: DevicesPerMatrix | None = None) -> Plan:
     """The plan that takes the least time by `Plan.seconds`.
 
@@ -165,12 +185,12 @@ def choose(stack: Stack, steps: int, devices_per_matrix: DevicesPerMatrix | None
       stack: What to orthogonalize.
       steps: Steps of the iteration.
       devices_per_matrix: Only plans with teams of so many devices; by shape `{(n, m): devices}`
-        for those that differ, either side first. None: all plans.
+        for those that differ, either side first. None: all plans. One device makes no teams.
 
     Raises:
       ValueError: No team of that size can be made of the mesh's axes.
     """
-    forced = devices_per_matrix
+    forced = devices_per_matrix if stack.devices > 1 else None
     if isinstance(forced, Mapping):
         forced = forced.get((stack.n, stack.m), forced.get((stack.m, stack.n)))
     plans = [plan for plan in _plans(stack, steps) if forced in (None, plan.devices_per_matrix)]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from muonclip_jax.meshes import mesh_axes, mesh_of
+from muonclip_jax.meshes import free_axes, mesh_axes, mesh_of
 from muonclip_jax.orthogonalize.iteration import (
     check,
     iterate_in_slices,
@@ -55,10 +55,9 @@ class Matrices:
 
     @property
     def turned(self) -> bool:
-        """Whether its columns are the shorter side, or of square ones those that the mesh splits
-        as it splits the rows of others."""
+        """Whether its columns are the shorter side."""
         _, rows, cols = self.shape
-        return (rows, self._split(1)) > (cols, self._split(2))
+        return rows > cols
 
     def here(self, mesh: Mapping[str, int]) -> tuple[Place, ...]:
         """How each axis of the mesh splits them."""
@@ -101,10 +100,16 @@ def plans(
     """The stacks that `orthogonalize_all` makes: how each is spread, and which batches are in it.
 
     Raises:
-      ValueError: As `choose`.
+      TypeError, ValueError: As `orthogonalize`; as `choose`; a shape in `devices_per_matrix` that
+        no batch has.
     """
+    for batch in batches:
+        check(batch.values, schedule, dtype)
+    if isinstance(devices_per_matrix, Mapping):
+        _check_shapes(devices_per_matrix, batches)
     steps = len(schedule.coefficients)
-    sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
+    free = () if mesh is None else free_axes(mesh)
+    sizes = {axis: mesh.shape[axis] for axis in free if mesh.shape[axis] > 1}
     groups: dict[Any, list[int]] = {}
     for i, batch in enumerate(batches):
         kind = (*sorted(batch.shape[1:]), batch.here(sizes), _dtype(batch.values, dtype))
@@ -152,13 +157,20 @@ def orthogonalize_all(
     mesh = mesh_of([batch.values for batch in batches])
     for plan, members in plans(batches, mesh, schedule, dtype, devices_per_matrix):
         some = [batches[i] for i in members]
-        iteration = check(some[0].values, schedule, dtype)
+        iteration = _dtype(some[0].values, dtype)
         run = functools.partial(_stack, batches=some, plan=plan, schedule=schedule, dtype=iteration)
         if "unknown" in plan.stack.here:
             run = functools.partial(_by_xla, some[0], schedule=schedule, dtype=iteration)
         elif plan.factors:
             specs = tuple(batch.spec for batch in some)
-            run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+            run = jax.shard_map(
+                run,
+                mesh=mesh,
+                in_specs=specs,
+                out_specs=specs,
+                axis_names=set(free_axes(mesh)),
+                check_vma=False,
+            )
         results |= zip(members, run(*(batch.values for batch in some)), strict=True)
     return [results[i] for i in range(len(batches))]
 
@@ -203,6 +215,16 @@ def _limited(members: list[int], batches: list[Matrices], devices: int) -> Itera
             some, entries = [], 0
         some, entries = [*some, member], entries + size
     yield some
+
+
+def _check_shapes(wanted: Mapping[tuple[int, int], int], batches: Sequence[Matrices]) -> None:
+    shapes = sorted({tuple(sorted(batch.shape[1:])) for batch in batches})
+    for shape in wanted:
+        if tuple(sorted(shape)) not in shapes:
+            raise ValueError(
+                f"devices_per_matrix names matrices {list(shape)}, and there are none; there are "
+                f"{', '.join(map(str, map(list, shapes)))}."
+            )
 
 
 def _dtype(values: Any, dtype: Any) -> jnp.dtype:

@@ -9,7 +9,13 @@ import optax
 
 from muonclip_jax import matrices, paths, routing
 from muonclip_jax.meshes import in_auto_axes, mesh_of, specs_of
-from muonclip_jax.orthogonalize import DevicesPerMatrix, Schedule, orthogonalize_all, schedules
+from muonclip_jax.orthogonalize import (
+    DevicesPerMatrix,
+    Schedule,
+    check_devices_per_matrix,
+    orthogonalize_all,
+    schedules,
+)
 from muonclip_jax.paths import Path
 from muonclip_jax.shardings import Shardings, placed, shardings_of
 
@@ -54,7 +60,8 @@ def scale_by_muon(
     hold a matrix together, each some of its columns, and share all products evenly. `describe`
     prints the plan. On meshes with Explicit axes this needs nothing; with Auto axes, JAX's default,
     it needs `shardings`, since inside `jax.jit` nothing else tells how parameters are split.
-    Inside `jax.shard_map` and `jax.pmap` each device orthogonalizes what it has.
+    Inside `jax.shard_map` and `jax.pmap` each device orthogonalizes what it has. Not for `jax.vmap`
+    on a mesh: make the members a batch axis of the parameters instead.
 
     Args:
       momentum: μ in [0, 1).
@@ -75,7 +82,7 @@ def scale_by_muon(
         costs copies, nothing else.
       devices_per_matrix: How many devices make a team, or `{(n, m): devices}` for shapes that
         differ, the others being chosen. None chooses by a model of FLOPs, bytes sent and
-        collectives (`orthogonalize/plan.py`).
+        collectives (`orthogonalize/plan.py`). One device makes no teams.
 
     Returns:
       A transformation whose updates have the gradients' shapes and dtypes.
@@ -92,6 +99,9 @@ def scale_by_muon(
         )
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1) (0.95 is usual), got {momentum}.")
+
+    if devices_per_matrix is not None:
+        check_devices_per_matrix(devices_per_matrix)
 
     def init(params: optax.Params) -> MuonState:
         routing.resolve_matrices(dimension_numbers, params)
