@@ -13,7 +13,7 @@ from muonclip_jax.layouts import Layouts, Role
 from muonclip_jax.orthogonalize import DevicesPerMatrix, Schedule, schedules
 from muonclip_jax.shardings import Shardings
 from muonclip_jax.transforms.muon import scale_by_muon
-from muonclip_jax.transforms.qk_clip import Scope, qk_clip
+from muonclip_jax.transforms.qk_clip import AxisName, Scope, qk_clip
 from muonclip_jax.transforms.quack import Norm, QuackRule, scale_by_quack
 from muonclip_jax.transforms.update_rms import Rule, scale_by_update_rms
 
@@ -107,6 +107,7 @@ def muonclip(
     threshold: jax.typing.ArrayLike = 100.0,
     alpha: jax.typing.ArrayLike = 0.5,
     scope: Scope = "head",
+    axis_name: AxisName = None,
     **muon_options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
@@ -124,6 +125,7 @@ def muonclip(
       threshold: τ of `qk_clip`.
       alpha: As in `qk_clip`, the queries' share of the clip.
       scope: As in `qk_clip`, `"head"` or `"layer"`.
+      axis_name: As in `qk_clip`: inside `jax.shard_map` and `jax.pmap`, the axes of the data.
       **muon_options: Everything else that `muon` takes. (`optax.inject_hyperparams` cannot see
         through these: inject `muon` and `qk_clip`, and chain them.)
 
@@ -132,7 +134,7 @@ def muonclip(
     """
     return optax.chain(
         muon(learning_rate, layout=layout, **muon_options),
-        qk_clip(layout, threshold, alpha=alpha, scope=scope),
+        qk_clip(layout, threshold, alpha=alpha, scope=scope, axis_name=axis_name),
     )
 
 

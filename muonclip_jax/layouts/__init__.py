@@ -11,6 +11,7 @@ from muonclip_jax.layouts.blocks import (
     as_layouts,
     entries,
     find_blocks,
+    leaves_of,
     left_out,
     module_path,
     multipliers,
@@ -19,10 +20,12 @@ from muonclip_jax.layouts.blocks import (
 )
 from muonclip_jax.layouts.find import find_layout, is_flax_attention
 from muonclip_jax.layouts.kinds import fused_qkv, gqa, ignore, mha, mla
-from muonclip_jax.layouts.pieces import GAIN_ROLES, Part, Piece, Role
+from muonclip_jax.layouts.pieces import GAIN_ROLES, KEY_ROLES, QUERY_ROLES, Part, Piece, Role
 
 __all__ = [
     "GAIN_ROLES",
+    "KEY_ROLES",
+    "QUERY_ROLES",
     "Block",
     "Layout",
     "Layouts",
@@ -37,6 +40,7 @@ __all__ = [
     "gqa",
     "ignore",
     "is_flax_attention",
+    "leaves_of",
     "left_out",
     "mha",
     "mla",

@@ -1,7 +1,7 @@
 """Layouts and the attention blocks that they find in a parameter tree."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -91,28 +91,34 @@ class Layout:
         )
         return [block for block in dict.fromkeys(found) if self.takes(block)]
 
-    def read(self, block: Path, shapes: Shapes) -> "Block":
-        """The block at this path, with every piece fitted to its parameter."""
-        parts = tuple(self._part(block, piece, shapes) for piece in self.pieces)
+    def read(self, block: Path, inside: Shapes, around: Shapes) -> "Block":
+        """The block at this path, with every piece fitted to its parameter.
+
+        Args:
+          block: The path.
+          inside: The parameters of the module there.
+          around: Those of the model.
+        """
+        parts = tuple(self._part(block, piece, inside) for piece in self.pieces)
         for part in parts:
             if part.stack != parts[0].stack:
                 raise ValueError(
                     f"{paths.show(block)}: {paths.show(parts[0].kernel)} "
-                    f"{shapes[parts[0].kernel]} has stack axes {parts[0].stack} but "
-                    f"{paths.show(part.kernel)} {shapes[part.kernel]} has {part.stack}; the "
+                    f"{inside[parts[0].kernel]} has stack axes {parts[0].stack} but "
+                    f"{paths.show(part.kernel)} {inside[part.kernel]} has {part.stack}; the "
                     "kernels of one attention block must be stacked alike. (Kernels with a head "
                     "axis need no heads=.)"
                 )
-        for bias in unnamed_biases(block, parts, shapes):
+        for bias in unnamed_biases(block, parts, inside):
             raise ValueError(
-                f"{paths.show(bias)} {shapes[bias]} looks like a bias of queries or keys, and no "
+                f"{paths.show(bias)} {inside[bias]} looks like a bias of queries or keys, and no "
                 f'piece names it: Piece(..., bias="{"/".join(bias[len(block) :])}").'
             )
-        norms = tuple(self._norms(block, parts, shapes))
+        norms = tuple(self._norms(block, parts, inside))
         own = [path for part in parts for path in (part.kernel, part.bias) if path]
-        found = Block(block, self, parts, {path: shapes[path] for path in (*own, *norms)}, norms)
+        found = Block(block, self, parts, {path: inside[path] for path in (*own, *norms)}, norms)
         self._check_heads(found)
-        _check_input(found, shapes)
+        _check_input(found, around)
         _check_lengths(found)
         _check_overlap(found)
         return found
@@ -285,6 +291,23 @@ def multipliers(
     }
 
 
+def leaves_of(blocks: Sequence[Block], roles: Collection[Role], tree: Any) -> dict[Path, Any]:
+    """Kernels, biases and gains of the parts with these roles, in a tree like the parameters.
+
+    Raises:
+      ValueError: One is not there.
+    """
+    parts = [part for block in blocks for part in block.parts if part.role in roles]
+    leaves = dict(paths.leaves(tree))
+    wanted = dict.fromkeys(path for part in parts for path in (part.kernel, part.bias) if path)
+    for path in wanted:
+        if path not in leaves:
+            raise ValueError(
+                f"{paths.show(path)} is among the parameters but not the updates; give trees alike."
+            )
+    return {path: leaves[path] for path in wanted}
+
+
 def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
     """Every attention block of `params` that the layout, or one of several, describes.
 
@@ -320,6 +343,7 @@ def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
 def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     blocks: dict[Path, Block] = {}
     owners: dict[Path, Path] = {}  # parameter → its block
+    inside = _by_module(shapes)
     for one in layouts:
         if not one.pieces and not any(one.takes(path[:end]) for path in shapes
                                       for end in range(len(path))):  # fmt: skip
@@ -338,7 +362,7 @@ def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
                     "module, name the projections relative to the attention module itself: "
                     'query="query", block="*/self_attn".'
                 )
-            blocks[path] = one.read(path, shapes)
+            blocks[path] = one.read(path, inside[path], shapes)
             for kernel in dict.fromkeys(part.kernel for part in blocks[path].parts):
                 other = owners.setdefault(kernel, path)
                 if other != path:
@@ -350,6 +374,15 @@ def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     if len(layouts) > 1 or layouts[0].block is None:
         _check_all_covered(layouts, list(owners), shapes)
     return tuple(blocks.values())
+
+
+def _by_module(shapes: Shapes) -> dict[Path, Shapes]:
+    """For every module, at any depth, the parameters inside it."""
+    modules: dict[Path, Shapes] = {}
+    for path, shape in shapes.items():
+        for end in range(len(path)):
+            modules.setdefault(path[:end], {})[path] = shape
+    return modules
 
 
 def as_layouts(layout: Layouts) -> tuple[Layout, ...]:
@@ -508,8 +541,8 @@ def _check_overlap(block: Block) -> None:
 
 
 def entries(part: Part) -> np.ndarray:
-    """1 for each entry of the parameter, along its axes but `in` and the stack's, that belongs to
-    the part."""
+    """1 for each entry of the parameter that belongs to the part, else 0. The axes of `in` and of
+    the stack have length 1: it broadcasts against the parameter."""
     shape = tuple(
         1 if axis[0].startswith("stack") else n
         for axis, n in zip(part.axes, part.row_shape, strict=True)
@@ -517,14 +550,14 @@ def entries(part: Part) -> np.ndarray:
     numbers = np.arange(math.prod(shape)).reshape(shape)
     claimed = np.zeros(numbers.size, int)
     claimed[part.take(numbers).ravel()] = 1
-    return claimed
+    return claimed.reshape(shape)
 
 
 def _check_all_covered(layouts: Sequence[Layout], kernels: Sequence[Path], shapes: Shapes) -> None:
     """Raises ValueError for a module that looks like attention and has no part of any block."""
+    covered = {kernel[:end] for kernel in kernels for end in range(len(kernel))}
     for module, names in looks_like_attention(shapes):
-        covered = any(kernel[: len(module)] == module for kernel in kernels)
-        if not covered and not _ignored(layouts, module):
+        if module not in covered and not _ignored(layouts, module):
             raise ValueError(
                 f"{paths.show(module)} holds {' and '.join(names)}, which looks like attention "
                 f"that {' and '.join(map(str, layouts))} does not cover (it covers "

@@ -12,13 +12,16 @@ through, never reduced.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax import paths
+from muonclip_jax.meshes import mesh_axes
 from muonclip_jax.paths import Path
 
 Role = Literal[
@@ -295,27 +298,71 @@ class Part:
           `[stack..., heads, in, features]`; of `o`, `[stack..., heads, features, out]`. A bias
           counts as a kernel with one input.
         """
-        cut = self._unfold(x)[(..., slice(None), *(self.cuts[name] for name in self._last_axes))]
-        depth = len(self._stack_axes)
-        heads = cut.reshape(*cut.shape[: depth + 1], self.heads, self.features)
-        heads = heads.swapaxes(depth, depth + 1)
+        heads = self._take(x)
         return heads.swapaxes(-1, -2) if self.role == "o" else heads
 
     def put(self, x: jax.Array, heads: jax.Array) -> jax.Array:
         """The array with the piece replaced: `put(x, take(x))` is `x`."""
-        unfolded = self._unfold(x)
-        heads = heads.swapaxes(-1, -2) if self.role == "o" else heads
-        depth = len(self._stack_axes)
-        cut = heads.swapaxes(depth, depth + 1).reshape(
-            *unfolded.shape[: depth + 1], *map(self._length, self._last_axes)
-        )
-        starts = [0] * (depth + 1) + [self.cuts[name].start for name in self._last_axes]
-        replaced = jax.lax.dynamic_update_slice(unfolded, cut.astype(x.dtype), starts)
-        order = self._order()
-        folded = replaced.transpose(sorted(range(len(order)), key=order.__getitem__))
-        if x.ndim < len(self.shape):
-            return self.as_bias(folded, x.shape)
-        return folded.reshape(x.shape)
+        return self._put(x, heads.swapaxes(-1, -2) if self.role == "o" else heads)
+
+    def split_of_heads(self, sharding: NamedSharding) -> PartitionSpec:
+        """How `take` of a kernel with this sharding is split over the mesh.
+
+        As the kernel is, where nothing has to move for it. Mesh axes that split what the piece is
+        cut from, or of several names on one axis any but the leftmost, do not appear: the piece
+        is to be gathered over these.
+        """
+        split = self._split_of_names(sharding)
+        heads: tuple[str, ...] = ()
+        for name in self._head_axes:
+            heads += split[name]
+            if math.prod(sharding.mesh.shape[axis] for axis in split[name]) < self._length(name):
+                break
+        own = ("features", self._carried) if self.role == "o" else (self._carried, "features")
+        stack = (split[name] for name in self._stack_axes)
+        return PartitionSpec(*stack, heads, *(split[name] for name in own))
+
+    def _split_of_names(self, sharding: NamedSharding) -> dict[str, tuple[str, ...]]:
+        """The mesh axes that split each named axis of the kernel evenly, its piece being all."""
+        split = {name: () for axis in self.axes for name in axis}
+        for names, entry in zip(self.axes, sharding.spec, strict=False):
+            left = {name: self.sizes[name] for name in names}
+            for mesh_axis in mesh_axes(entry):
+                name = next((name for name in names if left[name] > 1), names[0])
+                left[name], rest = divmod(left[name], sharding.mesh.shape[mesh_axis])
+                if rest or self._length(name) < self.sizes[name]:
+                    break
+                split[name] += (mesh_axis,)
+        return split
+
+    # Of a sharded kernel `take` may have to bring pieces together from all devices, if its heads
+    # share an axis with others. These sum first, where the kernel lies, and take then.
+
+    def sums(self, x: jax.Array) -> jax.Array:
+        """The sum of each head's entries, `[stack..., heads]`; x as for `take`.
+
+        One read, nothing transposed; the sum over inputs is the same for all parts of a kernel.
+        """
+        if x.ndim == len(self.shape):  # no bias or gain
+            x = x.sum(self._place(self._carried), keepdims=True)
+        return self._take(x).sum((-2, -1))
+
+    def times_features(self, x: jax.Array, vectors: jax.Array) -> jax.Array:
+        """Each head's matrix times a vector: `[stack..., heads, features]` to
+        `[stack..., heads, in]` (of `o`, `out`); x as for `take`."""
+        part, x = self._apart(x)
+        row = part._put(jnp.zeros(part.row_shape, x.dtype), vectors[..., None, :])
+        products = (x * row).sum(part._place("features"), keepdims=True)
+        return part._one_feature()._take(products)[..., 0]
+
+    def times_inputs(self, x: jax.Array, vectors: jax.Array) -> jax.Array:
+        """Each head's transposed matrix times a vector: `[stack..., heads, in]` (of `o`, `out`)
+        to `[stack..., heads, features]`; x as for `take`."""
+        part, x = self._apart(x)
+        column = jnp.zeros_like(x, shape=_with_one(x.shape, part._place("features")))
+        column = part._one_feature()._put(column, vectors[..., None])
+        products = (x * column).sum(part._place(self._carried), keepdims=True)
+        return part._take(products)[..., 0, :]
 
     def as_bias(self, row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Values `row_shape` in the shape of the bias or gain."""
@@ -337,6 +384,51 @@ class Part:
         first = next((i for i, axis in enumerate(self.axes) if axis[0].startswith(_STACK)), 0)
         place = min(self.stack_axis, row_axes - depth)
         return range(first, first + depth), range(place, place + depth)
+
+    def _take(self, x: Any) -> Any:
+        """`[stack..., heads, in, features]`, of `o` `[stack..., heads, out, features]`."""
+        cut = self._unfold(x)[(..., slice(None), *(self.cuts[name] for name in self._last_axes))]
+        depth = len(self._stack_axes)
+        heads = cut.reshape(*cut.shape[: depth + 1], self.heads, self.features)
+        return heads.swapaxes(depth, depth + 1)
+
+    def _put(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+        unfolded = self._unfold(x)
+        depth = len(self._stack_axes)
+        cut = heads.swapaxes(depth, depth + 1).reshape(
+            *unfolded.shape[: depth + 1], *map(self._length, self._last_axes)
+        )
+        starts = [0] * (depth + 1) + [self.cuts[name].start for name in self._last_axes]
+        replaced = jax.lax.dynamic_update_slice(unfolded, cut.astype(x.dtype), starts)
+        order = self._order()
+        folded = replaced.transpose(sorted(range(len(order)), key=order.__getitem__))
+        if x.ndim < len(self.shape):
+            return self.as_bias(folded, x.shape)
+        return folded.reshape(x.shape)
+
+    def _apart(self, x: jax.Array) -> tuple["Part", jax.Array]:
+        """The part and a kernel or bias with `features` on an axis of their own."""
+        x = self._as_kernel(x) if x.ndim < len(self.shape) else x
+        place, names = next((i, a) for i, a in enumerate(self.axes) if "features" in a)
+        at = names.index("features")
+        axes = tuple(filter(None, (names[:at], ("features",), names[at + 1 :])))
+        lengths = tuple(math.prod(self.sizes[name] for name in axis) for axis in axes)
+        split = lambda old, new: (*old[:place], *new, *old[place + 1 :])  # noqa: E731
+        part = replace(self, shape=split(self.shape, lengths), axes=split(self.axes, axes))
+        return part, x.reshape(split(x.shape, lengths))
+
+    def _one_feature(self) -> "Part":
+        """The same heads of an array summed over the features, which have an axis to themselves."""
+        return replace(
+            self,
+            shape=_with_one(self.shape, self._place("features")),
+            sizes={**self.sizes, "features": 1},
+            cuts={**self.cuts, "features": slice(0, 1)},
+        )
+
+    def _place(self, name: str) -> int:
+        """Of an axis that holds one name."""
+        return self.axes.index((name,))
 
     @property
     def _carried(self) -> str:
@@ -371,6 +463,10 @@ class Part:
         """Where the axes of `_unfold` are among all names."""
         names = [name for axis in self.axes for name in axis]
         return list(map(names.index, (*self._stack_axes, self._carried, *self._last_axes)))
+
+
+def _with_one(shape: tuple[int, ...], place: int) -> tuple[int, ...]:
+    return (*shape[:place], 1, *shape[place + 1 :])
 
 
 def check_count(what: str, value: Any) -> None:

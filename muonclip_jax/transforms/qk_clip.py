@@ -4,34 +4,43 @@ Source: Su Jianlin, "QK-Clip" (spaces.ac.cn/archives/11126); Kimi K2 report, arX
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from muonclip_jax import paths
 from muonclip_jax.attention import read_max_logits
 from muonclip_jax.attention.max_logits import largest
 from muonclip_jax.layouts import (
+    KEY_ROLES,
+    QUERY_ROLES,
     Block,
     Layouts,
     Part,
     Role,
     as_layouts,
     find_blocks,
+    leaves_of,
     left_out,
     module_path,
     multipliers,
     outside_patterns,
     refuse_qk_norm,
 )
+from muonclip_jax.meshes import in_auto_axes, specs_of
 from muonclip_jax.paths import Path
 from muonclip_jax.transforms.options import is_concrete_number
 from muonclip_jax.transforms.states import find_state
 
 Scope = Literal["head", "layer"]
+AxisName = str | tuple[str, ...] | None
+
+_Leaves = Mapping[Path, jax.Array]
+_CLIPPED_ROLES: tuple[Role, ...] = QUERY_ROLES + KEY_ROLES
 
 
 class QKClipState(NamedTuple):
@@ -61,6 +70,8 @@ def qk_clip(
     *,
     alpha: jax.typing.ArrayLike = 0.5,
     scope: Scope = "head",
+    axis_name: AxisName = None,
+    heads_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips attention heads after the optimizer's own update: the last link of the chain.
 
@@ -83,10 +94,11 @@ def qk_clip(
     query and key kernels, fused into the update (two more over half-precision ones, for
     `lost_heads`); no host synchronisation.
 
-    Under `jax.pmap` or `jax.shard_map`, where each device sows the maxima of its own batch,
-    reduce them first, or the replicas part ways: `max_logits = jax.tree.map(lambda s:
-    jax.lax.pmax(s, "data"), read_max_logits(intermediates))`. Under `jax.jit` with sharded
-    arrays there is nothing to do.
+    Under `jax.jit` kernels, biases and maxima may be sharded in any way, on meshes with Auto and
+    Explicit axes: no kernel is gathered (what travels is a few rows of it), updates keep their
+    sharding, and on Explicit meshes the state is replicated. Inside `jax.shard_map` and `jax.pmap`
+    each device sows the maxima of its own share of the batch: name the axes, `axis_name="data"`,
+    or the replicas part ways.
 
     Half-precision parameters: a clip milder than the dtype's spacing (0.4% in bfloat16) can
     round away; `lost_heads` counts those. Keep parameters in float32 and compute in bfloat16
@@ -100,13 +112,21 @@ def qk_clip(
       scope: `"head"` clips each head by its own factor. `"layer"` is the first version of the
         method, kept for comparison: all heads of a layer take the layer's smallest factor, so
         heads that did nothing are clipped too.
+      axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes over which devices see other tokens
+        of the same heads (data, context): the maxima are reduced over them.
+      heads_axis_name: Inside `jax.shard_map`, the axes over which the heads themselves are spread
+        (tensor parallelism): every device clips its own, and only the state's counts, and the
+        smallest factor of `scope="layer"`, are taken over all. The heads that share a key head
+        must be on one device.
 
     Raises:
+      TypeError: An option of the wrong type.
       ValueError: threshold <= 0, alpha outside [0, 1] or an unknown scope when built; when
         applied, what `find_blocks` raises, a QK-norm behind the projections, no `max_logits`, or
-        maxima that do not pair with the blocks, each named.
+        maxima that do not pair with the blocks, each named; an axis that is not there.
     """
-    _check_options(layout, threshold, alpha, scope)
+    options = _Options(scope, axis_name, heads_axis_name)
+    _check_options(layout, threshold, alpha, options)
 
     def init(params: optax.Params) -> QKClipState:
         blocks = _blocks(layout, params)
@@ -123,21 +143,42 @@ def qk_clip(
         del extra_args
         if params is None:
             raise ValueError("qk_clip rescales weights: call tx.update(grads, state, params, ...).")
-        plan = _plan(params, max_logits, layout, threshold, alpha, scope)
+        blocks = _blocks(layout, params)
+        dtype = _dtype(params)
 
-        def clip(path, update, param):
-            if path not in plan.multipliers:
-                return update
-            return _arrive_at_multiple(update, param, plan.multipliers[path])
+        def clip(updates, state, params, sown, threshold, alpha):
+            plan = _plan(blocks, sown, dtype, threshold, alpha, options)
+            clipped = {
+                path: _arrive_at_multiple(update, params[path], plan.multipliers[path])
+                for path, update in updates.items()
+            }
+            lost = _lost_heads(plan, params, updates, clipped)
+            counts = [
+                _count(gamma < 1 for gamma in plan.gamma.values()),
+                _count(map(_is_fault, plan.maxima.values())),
+                _count(lost),
+            ]
+            if heads_axis_name is not None:
+                counts = jax.lax.psum(counts, heads_axis_name)
+            heads_clipped, nonfinite_heads, lost_heads = counts
+            return clipped, QKClipState(
+                max_logits=_float32(plan.maxima),
+                gamma=_float32(plan.gamma),
+                heads_clipped=heads_clipped,
+                nonfinite_heads=state.nonfinite_heads + nonfinite_heads,
+                lost_heads=state.lost_heads + lost_heads,
+            )
 
-        clipped = paths.map_with_path(clip, updates, params)
-        return clipped, QKClipState(
-            max_logits=_float32(plan.maxima),
-            gamma=_float32(plan.gamma),
-            heads_clipped=_count(gamma < 1 for gamma in plan.gamma.values()),
-            nonfinite_heads=state.nonfinite_heads + _count(map(_is_fault, plan.maxima.values())),
-            lost_heads=state.lost_heads + _count(_lost_heads(plan, params, updates, clipped)),
+        own = leaves_of(blocks, _CLIPPED_ROLES, updates)
+        clipped, state = in_auto_axes(clip, (specs_of(own), PartitionSpec()))(
+            own,
+            state,
+            leaves_of(blocks, _CLIPPED_ROLES, params),
+            _pair(layout, blocks, params, max_logits),
+            threshold,
+            alpha,
         )
+        return paths.map_with_path(lambda path, u: clipped.get(path, u), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -150,6 +191,8 @@ def apply_qk_clip(
     *,
     alpha: jax.typing.ArrayLike = 0.5,
     scope: Scope = "head",
+    axis_name: AxisName = None,
+    heads_axis_name: AxisName = None,
 ) -> Any:
     """The same clip as `qk_clip`, from parameters to parameters.
 
@@ -164,23 +207,30 @@ def apply_qk_clip(
       threshold: τ > 0.
       alpha: The share of the factor that goes to the queries, in [0, 1].
       scope: `"head"` or `"layer"`, see `qk_clip`.
+      axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes of the data, see `qk_clip`.
+      heads_axis_name: Inside `jax.shard_map`, the axes of the heads, see `qk_clip`.
 
     Returns:
-      The parameters, same tree and dtypes; leaves that are no query or key are the same arrays.
+      The parameters, same tree, dtypes and shardings; leaves that are no query or key are the
+      same arrays.
 
     Raises:
+      TypeError: As `qk_clip`.
       ValueError: As `qk_clip`.
     """
-    _check_options(layout, threshold, alpha, scope)
-    multipliers = _plan(params, max_logits, layout, threshold, alpha, scope).multipliers
+    options = _Options(scope, axis_name, heads_axis_name)
+    _check_options(layout, threshold, alpha, options)
+    blocks = _blocks(layout, params)
+    dtype = _dtype(params)
 
-    def clip(path, param):
-        if path not in multipliers:
-            return param
-        dtype = _at_least_float32(param.dtype)
-        return (param.astype(dtype) * multipliers[path].astype(dtype)).astype(param.dtype)
+    def clip(params, sown, threshold, alpha):
+        plan = _plan(blocks, sown, dtype, threshold, alpha, options)
+        return {path: _multiple(param, plan.multipliers[path]) for path, param in params.items()}
 
-    return paths.map_with_path(clip, params)
+    own = leaves_of(blocks, _CLIPPED_ROLES, params)
+    sown = _pair(layout, blocks, params, max_logits)
+    clipped = in_auto_axes(clip, specs_of(own))(own, sown, threshold, alpha)
+    return paths.map_with_path(lambda path, param: clipped.get(path, param), params)
 
 
 def clip_factor(
@@ -220,14 +270,38 @@ def qk_clip_state(opt_state: Any) -> QKClipState:
     return find_state(opt_state, QKClipState, "qk_clip")
 
 
-def _check_options(layout, threshold, alpha, scope):
+class _Options(NamedTuple):
+    """What is fixed when a clip is built."""
+
+    scope: Scope
+    axis_name: AxisName
+    heads_axis_name: AxisName
+
+
+def _check_options(layout, threshold, alpha, options: _Options) -> None:
     as_layouts(layout)
-    if scope not in get_args(Scope):
-        raise ValueError(f'scope must be "head" or "layer", got {scope!r}.')
+    if options.scope not in get_args(Scope):
+        raise ValueError(f'scope must be "head" or "layer", got {options.scope!r}.')
     if is_concrete_number("threshold", threshold) and not threshold > 0:
         raise ValueError(f"threshold must be above 0 (a logit; Kimi K2 uses 100), got {threshold}.")
     if is_concrete_number("alpha", alpha) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha, the queries' share of the clip, must be in [0, 1], got {alpha}.")
+    names = [
+        axis
+        for option in ("axis_name", "heads_axis_name")
+        for axis in _axes(option, getattr(options, option))
+    ]
+    if twice := [axis for axis in names if names.count(axis) > 1]:
+        raise ValueError(f"axis_name and heads_axis_name name {twice[0]!r} twice.")
+
+
+def _axes(option: str, value: AxisName) -> tuple[str, ...]:
+    axes = (value,) if isinstance(value, str) else () if value is None else value
+    if not isinstance(axes, tuple) or not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(
+            f"{option} must be the name of an axis, or a tuple of names, got {value!r}."
+        )
+    return axes
 
 
 def _blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
@@ -245,20 +319,58 @@ class _Plan(NamedTuple):
     multipliers: dict[Path, jax.Array]  # parameter → broadcasts against it
 
 
-def _plan(params, max_logits, layout, threshold, alpha, scope) -> _Plan:
-    blocks = _blocks(layout, params)
-    maxima = _pair(layout, blocks, params, max_logits)
-    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
-    gamma = {name: clip_factor(s.astype(dtype), threshold, scope) for name, s in maxima.items()}
+def _plan(
+    blocks: tuple[Block, ...],
+    sown: dict[str, list[jax.Array]],
+    dtype: Any,
+    threshold: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike,
+    options: _Options,
+) -> _Plan:
+    for option in ("axis_name", "heads_axis_name"):
+        _check_bound(option, getattr(options, option))
+    maxima = _of_all_devices(
+        {b.name: functools.reduce(jnp.maximum, (_fit(b, x) for x in sown[b.name])) for b in blocks},
+        options.axis_name,
+    )
+    gamma = {
+        name: clip_factor(s.astype(dtype), threshold, options.scope) for name, s in maxima.items()
+    }
+    if options.scope == "layer" and options.heads_axis_name is not None:
+        gamma = jax.lax.pmin(gamma, options.heads_axis_name)
     factors = {block.name: _role_factors(block, gamma[block.name], alpha) for block in blocks}
     return _Plan(blocks, maxima, gamma, multipliers(blocks, factors))
 
 
+def _dtype(params: Any) -> Any:
+    return jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
+
+
+def _check_bound(option: str, value: AxisName) -> None:
+    for axis in _axes(option, value):
+        try:
+            jax.lax.axis_size(axis)
+        except NameError:
+            raise ValueError(
+                f"{option}={value!r}: no jax.shard_map or jax.pmap around this call has an axis "
+                f"{axis!r}. Under jax.jit leave {option} out: sharded arrays are whole there."
+            ) from None
+
+
+def _of_all_devices(maxima: dict[str, jax.Array], axis_name: AxisName) -> dict[str, jax.Array]:
+    """The maximum over the axes, NaN where any device has one. (XLA's drops NaNs on CPU.)"""
+    if axis_name is None:
+        return maxima
+    is_nan = jax.tree.map(lambda s: jnp.isnan(s).astype(jnp.float32), maxima)
+    maxima, is_nan = jax.lax.pmax((maxima, is_nan), axis_name)
+    return jax.tree.map(lambda s, nan: jnp.where(nan > 0, jnp.nan, s), maxima, is_nan)
+
+
 def _pair(
     layout: Layouts, blocks: tuple[Block, ...], params: Any, max_logits: Any
-) -> dict[str, jax.Array]:
-    """Each block's maxima as `[stack..., heads]`; every sown value must find its block, unless
-    the layout's pattern leaves out where it was sown."""
+) -> dict[str, list[jax.Array]]:
+    """The maxima sown in each block; every value must find its block, unless the layout's pattern
+    leaves out where it was sown."""
     if max_logits is None:
         raise ValueError(
             "qk_clip got no max_logits. Pass what the forward pass sowed: "
@@ -285,7 +397,7 @@ def _pair(
                 f"key kernels; it has {', '.join(found)}. Sow in the attention module itself, or "
                 "correct the layout."
             )
-        found[block.name].append(_fit(block, values))
+        found[block.name].append(values)
     for name, values in found.items():
         if not values:
             raise ValueError(
@@ -294,7 +406,7 @@ def _pair(
                 "sow_weights=True for Flax's attention), or leave the block out with the layout's "
                 "block= pattern."
             )
-    return {name: functools.reduce(jnp.maximum, values) for name, values in found.items()}
+    return found
 
 
 def _fit(block: Block, sown: jax.Array) -> jax.Array:
@@ -340,18 +452,25 @@ def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Arr
     return jnp.where(m == 1, u, m * u + (m - 1) * p).astype(update.dtype)
 
 
-def _lost_heads(plan: _Plan, params: Any, updates: Any, clipped: Any) -> Iterator[jax.Array]:
+def _multiple(param: jax.Array, multiplier: jax.Array) -> jax.Array:
+    dtype = _at_least_float32(param.dtype)
+    return (param.astype(dtype) * multiplier.astype(dtype)).astype(param.dtype)
+
+
+def _lost_heads(
+    plan: _Plan, params: _Leaves, updates: _Leaves, clipped: _Leaves
+) -> Iterator[jax.Array]:
     """For each block, the clipped heads of which a half-precision kernel did not move as asked."""
-    p, u, c = (dict(paths.leaves(tree)) for tree in (params, updates, clipped))
 
     def lost(part: Part, block: Block) -> jax.Array:
         path = part.kernel
         before, after = (
-            (p[path] + step[path]).astype(p[path].dtype).astype(jnp.float32) for step in (u, c)
+            _rounded(params[path].astype(jnp.float32) + step[path], params[path].dtype)
+            for step in (updates, clipped)
         )
         # Projected on the kernel itself, where rounding of single entries averages out.
         asked, moved = (
-            part.take(change * before).sum(axis=(-2, -1))
+            part.sums(change * before)
             for change in ((1 - plan.multipliers[path]) * before, before - after)
         )
         short = jnp.abs(asked - moved) > 0.5 * jnp.abs(asked)
@@ -359,10 +478,16 @@ def _lost_heads(plan: _Plan, params: Any, updates: Any, clipped: Any) -> Iterato
 
     for block in plan.blocks:
         clipped_parts = (*block.queries, *block.keys)
-        half = [part for part in clipped_parts if jnp.finfo(p[part.kernel].dtype).bits < 32]
+        half = [part for part in clipped_parts if jnp.finfo(params[part.kernel].dtype).bits < 32]
         if half:
             anywhere = functools.reduce(jnp.logical_or, [lost(part, block) for part in half])
             yield anywhere & (plan.gamma[block.name] < 1)
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """x as numbers of this dtype. (XLA may leave out a conversion there and back.)"""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 def _is_fault(maxima: jax.Array) -> jax.Array:

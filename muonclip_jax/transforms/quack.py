@@ -8,13 +8,14 @@ Axis names:  stack  leading axes of scanned or vmapped layers, carried through
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from muonclip_jax import paths
 from muonclip_jax.layouts import (
@@ -22,11 +23,14 @@ from muonclip_jax.layouts import (
     Block,
     Layouts,
     Part,
+    Role,
     as_layouts,
     find_blocks,
+    leaves_of,
     multipliers,
     refuse_qk_norm,
 )
+from muonclip_jax.meshes import in_auto_axes, specs_of
 from muonclip_jax.paths import Path
 from muonclip_jax.transforms.options import is_concrete_number
 from muonclip_jax.transforms.states import find_state
@@ -135,8 +139,18 @@ def scale_by_quack(
 
     Cost, under `jax.jit`: one read of the query and key kernels, from which all their parts are
     measured, and a multiplication fused into the update (steps with donated buffers may copy these
-    kernels once); with `norm="spectral"` four reads. No host synchronisation. Memory: two numbers
-    per head and role, and a vector each for `"spectral"`.
+    kernels once); with `norm="spectral"` four reads for each part. No host synchronisation. Memory:
+    two numbers per head and role, and a vector each for `"spectral"`.
+
+    Kernels may be sharded in any way, on meshes with Auto and Explicit axes: updates keep their
+    sharding, and on Explicit meshes the state is replicated. No kernel is gathered: each is summed
+    over its inputs where it lies, and what travels is a few of its rows, for `"spectral"` columns
+    as well (but `"spectral"`'s init, once, brings together heads that share an axis with others).
+    Inside `jax.shard_map` and `jax.pmap` each device takes what it holds for the whole. That is
+    right for whole kernels, and for plain attention whose heads are spread (the heads that share a
+    key head on one device). It is wrong for kernels split along their inputs or features, and for
+    multi-head latent attention with spread heads, whose shared matrices need the largest of all:
+    update those outside, under `jax.jit`.
 
     Args:
       layout: Which kernels hold the queries and keys of which head.
@@ -165,11 +179,20 @@ def scale_by_quack(
     as_layouts(layout)
     _check_options(relative_learning_rate, norm, rule, floor)
 
+    roles = _scaled_roles(rule)
+
     def init(params: optax.Params) -> QuackState:
         blocks = _read_blocks(layout, params, rule)
-        norms, vectors = _measure(params, blocks, rule, norm, floor, {})
-        tau = jnp.asarray(relative_learning_rate, _dtype(params, blocks))
-        return QuackState(_usable(norms, blocks), _constant(blocks, rule, tau), vectors)
+        dtype = _dtype(params, blocks)
+
+        def measure(params, floor):
+            norms, vectors = _measure(params, blocks, rule, norm, floor, dtype, {})
+            return _usable(norms, blocks), vectors
+
+        own = leaves_of(blocks, roles, params)
+        norms, vectors = in_auto_axes(measure, PartitionSpec())(own, floor)
+        tau = jnp.asarray(relative_learning_rate, dtype)
+        return QuackState(norms, _constant(blocks, roles, tau), vectors)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -179,15 +202,24 @@ def scale_by_quack(
                 "tx.update(grads, state, params)."
             )
         blocks = _read_blocks(layout, params, rule)
-        norms, vectors = _measure(params, blocks, rule, norm, floor, state.vectors)
-        tau = jnp.asarray(relative_learning_rate, _dtype(params, blocks))
-        if rule == "fixed":
-            factors = _constant(blocks, rule, tau)
-        else:
-            first = state.initial_norms
-            factors = {name: _relative(rule, tau, norms[name], first[name]) for name in norms}
-        scaled = _scale(updates, blocks, factors)
-        return scaled, QuackState(state.initial_norms, factors, vectors)
+        dtype = _dtype(params, blocks)
+
+        def scale(updates, state, params, tau, floor):
+            norms, vectors = _measure(params, blocks, rule, norm, floor, dtype, state.vectors)
+            tau, first = jnp.asarray(tau, dtype), state.initial_norms
+            if rule == "fixed":
+                factors = _constant(blocks, roles, tau)
+            else:
+                factors = {name: _relative(rule, tau, norms[name], first[name]) for name in norms}
+            by_path = multipliers(blocks, factors)
+            scaled = {path: _multiply(u, by_path[path]) for path, u in updates.items()}
+            return scaled, QuackState(first, factors, vectors)
+
+        own = leaves_of(blocks, roles, updates)
+        scaled, state = in_auto_axes(scale, (specs_of(own), PartitionSpec()))(
+            own, state, leaves_of(blocks, roles, params), relative_learning_rate, floor
+        )
+        return paths.map_with_path(lambda path, u: scaled.get(path, u), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -269,9 +301,12 @@ def _check_gains(blocks: Sequence[Block]) -> None:
             )
 
 
-def _parts(block: Block, rule: QuackRule) -> list[Part]:
-    """The parts whose updates the rule scales."""
-    roles = _PROJECTION_ROLES | (set(GAIN_ROLES) if rule == "latent_norm" else set())
+def _scaled_roles(rule: QuackRule) -> set[Role]:
+    """Of the parts whose updates the rule scales."""
+    return _PROJECTION_ROLES | (set(GAIN_ROLES) if rule == "latent_norm" else set())
+
+
+def _parts(block: Block, roles: Collection[Role]) -> list[Part]:
     return [part for part in block.parts if part.role in roles]
 
 
@@ -285,62 +320,54 @@ def _dtype(params: Any, blocks: Sequence[Block]) -> jnp.dtype:
 
 
 def _measure(
-    params: Any,
+    params: Mapping[Path, jax.Array],
     blocks: Sequence[Block],
     rule: QuackRule,
     norm: Norm,
     floor: jax.typing.ArrayLike,
+    dtype: jnp.dtype,
     vectors: PerBlock,
 ) -> tuple[PerBlock, PerBlock]:
     """The norms of all parts that the rule compares, and leading vectors to go on from."""
     if rule == "fixed":
         return {}, {}
-    leaves = dict(paths.leaves(params))
-    dtype = _dtype(params, blocks)
     norms: PerBlock = {}
     new_vectors: PerBlock = {}
     for block in blocks:
-        for part in _parts(block, rule):
-            arrays = [leaves[p].astype(dtype) for p in (part.kernel, part.bias) if p is not None]
+        for part in _parts(block, _scaled_roles(rule)):
+            arrays = [params[p].astype(dtype) for p in (part.kernel, part.bias) if p is not None]
             if norm == "frobenius":
-                size = jnp.sqrt(sum(_squares(part, x) for x in arrays))
+                size = jnp.sqrt(sum(part.sums(jnp.square(x)) for x in arrays))
             elif part.role in GAIN_ROLES:
                 size = jnp.abs(part.take(arrays[0])).max((-2, -1))
             else:
                 vector = vectors.get(block.name, {}).get(part.role)
-                size, vector = _spectral(list(map(part.take, arrays)), vector)
+                size, vector = _spectral(part, arrays, vector)
                 new_vectors.setdefault(block.name, {})[part.role] = vector
             smallest = floor * _size_of_noise(part, norm)
             norms.setdefault(block.name, {})[part.role] = jnp.maximum(size, smallest)
     return norms, new_vectors
 
 
-def _squares(part: Part, x: jax.Array) -> jax.Array:
-    """Σ x² of each head, `[stack..., heads]`. A kernel's inputs are summed first, where they lie:
-    one read, nothing transposed, and shared by all parts of the kernel."""
-    squares = jnp.square(x)
-    if x.ndim == len(part.shape):  # no bias or gain
-        inputs = [i for i, row in enumerate(part.row_shape) if row != part.shape[i]]
-        squares = squares.sum(inputs, keepdims=True)
-    return part.take(squares).sum((-2, -1))
-
-
-def _spectral(matrices: list[jax.Array], vector: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _spectral(
+    part: Part, arrays: list[jax.Array], vector: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The largest singular value, from below, and its right vector `[stack..., heads, features]`.
 
     Products as multiply-and-sum: one read of the matrix in full precision on every backend.
 
     Args:
-      matrices: A kernel `[stack..., heads, in, features]` and, maybe, its bias as one more row.
+      part: Whose heads are the matrices.
+      arrays: The kernel and, maybe, its bias as one more row.
       vector: Where to go on from; None starts from the exact vector.
     """
     if vector is None:
-        vector = _leading_vector(matrices)
+        vector = _leading_vector([part.take(x) for x in arrays])
     for _ in range(_POWER_ITERATIONS):
-        images = [(m * vector[..., None, :]).sum(-1) for m in matrices]
-        left = _length(jnp.concatenate(images, -1))[..., None]
+        images = [part.times_features(x, vector) for x in arrays]
+        left = jnp.sqrt(sum(jnp.square(image).sum(-1, keepdims=True) for image in images))
         images = [image / jnp.where(left == 0, 1, left) for image in images]
-        pulled = sum((m * i[..., None]).sum(-2) for m, i in zip(matrices, images, strict=True))
+        pulled = sum(part.times_inputs(x, i) for x, i in zip(arrays, images, strict=True))
         size = _length(pulled)
         # A matrix that is zero, or not finite, keeps the vector for when it is back.
         goes_on = (size > 0) & (size < jnp.inf)
@@ -350,8 +377,11 @@ def _spectral(matrices: list[jax.Array], vector: jax.Array | None) -> tuple[jax.
 
 
 def _leading_vector(matrices: list[jax.Array]) -> jax.Array:
+    """Of kernels, and biases with one input, `[stack..., heads, in, features]`."""
     multiply = functools.partial(jnp.einsum, "...if,...ig->...fg", precision="highest")
-    return jnp.linalg.eigh(sum(multiply(m, m) for m in matrices))[1][..., -1]
+    vector = jnp.linalg.eigh(sum(multiply(m, m) for m in matrices))[1][..., -1]
+    # Its sign is as the rounding of the Gram matrix has it; this one is the same everywhere.
+    return jnp.where(vector.sum(-1, keepdims=True) < 0, -vector, vector)
 
 
 def _length(vectors: jax.Array) -> jax.Array:
@@ -395,10 +425,10 @@ def _usable(norms: PerBlock, blocks: Sequence[Block]) -> PerBlock:
 # Factors
 
 
-def _constant(blocks: Sequence[Block], rule: QuackRule, tau: jax.Array) -> PerBlock:
+def _constant(blocks: Sequence[Block], roles: Collection[Role], tau: jax.Array) -> PerBlock:
     return {
         block.name: {
-            part.role: jnp.full((*part.stack, part.heads), tau) for part in _parts(block, rule)
+            part.role: jnp.full((*part.stack, part.heads), tau) for part in _parts(block, roles)
         }
         for block in blocks
     }
@@ -458,14 +488,6 @@ def _largest(arrays: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.maximum, arrays)
 
 
-def _scale(updates: Any, blocks: Sequence[Block], factors: PerBlock) -> Any:
-    by_path = multipliers(blocks, factors)
-
-    def scale(path: Path, update: jax.Array) -> jax.Array:
-        if path not in by_path:
-            return update
-        multiplier = by_path[path]
-        # A factor of 1 leaves the bits, also of numbers that multiplication flushes to zero.
-        return jnp.where(multiplier == 1, update, (update * multiplier).astype(update.dtype))
-
-    return paths.map_with_path(scale, updates)
+def _multiply(update: jax.Array, multiplier: jax.Array) -> jax.Array:
+    # A factor of 1 leaves the bits, also of numbers that multiplication flushes to zero.
+    return jnp.where(multiplier == 1, update, (update * multiplier).astype(update.dtype))

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax import matrices, paths, routing
+from muonclip_jax.layouts import entries
 
 Rule = Literal["match_adam", "jordan", "unit_rms_norm", "spectral", "none"]
 
@@ -54,11 +57,18 @@ def scale_by_update_rms(
         del params
         specs = routing.resolve_matrices(dimension_numbers, updates)
 
-        def by_shape(u):  # by a Python float: it keeps the dtype
-            return u * float(factor(*u.shape[-2:]))
+        def scale(path, u):
+            return u * _multiplier(factor, u, specs[path])
 
-        return paths.map_with_path(
-            lambda path, u: matrices.apply(by_shape, u, specs[path]), updates
-        ), state
+        return paths.map_with_path(scale, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _multiplier(factor: Callable[[int, int], float], u: jax.Array, spec: matrices.Spec) -> Any:
+    """A Python float, which keeps the dtype, or an array in it that broadcasts against u."""
+    factors = [float(factor(ins, outs)) for _, ins, outs in matrices.shapes(u.shape, spec)]
+    if isinstance(spec, MuonDimensionNumbers):
+        return factors[0]
+    pieces = zip(factors, map(entries, spec.parts), strict=True)
+    return sum(f * entries_of_it for f, entries_of_it in pieces).astype(u.dtype)
