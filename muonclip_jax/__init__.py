@@ -10,9 +10,12 @@ from muonclip_jax.orthogonalize import Schedule, orthogonality_error, orthogonal
 from muonclip_jax.recipes import muon, muonclip, quack
 from muonclip_jax.routing import muon_dimension_numbers
 from muonclip_jax.transforms import (
+    AccumulateState,
     MuonState,
     QKClipState,
     QuackState,
+    accumulate,
+    accumulate_state,
     apply_qk_clip,
     qk_clip,
     qk_clip_state,
@@ -38,6 +41,9 @@ __all__ = [
     "QKClipState",
     "qk_clip_state",
     "apply_qk_clip",
+    "accumulate",
+    "AccumulateState",
+    "accumulate_state",
     # recipes: the chains
     "muon",
     "muonclip",

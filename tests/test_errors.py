@@ -168,6 +168,36 @@ MISTAKES = [
         ["masked", "optax.partition", "end of the chain"],
     ),
     ("no clip in the chain", lambda: mc.qk_clip_state(optax.adam(1).init(PARAMS)), ["found 0"]),
+    # --- accumulation
+    ("no micro-batches", lambda: mc.accumulate(optax.sgd(1), 0), ["every", "at least 1", "0"]),
+    ("half a micro-batch", lambda: mc.accumulate(optax.sgd(1), 2.5), ["every", "whole", "2.5"]),
+    ("every in front", lambda: mc.accumulate(4, optax.sgd(1)), ["Optax transformation", "4"]),
+    (
+        "accumulating integers",
+        lambda: mc.accumulate(optax.sgd(1), 2, accumulator_dtype="int8"),
+        ["accumulator_dtype", "floating point", "int8"],
+    ),
+    (
+        "no max_logits, accumulated",
+        lambda: update(mc.accumulate(mc.qk_clip(mc.layouts.mha()), 2)),
+        ["max_logits="],
+    ),
+    (
+        "maxima from two places in one block, accumulated",
+        lambda: update(
+            mc.accumulate(mc.qk_clip(mc.layouts.mha()), 2),
+            max_logits={("layers", "attn", op): jnp.ones(4) for op in ("local", "full")},
+        ),
+        ["layers/attn/local", "layers/attn/full", "maximum"],
+    ),
+    (
+        "all micro-batches at once",
+        lambda: mc.accumulate(optax.sgd(1), 2).update(
+            {"a": jnp.ones((2, 3))}, mc.accumulate(optax.sgd(1), 2).init({"a": jnp.ones(3)})
+        ),
+        ["(2, 3)", "a (3,)", "once for each micro-batch"],
+    ),
+    ("nothing accumulated", lambda: mc.accumulate_state(optax.adam(1).init(PARAMS)), ["found 0"]),
     # --- parameter trees
     (
         "no attention at all",
