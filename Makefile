@@ -12,7 +12,7 @@ EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare overhead test test-models test-lowest docs lint clean
+.PHONY: help train compare overhead test test-models test-tpu test-lowest docs lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,13 +40,21 @@ test-models:  ## the tests on models from Gemma, Tunix, Transformers and (Python
 	.venv-models/bin/python -m pip install --quiet --no-deps -r tests/models/requirements.txt
 	.venv-models/bin/python -m pytest tests/models -n auto --dist loadfile -W ignore $(ARGS)
 
+test-tpu:  ## compiles for TPU pods what they would run; needs no TPU, but libtpu (500 MB)
+	$(MAKE) .venv-tpu/.test-cpu VENV=.venv-tpu JAX=cpu
+	@if .venv-tpu/bin/python -m pip install --quiet "jax[tpu]"; then \
+		.venv-tpu/bin/python -m pytest tests/tpu tests/benchmarks/test_compiled.py -n auto -rs $(ARGS); \
+	else \
+		echo "Skipped: libtpu cannot be installed here. It exists for Linux on x86-64."; \
+	fi
+
 test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	mkdir -p .venv-lowest
 	$(PYTHON) tests/lowest_versions.py > .venv-lowest/constraints.txt
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest .venv-models site
+	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu site
 
 # One stamp per purpose and JAX build; a changed pyproject.toml installs anew.
 $(VENV)/.%-$(JAX): pyproject.toml
