@@ -3,7 +3,10 @@
 settings.py    the flags
 data.py        files → tokenizer → batches of tokens
 model.py       the decoder; training form and absorbed decode form
-steps.py       what runs on the device: optimizer, training step, validation
+devices.py     what a run runs on: simulated devices, a mesh, several processes
+mesh.py        the mesh: batches, activations and results on it
+partition.py   the mesh: which axis of which parameter goes where
+steps.py       what runs on the devices: optimizer, training step, validation
 train.py       the run: `python -m examples.mla.train`
 checkpoint.py  checkpoints; stopping on a signal
 recorder.py    progress bar and metrics, one step late

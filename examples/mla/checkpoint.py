@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from examples.mla.cli import InputError
+from examples.mla.mesh import largest
 
 FOLDER = "checkpoints"
 
@@ -113,6 +114,7 @@ class StopSignal:
     def __init__(self):
         self.number: int | None = None
         self._before = {}
+        self._largest: Any = 0
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -122,6 +124,17 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agreed(self) -> int | None:
+        """The signal for which to stop after this step, if any; asked once a step.
+
+        All processes get the same answer at the same step, wherever the signal went. With several,
+        it is what was known a step ago, so that no device waits for the hosts to agree.
+        """
+        if jax.process_count() == 1:
+            return self.number
+        known, self._largest = self._largest, largest(self.number or 0)
+        return int(known) or None
 
     def _note(self, number: int, _frame: object) -> None:
         self.number = number

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import jax
 import tyro
+from rich.console import Console
 
 Settings = TypeVar("Settings")
 
@@ -16,6 +18,11 @@ MARKERS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without --no-resume
 
 class InputError(Exception):
     """The user can mend this; the text is the one line to show, with the fix in it."""
+
+
+def console() -> Console:
+    """Where a run prints; of several processes, only the first does."""
+    return Console(quiet=jax.process_index() > 0)
 
 
 def parse(
@@ -54,9 +61,9 @@ def peek(settings: type[Settings], args: Sequence[str] | None) -> Settings:
     """Reads the flags of `settings` and leaves all others alone.
 
     Raises:
-      InputError: A value that does not parse.
+      InputError: A value that does not parse or fit.
     """
-    with _tyro_errors():
+    with _tyro_errors(), one_line_errors():
         return tyro.cli(
             settings, args=args, config=MARKERS, return_unknown_args=True, add_help=False
         )[0]

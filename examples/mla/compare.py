@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from rich.console import Console
 
 from examples.mla import cli, figures, metrics
 from examples.mla.cli import InputError
+from examples.mla.devices import Devices, is_first, together
 from examples.mla.metrics import Row, select
 from examples.mla.page import page, picture, section, table
 from examples.mla.settings import UNCLIPPED, Settings, new_run_dir
@@ -31,7 +31,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def read_settings(args: Sequence[str] | None) -> Settings:
-    """The flags of both runs."""
+    """Starts JAX on the devices that the flags name, and reads the flags of both runs."""
+    cli.peek(Devices, args).start()
+    return together(lambda: _read_settings(args), alike=Settings.to_json)
+
+
+def _read_settings(args: Sequence[str] | None) -> Settings:
     return cli.parse(
         Settings,
         args,
@@ -60,14 +65,16 @@ def compare(settings: Settings) -> int:
             f"--optimizer {settings.optimizer} does not clip; give the one that does, "
             f"{' or '.join(UNCLIPPED)}: it is compared with itself without the clip"
         )
-    folder, console = new_run_dir(settings.run_dir), Console()
-    runs = {}
-    for name in (settings.optimizer, UNCLIPPED[settings.optimizer]):
+    folder, console = together(lambda: new_run_dir(settings.run_dir)), cli.console()
+    names = (settings.optimizer, UNCLIPPED[settings.optimizer])
+    for name in names:
         console.rule(name)
         status = train(replace(settings, optimizer=name, run_dir=folder / name), console)
         if status:
             return status
-        runs[name] = metrics.read(folder / name)
+    if not is_first():
+        return 0
+    runs = {name: metrics.read(folder / name) for name in names}
     path = folder / FILE
     path.write_text(comparison_page(runs, settings), encoding="utf-8")
     console.rule("comparison")

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import grain
 import numpy as np
@@ -160,9 +161,11 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> Tokeni
     path = cache / f"tokenizer-{vocab_size}-{_digest(*texts)[:16]}.json"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(_train_tokenizer(texts, vocab_size).to_str(), encoding="utf-8")
-        partial.replace(path)
+        trained = _train_tokenizer(texts, vocab_size).to_str()
+        # Another process, on another host too, may be at the same.
+        with NamedTemporaryFile("w", encoding="utf-8", dir=cache, delete=False) as partial:
+            partial.write(trained)
+        Path(partial.name).replace(path)
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True  # a separator spelled out in the text stays text
     return tokenizer

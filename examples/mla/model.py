@@ -22,6 +22,7 @@ from einops import einsum, rearrange, repeat
 from flax import nnx
 
 import muonclip_jax as mc
+from examples.mla.mesh import replicate, split_batch, whole_rows
 
 Cache = dict[str, jax.Array]
 
@@ -335,16 +336,21 @@ class Decoder(nnx.Module):
         self.norm = rms_norm(config.d_model, config, rngs)
         self.lm_head = linear(config.d_model, config.vocab_size, config, rngs)
 
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """int32 `b t` → `b t d`, on a mesh with whole vectors of a part of the batch."""
+        table = whole_rows(self.embed.embedding[...].astype(self.config.dtype))
+        return split_batch(jnp.take(table, tokens, axis=0))
+
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 `b t` → float32 logits `b t vocab`."""
-        x = self.embed(tokens)
+        x = self.embedded(tokens)
         for layer in self.layers:
             x = layer(x)
         return self.lm_head(self.norm(x)).astype(jnp.float32)
 
     def keys(self, tokens: jax.Array) -> list[jax.Array]:
         """Every layer's keys `b s k f` as they enter the logits, for diagnostics."""
-        x, keys = self.embed(tokens), []
+        x, keys = self.embedded(tokens), []
         for layer in self.layers:
             keys.append(layer.attn.keys_and_values(layer.attn_norm(x))[0])
             x = layer(x)
@@ -392,4 +398,4 @@ def generate(
 
     start = (model.init_cache(1), prompt[0])
     _, tokens = jax.lax.scan(step, start, (jnp.arange(length), jax.random.split(key, length)))
-    return tokens
+    return replicate(tokens)

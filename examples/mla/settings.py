@@ -10,6 +10,7 @@ import tyro
 
 from examples.mla.cli import InputError
 from examples.mla.data import BYTE_VOCABULARY
+from examples.mla.devices import Devices
 from examples.mla.model import ModelConfig
 
 RUNS = Path("runs")
@@ -21,6 +22,7 @@ FREE_ON_RESUME = {
     *("steps", "learning_rate", "warmup", "threshold", "weight_decay", "relative_learning_rate"),
     *("eval_every", "eval_batches", "save_every", "prompt", "sample_tokens", "temperature"),
     *("data", "installed_packages", "cache_dir", "run_dir", "resume"),  # the text is fingerprinted
+    "devices",
 }
 
 
@@ -89,6 +91,7 @@ class Settings:
     cache_dir: Path = Path(".cache/mla")
     """Folder of trained tokenizers."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = ModelConfig()  # noqa: RUF009 (frozen)
+    devices: Annotated[Devices, tyro.conf.arg(name="")] = Devices()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
         at_least_one = ("steps", "batch_size", "context_length", "eval_every", "eval_batches")
@@ -122,6 +125,13 @@ class Settings:
                 f"--context-length {self.context_length} is more than the model's --max-length "
                 f"{self.model.max_length}; lower the one or raise the other"
             )
+        if self.batch_size % self.devices.batch_parts:
+            raise ValueError(
+                f"--batch-size {self.batch_size} does not spread over the fsdp and data axes of "
+                f"--mesh {self.devices.mesh}; it must be a multiple of {self.devices.batch_parts}"
+            )
+        if self.devices.several and self.run_dir is None:
+            raise ValueError("several processes need a --run-dir, in a place that all of them see")
 
     @property
     def warmup_steps(self) -> int:
@@ -139,8 +149,9 @@ class Settings:
         return self.optimizer in UNCLIPPED
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for checkpoints and metrics."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        """Plain values, for checkpoints and metrics; the devices are a launch's, not the run's."""
+        run = {name: value for name, value in asdict(self).items() if name != "devices"}
+        return json.loads(json.dumps(run, default=str))
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Settings":

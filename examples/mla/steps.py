@@ -1,4 +1,4 @@
-"""What runs on the device: the optimizer's chain, a training step, a validation."""
+"""What runs on the devices: the optimizer's chain, a training step, a validation."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from einops import rearrange
 from flax import nnx
 
 import muonclip_jax as mc
+from examples.mla.mesh import replicate
 from examples.mla.model import Decoder, ModelConfig, attention_layout
+from examples.mla.partition import keep_in_place, shardings
 from examples.mla.settings import Settings
 
 
@@ -24,9 +26,9 @@ def learning_rates(settings: Settings) -> optax.Schedule:
 
 
 def make_optimizer(
-    settings: Settings, config: ModelConfig
+    settings: Settings, config: ModelConfig, on_mesh: nnx.State | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain that `--optimizer` names."""
+    """The chain that `--optimizer` names; `on_mesh` are the parameters' shardings, if on one."""
     rate, decay = learning_rates(settings), settings.weight_decay
     layout = attention_layout(config)
     # Muon's matrices: those of the layout, or whole kernels.
@@ -38,8 +40,15 @@ def make_optimizer(
         rule="latent_norm" if config.attention == "mla" else "paper",
         dimension_numbers=numbers,
         weight_decay=decay,
+        shardings=on_mesh,
     )
-    muon = mc.muon(rate, layout=layout, dimension_numbers=numbers, weight_decay=decay)
+    muon = mc.muon(
+        rate,
+        layout=layout,
+        dimension_numbers=numbers,
+        weight_decay=decay,
+        shardings=on_mesh,
+    )
     adamw = optax.with_extra_args_support(optax.adamw(rate, weight_decay=decay))
     clip = mc.qk_clip(layout, settings.threshold)
     match settings.optimizer:
@@ -55,6 +64,19 @@ def make_optimizer(
             return optax.chain(adamw, clip)
         case "adamw":
             return adamw
+
+
+def create(settings: Settings, config: ModelConfig) -> tuple[Decoder, nnx.Optimizer]:
+    """The model and its optimizer; on a mesh, no device ever holds more than its part of them."""
+
+    def make() -> tuple[Decoder, nnx.Optimizer]:
+        model = Decoder(config, rngs=nnx.Rngs(settings.seed))
+        on_mesh = shardings(nnx.state(model, nnx.Param), config)
+        optimizer = nnx.Optimizer(model, make_optimizer(settings, config, on_mesh), wrt=nnx.Param)
+        keep_in_place(model, optimizer)
+        return model, optimizer
+
+    return make() if jax.sharding.get_mesh().empty else nnx.jit(make)()
 
 
 def cross_entropy(model: Decoder, batch: jax.Array) -> jax.Array:
@@ -79,9 +101,10 @@ def train_step(
 
     (loss, intermediates), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
     optimizer.update(model, grads, max_logits=intermediates)
+    keep_in_place(model, optimizer)
     maxima = {"/".join(path): heads for path, heads in mc.read_max_logits(intermediates).items()}
     clip = mc.qk_clip_state(optimizer.opt_state)._asdict() if clips else {}
-    return {**clip, "loss": loss, "max_logits": maxima}
+    return replicate({**clip, "loss": loss, "max_logits": maxima})
 
 
 @nnx.jit
@@ -89,11 +112,12 @@ def validate(model: Decoder, batch: jax.Array) -> tuple[jax.Array, dict[str, jax
     """Returns the loss, and of every attention block its keys `[batch, context, heads, features]`
     as they enter the logits."""
     keys = model.keys(batch[:, :-1])
-    return cross_entropy(model, batch), {f"layers/{i}/attn": k for i, k in enumerate(keys)}
+    loss = replicate(cross_entropy(model, batch))
+    return loss, {f"layers/{i}/attn": k for i, k in enumerate(keys)}
 
 
 @jax.jit
 def participation(keys: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The participation ratio of each block's keys, mean over heads."""
     by_head = {block: rearrange(k, "b t h f -> h (b t) f") for block, k in keys.items()}
-    return {block: mc.participation_ratio(k).mean() for block, k in by_head.items()}
+    return replicate({block: mc.participation_ratio(k).mean() for block, k in by_head.items()})

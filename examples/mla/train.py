@@ -1,5 +1,6 @@
 """Trains the MLA language model; see `python -m examples.mla.train --help`."""
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,19 @@ from rich.table import Table
 from examples.mla import cli, metrics, report
 from examples.mla.checkpoint import Checkpoints, StopSignal
 from examples.mla.cli import InputError
-from examples.mla.data import SEPARATOR, load_text, training_batches, validation_batches
-from examples.mla.model import Decoder, generate
+from examples.mla.data import (
+    SEPARATOR,
+    TokenizedText,
+    load_text,
+    training_batches,
+    validation_batches,
+)
+from examples.mla.devices import Devices, describe, is_first, together
+from examples.mla.mesh import spread
+from examples.mla.model import generate
 from examples.mla.recorder import Recorder
 from examples.mla.settings import Settings, Where, check_same, new_run_dir, newest_run_dir
-from examples.mla.steps import make_optimizer, participation, train_step, validate
+from examples.mla.steps import create, participation, train_step, validate
 
 PROGRAM = "python -m examples.mla.train"
 
@@ -32,11 +41,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def read_settings(args: Sequence[str] | None) -> Settings:
-    """The flags; with `--resume`, those that are not given are the checkpoint's.
+    """Starts JAX on the devices that the flags name, and reads all flags; with `--resume`, those
+    of the run that are not given are the checkpoint's. Several processes do this together.
 
     Raises:
-      InputError: Flags that are wrong, or do not fit the run to resume.
+      InputError: Flags that are wrong, or do not fit the devices or the run to resume.
     """
+    cli.peek(Devices, args).start()
+    return together(lambda: _read_settings(args), alike=Settings.to_json)
+
+
+def _read_settings(args: Sequence[str] | None) -> Settings:
     where = cli.peek(Where, args)
     if not where.resume:
         settings = cli.parse(Settings, args, prog=PROGRAM)
@@ -59,19 +74,20 @@ def train(settings: Settings, console: Console | None = None) -> int:
     Raises:
       InputError: Settings or text that do not do; then nothing has been written.
     """
-    console = console or Console()
-    run = Run(settings)
-    console.print(run.text.describe(), soft_wrap=True)
-    done = run.resume() if settings.resume else run.start()
-    stopped_by = run.loop(done, console)
-    if stopped_by:
-        console.print(
-            f"{signal.Signals(stopped_by).name}: saved step {run.checkpoints.latest}; to go on: "
-            f"--resume --run-dir {settings.run_dir}",
-            soft_wrap=True,
-        )
-        return 128 + stopped_by
-    run.finish(console)
+    console = console or cli.console()
+    with settings.devices.on_mesh():
+        run = Run(settings)
+        console.print(run.text.describe(), soft_wrap=True)
+        done = run.resume() if settings.resume else run.start()
+        stopped_by = run.loop(done, console)
+        if stopped_by:
+            console.print(
+                f"{signal.Signals(stopped_by).name}: saved step {run.checkpoints.latest}; to go "
+                f"on: --resume --run-dir {settings.run_dir}",
+                soft_wrap=True,
+            )
+            return 128 + stopped_by
+        run.finish(console)
     return 0
 
 
@@ -80,29 +96,28 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.text = load_text(
-            settings.data,
-            installed_packages=settings.installed_packages,
-            vocab_size=settings.tokenizer_size,
-            cache=settings.cache_dir,
-        )
+        self.text = together(self._text, alike=lambda text: text.fingerprints)
         size = {"context": settings.context_length, "batch": settings.batch_size}
         self.batches = training_batches(self.text, seed=settings.seed, **size)
-        self.held_out = validation_batches(self.text, count=settings.eval_batches, **size)
+        held_out = validation_batches(self.text, count=settings.eval_batches, **size)
+        self.held_out = [spread(batch) for batch in held_out]
         self.config = replace(settings.model, vocab_size=self.text.vocab_size)
         self.prompt = self._prompt_tokens()
         with cli.one_line_errors():
-            self.model = Decoder(self.config, rngs=nnx.Rngs(settings.seed))
-            chain = make_optimizer(settings, self.config)
-            self.optimizer = nnx.Optimizer(self.model, chain, wrt=nnx.Param)
+            self.model, self.optimizer = create(settings, self.config)
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.settings.run_dir)
 
     def start(self) -> int:
-        """Makes the folder; returns the step it is at, 0."""
-        self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+        """Makes the folder; returns the step it is at, 0.
+
+        Raises:
+          InputError: Not every process sees it.
+        """
+        together(self._make_folder)
+        together(self._check_folder)
         return self._record_start(0)
 
     def resume(self) -> int:
@@ -116,7 +131,8 @@ class Run:
         if step > self.settings.steps:
             raise InputError(f"{folder} is at step {step} already, beyond --steps; raise --steps")
         self.batches.set_state(self.checkpoints.restore(self.model, self.optimizer))
-        metrics.rewind(folder, step)
+        if is_first():
+            metrics.rewind(folder, step)
         return self._record_start(step)
 
     def loop(self, done: int, console: Console) -> int | None:
@@ -134,28 +150,31 @@ class Run:
             if done == 0:
                 self._evaluate(0, recorder)
             for step in range(done + 1, settings.steps + 1):
-                batch = next(self.batches)
+                batch = spread(next(self.batches))
                 recorder.step(
                     step, train_step(self.model, self.optimizer, batch, clips=settings.clips)
                 )
+                stopped_by = stop.agreed()
                 ends = step == settings.steps
                 if ends or step % settings.eval_every == 0:
                     recorder.catch_up()
                     self._evaluate(step, recorder)
-                if ends or step % settings.save_every == 0 or stop.number:
+                if ends or step % settings.save_every == 0 or stopped_by:
                     recorder.catch_up()
                     self._save(step)
                     recorder.restart_clock()
-                if stop.number:
-                    break
-            return stop.number
+                if stopped_by:
+                    return stopped_by
+        return None
 
     def finish(self, console: Console) -> None:
         """Samples, and shows what the run came to."""
-        settings = self.settings
+        settings, sample = self.settings, self._sample()
         with self._metrics_file() as file:
             end = {"event": "end", "step": settings.steps, "prompt": settings.prompt}
-            metrics.write(file, {**end, "sample": self._sample()})
+            metrics.write(file, {**end, "sample": sample})
+        if not is_first():
+            return
         rows = metrics.read(settings.run_dir)
         table = Table(title=f"{settings.optimizer}, {settings.model.attention}", show_header=False)
         for label, value in metrics.summary(rows):
@@ -183,6 +202,26 @@ class Run:
             about={"settings": self.settings.to_json(), "text": self.text.fingerprints},
         )
 
+    def _text(self) -> TokenizedText:
+        settings = self.settings
+        return load_text(
+            settings.data,
+            installed_packages=settings.installed_packages,
+            vocab_size=settings.tokenizer_size,
+            cache=settings.cache_dir,
+        )
+
+    def _make_folder(self) -> None:
+        if is_first():
+            self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+
+    def _check_folder(self) -> None:
+        if not self.settings.run_dir.is_dir():
+            raise InputError(
+                f"{self.settings.run_dir}: process 0 made this folder, and process "
+                f"{jax.process_index()} does not see it; give a --run-dir that all processes share"
+            )
+
     def _prompt_tokens(self) -> np.ndarray:
         separator = self.text.tokenizer.token_to_id(SEPARATOR)
         prompt = [separator, *self.text.tokenizer.encode(self.settings.prompt).ids]
@@ -198,7 +237,7 @@ class Run:
         length = min(settings.sample_tokens, self.config.max_length - len(self.prompt))
         tokens = generate(
             self.model,
-            jnp.asarray(self.prompt),
+            self.prompt,
             length,
             settings.temperature,
             jax.random.key(settings.seed),
@@ -216,7 +255,7 @@ class Run:
             "training tokens": len(self.text.train),
             "held-out tokens": len(self.text.valid),
             "bytes_per_token": self.text.bytes_per_token,
-            "device": jax.devices()[0].device_kind,
+            "device": describe(),
             "jax": jax.__version__,
         }
         row = {"event": "start", "step": step, "settings": self.settings.to_json(), "facts": facts}
@@ -225,7 +264,8 @@ class Run:
         return step
 
     def _metrics_file(self) -> TextIO:
-        return (self.settings.run_dir / metrics.FILE).open("a", encoding="utf-8")
+        path = self.settings.run_dir / metrics.FILE if is_first() else os.devnull
+        return open(path, "a", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""The mesh that a run is on, and how arrays that are no parameters lie on it.
+
+Mesh axes:  fsdp  splits parameters and their optimizer state, and the batch
+            tp    splits heads, MLP features and the vocabulary
+            data  splits the batch alone
+
+Nothing here does anything without a mesh (`jax.set_mesh`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("fsdp", "tp", "data")
+BATCH_AXES = ("data", "fsdp")
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices, or of these. Its axes are Auto: the compiler spreads what nobody
+    says how to."""
+    auto = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), auto, devices=devices)
+
+
+def batch_spec(mesh: Mapping[str, int]) -> PartitionSpec:
+    """Of an array that begins with the batch axis."""
+    return PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh))
+
+
+def spread(batch: np.ndarray) -> np.ndarray | jax.Array:
+    """A global batch that every process holds: each device gets its part."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return batch
+    sharding = NamedSharding(mesh, batch_spec(mesh.shape))
+    return jax.make_array_from_callback(batch.shape, sharding, lambda part: batch[part])
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Inside jit: an activation `[batch, ...]`, split as the batch is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, batch_spec(mesh.shape))
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """Inside jit: a matrix whose rows are in one piece, gathered if they are split."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
+def replicate(tree: Tree) -> Tree:
+    """Inside jit: arrays that every process is to read."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def largest(number: int) -> jax.Array:
+    """The largest number that any process gives, as a promise; all processes call this together."""
+    mesh = jax.sharding.get_mesh()
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    each = np.full(mesh.size, number, np.int32)
+    return _largest(jax.make_array_from_callback(each.shape, sharding, lambda part: each[part]))
+
+
+@jax.jit
+def _largest(numbers: jax.Array) -> jax.Array:
+    return replicate(numbers.max())

@@ -1,0 +1,77 @@
+"""Which axis of which parameter goes where: the one place that says how the model is sharded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from examples.mla.model import Decoder, ModelConfig
+
+
+def rules(config: ModelConfig) -> dict[str, tuple[tuple[str | None, int], ...]]:
+    """Of every matrix of the model, by module: the mesh axis that splits each of its axes
+    (kernels are [in, out]), and into how many parts that may be at most."""
+    width, features = ("fsdp", config.d_model), ("tp", config.d_ff)
+    q_latent, kv_latent = ("fsdp", config.q_rank), ("fsdp", config.kv_rank)
+    grouped = config.attention == "gqa"
+    heads, kv_heads = ("tp", config.heads), ("tp", config.kv_heads if grouped else config.heads)
+    vocabulary, whole = ("tp", config.vocab_size), (None, 1)
+    return {
+        "embed": (vocabulary, width),
+        "wq": (width, heads),
+        "wk": (width, kv_heads),
+        "wv": (width, kv_heads),
+        "wq_a": (width, whole),
+        "wq_b": (q_latent, heads),
+        "wkv_a": (width, whole),
+        "wkv_b": (kv_latent, heads),
+        "wo": (heads, width),
+        "gate": (width, features),
+        "up": (width, features),
+        "down": (features, width),
+        "lm_head": (width, vocabulary),
+    }
+
+
+def spec(
+    path: tuple[str, ...], ndim: int, config: ModelConfig, mesh: Mapping[str, int]
+) -> PartitionSpec:
+    """Of a parameter, or of optimizer state that has its path at the end of its own.
+
+    Args:
+      path: Ends with the module and the parameter, as in `("layers", "0", "attn", "wo", "kernel")`.
+      ndim: Number of axes; only matrices are split.
+      config: The model's.
+      mesh: Size of each mesh axis. An axis that it does not divide stays whole.
+    """
+    if ndim != 2:
+        return PartitionSpec()
+    return PartitionSpec(
+        *(
+            name if name in mesh and parts % mesh[name] == 0 else None
+            for name, parts in rules(config)[path[-2]]
+        )
+    )
+
+
+def shardings(state: nnx.State, config: ModelConfig) -> nnx.State | None:
+    """The sharding of each array in the state of a model or its optimizer; None without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+
+    def sharding(path: tuple[Any, ...], x: jax.Array) -> NamedSharding:
+        names = tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+        return NamedSharding(mesh, spec(names, x.ndim, config, mesh.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def keep_in_place(model: Decoder, optimizer: nnx.Optimizer) -> None:
+    """Inside jit: tells the compiler where the parameters and the optimizer's state are to be."""
+    state = nnx.state((model, optimizer))
+    wanted = shardings(state, model.config)
+    if wanted is not None:
+        nnx.update((model, optimizer), jax.lax.with_sharding_constraint(state, wanted))
