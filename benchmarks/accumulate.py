@@ -8,6 +8,7 @@ read from the compiled program.
 """
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -132,10 +133,12 @@ def compare(every: int, options: Options) -> list[dict[str, Any]]:
 
 
 def main(options: Options) -> dict[str, Any]:
+    load = os.getloadavg()[0]  # other processes' work, which slows both
     rows = [row for every in options.every for row in compare(every, options)]
     record = {
         "date": date.today().isoformat(),
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "load_average_before": load,
         "versions": {"jax": jax.__version__, "optax": optax.__version__},
         "options": {k: v for k, v in vars(options).items() if k != "json"},
         "rows": rows,
