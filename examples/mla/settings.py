@@ -87,7 +87,8 @@ class Settings:
     run_dir: Path | None = None
     """Folder of the run; by default a new one in runs/, and with --resume the newest there."""
     resume: bool = False
-    """Continue a run from its newest checkpoint; flags that are not given are that run's."""
+    """Continue a run from its newest checkpoint; flags that are not given are that run's, all but
+    --mesh and the others about devices."""
     cache_dir: Path = Path(".cache/mla")
     """Folder of trained tokenizers."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = ModelConfig()  # noqa: RUF009 (frozen)
