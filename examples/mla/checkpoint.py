@@ -24,7 +24,8 @@ class Checkpoints:
 
     Orbax writes into a temporary folder and renames it when all is there, so what an interrupted
     save leaves behind is never listed. One checkpoint holds the parameters, the optimizer's state
-    (with the clip state), the position in the data, and `about`: settings and fingerprints.
+    (with the clip state), the position in the data, and `about`: settings and fingerprints. Several
+    processes save and restore together, each its part of the arrays.
     """
 
     def __init__(self, run_dir: Path):
@@ -79,7 +80,8 @@ class Checkpoints:
         return self._restore(about=ocp.args.JsonRestore())["about"]
 
     def restore(self, model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
-        """Puts the newest checkpoint into the model and the optimizer.
+        """Puts the newest checkpoint into the model and the optimizer, each array where theirs is:
+        the mesh that saved it may have been another.
 
         Returns:
           The position in the data.

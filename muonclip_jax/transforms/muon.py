@@ -58,8 +58,8 @@ def scale_by_muon(
     On a mesh every device orthogonalizes its share of each stack, which gets there and back with
     one all-to-all each, in `dtype`. Where there are fewer matrices than devices, teams of devices
     hold a matrix together, each some of its columns, and share all products evenly. `describe`
-    prints the plan. On meshes with Explicit axes this needs nothing; with Auto axes, JAX's default,
-    it needs `shardings`, since inside `jax.jit` nothing else tells how parameters are split.
+    prints the plan. On meshes with Explicit axes this needs nothing; with Auto axes it needs
+    `shardings`, since inside `jax.jit` nothing else tells how parameters are split.
     Inside `jax.shard_map` and `jax.pmap` each device orthogonalizes what it has. Not for `jax.vmap`
     on a mesh: make the members a batch axis of the parameters instead.
 
