@@ -184,7 +184,8 @@ def describe(
       dimension_numbers: As given to the recipe.
       schedule: As given to the recipe.
       dtype: As given to the recipe.
-      shardings: As given to the recipe; not needed for arrays that are on a mesh.
+      shardings: As given to the recipe. Arrays on a mesh tell themselves here; on Auto meshes
+        they cannot under `jax.jit`, and the recipe needs it.
       devices_per_matrix: As given to the recipe.
 
     Returns:

@@ -47,6 +47,7 @@ def shardings_of(tree: Any, given: Shardings | None) -> dict[Path, NamedSharding
             )
         if not isinstance(entry, NamedSharding):
             return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        entry = _free(entry, mesh)
         _check(path, leaf, entry, mesh)
         return entry
 
@@ -61,8 +62,8 @@ def placed(tree: Any, given: Shardings | None) -> Any:
     found = shardings_of(tree, given)
 
     def place(path: Path, x: jax.Array) -> jax.Array:
-        typed = _from_type(x) is not None or jax.typeof(x).sharding.mesh.explicit_axes
-        if typed or found[path] is None:
+        traced = isinstance(x, jax.core.Tracer)
+        if not traced or jax.typeof(x).sharding.mesh.explicit_axes or found[path] is None:
             return x
         return jax.lax.with_sharding_constraint(x, found[path])
 
@@ -100,6 +101,15 @@ def _entry(path: Path, leaf: Any, told: dict[Path, Any]) -> Any:
         f"{', '.join(map(paths.show, list(told)[:8]))}. Give a tree like the parameters: "
         "jax.tree.map(lambda p: p.sharding, params)."
     )
+
+
+def _free(sharding: NamedSharding, mesh: AbstractMesh | None) -> NamedSharding:
+    """Of an array inside of `jax.shard_map`: along the axes of that, it is cut up already."""
+    manual = () if mesh is None else mesh.manual_axes
+    if not manual:
+        return sharding
+    spec = (tuple(a for a in mesh_axes(entry) if a not in manual) for entry in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _check(path: Path, leaf: Any, sharding: NamedSharding, mesh: AbstractMesh | None) -> None:

@@ -294,6 +294,13 @@ def test_forms_of_shardings(given):
         assert set(moved(tx, grads, tx.init(grads))) == {"all-reduce", "all-to-all"}
 
 
+def test_arrays_that_are_not_on_the_mesh_yet():
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
+    params = {"on": jax.device_put(jnp.ones((16, 32)), sharding), "off": jnp.ones((16, 32))}
+    tx = mc.scale_by_muon(shardings={"on": sharding, "off": P()})
+    assert tx.init(params).momentum["on"].sharding == sharding
+
+
 def test_wrong_shardings_cost_copies_only():
     mesh = mesh_of(AxisType.Auto)
     _, grads, _ = on_mesh(mesh, SPECS["both"])
@@ -334,8 +341,9 @@ def test_in_shard_map_each_device_has_its_own():
     chex.assert_trees_all_close(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [P(None, None, "tp"), P("fsdp", None, "tp")], ids=str)
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
-def test_in_shard_map_over_some_axes(axis_type):
+def test_in_shard_map_over_some_axes(axis_type, spec):
     """Along those each device has matrices of its own, which no plan may mix up."""
     mesh = mesh_of(axis_type)
     grads = {"w": gradients()["experts"][0, :4]}
@@ -343,7 +351,7 @@ def test_in_shard_map_over_some_axes(axis_type):
         dimension_numbers=MATRIX,
         dtype="float32",
         nesterov=False,
-        shardings=P(None, None, "tp"),
+        shardings=spec,
         devices_per_matrix=2,
     )
     local = jax.shard_map(
@@ -433,7 +441,11 @@ def test_one_device_makes_no_teams():
 
 @pytest.mark.parametrize(
     ("second", "error"),
-    [(jnp.ones((16, 32), "complex64"), TypeError), (jnp.ones((0, 16, 32)), ValueError)],
+    [
+        (jnp.ones((16, 32), "complex64"), TypeError),
+        (jnp.ones((16, 32), "int32"), TypeError),
+        (jnp.ones((0, 16, 32)), ValueError),
+    ],
 )
 def test_every_matrix_of_a_stack_is_checked(second, error):
     grads = {"first": jnp.ones((16, 32)), "second": second}

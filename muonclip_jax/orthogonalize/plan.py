@@ -1,12 +1,12 @@
 """Which device orthogonalizes what: a stack of equal matrices on a mesh, before and meanwhile.
 
-Every mesh axis, or a factor of one, splits a stack `[k, n, m]` in one of four ways:
+Every mesh axis, or a factor of one, has a place in a stack `[k, n, m]`, which it splits, or not:
 
     stack   each device has other matrices
     rows    each device has other rows of the same matrices (of the shorter side, n)
     cols    each device has other columns (of the longer side, m)
     copies  all devices have the same
-    unknown to anyone but XLA
+    unknown only XLA knows
 
 While matrices are orthogonalized, the devices along `stack` work on their own matrices, those along
 `cols` are a team that holds the same matrices together, those along `copies` all do the same work.

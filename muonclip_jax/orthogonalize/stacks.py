@@ -141,8 +141,8 @@ def orthogonalize_all(
     one all-to-all each, in `dtype`; see `plan`.
 
     Args:
-      batches: The matrices. On a mesh `spec` is how they are split over it; a wrong one costs
-        copies, nothing else.
+      batches: The matrices. On a mesh `spec` is how they are split over it; what is split
+        otherwise costs copies.
       schedule: The Newton–Schulz polynomials.
       dtype: As in `orthogonalize`.
       devices_per_matrix: As in `choose`.

@@ -1,7 +1,6 @@
 """Gradient accumulation: several micro-batches, one step of the optimizer."""
 
 import functools
-import types
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from muonclip_jax import paths
 from muonclip_jax.attention import read_max_logits
 from muonclip_jax.meshes import in_auto_axes
 from muonclip_jax.paths import Path
-from muonclip_jax.transforms.qk_clip import QKClipState, _fit
+from muonclip_jax.transforms.qk_clip import QKClipState, fit_maxima
 from muonclip_jax.transforms.states import find_state
 
 
@@ -235,12 +234,12 @@ def _maxima(
     modules = _modules(before, sown)
 
     def larger(count, before, sown):
-        # `jnp.maximum` keeps NaNs.
-        return {
-            name: jnp.maximum(jnp.where(count == 0, -jnp.inf, old), _fit_to(old, name, sown[name]))
-            for name, old in before.items()
-            if name in sown
-        }
+        def of_block(name, maxima):
+            old = jnp.where(count == 0, -jnp.inf, before[name])
+            # `jnp.maximum` keeps NaNs.
+            return jnp.maximum(old, fit_maxima(name, old.shape, maxima).astype(old.dtype))
+
+        return {name: of_block(name, maxima) for name, maxima in sown.items()}
 
     of_blocks = {name: sown[path] for name, path in modules.items()}
     new = in_auto_axes(larger, PartitionSpec())(count, before, of_blocks)
@@ -263,12 +262,6 @@ def _modules(blocks: Iterable[str], sown: Iterable[Path]) -> dict[str, Path]:
         if block is not None:
             found[block] = path
     return found
-
-
-def _fit_to(maxima: jax.Array, name: str, sown: jax.Array) -> jax.Array:
-    *stack, heads = maxima.shape
-    block = types.SimpleNamespace(name=name, shape=maxima.shape, stack=tuple(stack), heads=heads)
-    return _fit(block, sown).astype(maxima.dtype)
 
 
 # Both branches of a condition must have the same types

@@ -16,6 +16,7 @@ from muonclip_jax.orthogonalize import (
     orthogonalize_all,
     schedules,
 )
+from muonclip_jax.orthogonalize.iteration import check
 from muonclip_jax.paths import Path
 from muonclip_jax.shardings import Shardings, placed, shardings_of
 
@@ -78,8 +79,9 @@ def scale_by_muon(
       mu_dtype: The dtype of the momentum; None keeps the parameter's.
       shardings: On meshes with Auto axes, how each parameter is split: a tree of `NamedSharding`
         (or, with `jax.set_mesh`, `PartitionSpec`) like the parameters, or a prefix of one, or a
-        function from parameters to one; `jax.tree.map(lambda p: p.sharding, params)`. A wrong one
-        costs copies, nothing else.
+        function from parameters to one; `jax.tree.map(lambda p: p.sharding, params)`. Momentum is
+        kept there. Numbers do not depend on it: what is split otherwise costs copies. (Under
+        `optax.inject_hyperparams` name it in `static_args`.)
       devices_per_matrix: How many devices make a team, or `{(n, m): devices}` for shapes that
         differ, the others being chosen. None chooses by a model of FLOPs, bytes sent and
         collectives (`orthogonalize/plan.py`). One device makes no teams.
@@ -99,7 +101,6 @@ def scale_by_muon(
         )
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1) (0.95 is usual), got {momentum}.")
-
     if devices_per_matrix is not None:
         check_devices_per_matrix(devices_per_matrix)
 
@@ -111,6 +112,8 @@ def scale_by_muon(
     def update(updates, state, params=None):
         del params
         specs = routing.resolve_matrices(dimension_numbers, updates)
+        for gradient in jax.tree.leaves(updates):
+            check(gradient, schedule, dtype)
         known = shardings_of(updates, shardings)
         _warn_of_unknown(updates, known)
         accumulated = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
@@ -153,7 +156,7 @@ def _warn_of_unknown(updates: Any, known: dict[Path, Any]) -> None:
             f"Muon cannot tell how {paths.show(path)} is split over the mesh {dict(mesh.shape)}, "
             "whose axes are Auto: XLA will gather matrices, or orthogonalize them on every device. "
             "Pass shardings=jax.tree.map(lambda p: p.sharding, params).",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -330,7 +330,12 @@ def _plan(
     for option in ("axis_name", "heads_axis_name"):
         _check_bound(option, getattr(options, option))
     maxima = _of_all_devices(
-        {b.name: functools.reduce(jnp.maximum, (_fit(b, x) for x in sown[b.name])) for b in blocks},
+        {
+            b.name: functools.reduce(
+                jnp.maximum, (fit_maxima(b.name, b.shape, x) for x in sown[b.name])
+            )
+            for b in blocks
+        },
         options.axis_name,
     )
     gamma = {
@@ -409,22 +414,28 @@ def _pair(
     return found
 
 
-def _fit(block: Block, sown: jax.Array) -> jax.Array:
-    """Reduces axes that the kernels do not have (a batch, a vmapped call) by the maximum."""
-    depth, extra = len(block.stack), sown.ndim - 1 - len(block.stack)
-    after_stack = sown.shape[:depth] == block.stack
-    before_stack = sown.shape[extra:-1] == block.stack if extra >= 0 else False
-    if sown.shape[-1:] != (block.heads,) or extra < 0 or not (after_stack or before_stack):
+def fit_maxima(block: str, shape: tuple[int, ...], sown: jax.Array) -> jax.Array:
+    """What a block sowed as `[stack..., heads]`, its shape: axes that its kernels do not have (a
+    batch, a vmapped call) are reduced by the maximum.
+
+    Raises:
+      ValueError: It has other heads or another stack, or does not tell which axis is the stack.
+    """
+    *stack, heads = shape
+    depth, extra = len(stack), sown.ndim - len(shape)
+    after_stack = sown.shape[:depth] == shape[:-1]
+    before_stack = sown.shape[extra:-1] == shape[:-1] if extra >= 0 else False
+    if sown.shape[-1:] != (heads,) or extra < 0 or not (after_stack or before_stack):
         raise ValueError(
-            f"{block.name} sowed max_logits of shape {sown.shape}, but its kernels have "
-            f"{block.heads} query heads{f' in stacked layers {block.stack}' if depth else ''}: "
-            f"expected {block.shape}. "
+            f"{block} sowed max_logits of shape {sown.shape}, but its kernels have "
+            f"{heads} query heads{f' in stacked layers {shape[:-1]}' if depth else ''}: "
+            f"expected {shape}. "
             "Sow one maximum per query head, and check the layout's heads= (flat kernels need it)."
         )
     if depth and extra and after_stack and before_stack:
         raise ValueError(
-            f"{block.name} sowed max_logits of shape {sown.shape}: which axis is the stack "
-            f"{block.stack} is ambiguous. Reduce the others first, here or where they are sown: "
+            f"{block} sowed max_logits of shape {sown.shape}: which axis is the stack "
+            f"{shape[:-1]} is ambiguous. Reduce the others first, here or where they are sown: "
             f"jax.tree.map(lambda s: s.max(axis=...), read_max_logits(intermediates))."
         )
     axes = range(depth, depth + extra) if after_stack else range(extra)
