@@ -98,7 +98,8 @@ def test_costs_are_those_of_the_compiled_program(devices_per_matrix):
     assert sum(total.bytes for total in found.values()) == stack.bytes_sent
 
 
-def test_describe_prints_the_plan():
+def test_describe_prints_the_plan(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     shape = jax.ShapeDtypeStruct((8192, 28672), jnp.float32)
     params = {f"layer_{i}": {"mlp": {"kernel": shape}} for i in range(3)}
@@ -111,7 +112,8 @@ def test_describe_prints_the_plan():
     assert "devices" not in str(mc.describe(params))  # one device: no plan to print
 
 
-def test_describe_tells_what_nobody_knows():
+def test_describe_tells_what_nobody_knows(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         rows = mc.describe({"mlp": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}})
