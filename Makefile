@@ -6,13 +6,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 EXTRAS_train := examples
 EXTRAS_test := examples,test
+EXTRAS_bench := bench
 EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
 EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare overhead test test-models test-tpu test-lowest docs lint clean
+.PHONY: help train compare bench methods overhead test test-models test-tpu test-lowest docs lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +26,16 @@ compare: $(VENV)/.train-$(JAX)  ## the same model at a high learning rate, with 
 
 overhead: $(VENV)/.train-$(JAX)  ## what QuacK and QK-Clip add to the optimizer's compiled cost
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+bench: $(addprefix bench-,orthogonalize optimizer_step attention train_step)  ## next to Optax, jax.nn and PyTorch; records and pictures in bench/
+
+# One of them: make bench-attention ARGS="--repeats 15"
+bench-%: $(VENV)/.bench-$(JAX)
+	@mkdir -p bench
+	$(BIN)/python -m benchmarks.$* --json bench/$*.json --picture bench/$*.png $(ARGS)
+
+methods: $(VENV)/.train-$(JAX)  ## which method of orthogonalization is the fastest where
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 test: $(VENV)/.test-$(JAX)  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
@@ -54,7 +65,9 @@ test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu site
+	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu bench site
+
+.NOTPARALLEL:  # benchmarks must have the machine for themselves
 
 # One stamp per purpose and JAX build; a changed pyproject.toml installs anew.
 $(VENV)/.%-$(JAX): pyproject.toml

@@ -2,11 +2,24 @@
 
 # ruff: noqa: RUF022 (data-flow order)
 from muonclip_jax import layouts
-from muonclip_jax.attention import dot_product_attention, read_max_logits, sow_max_logits
+from muonclip_jax.attention import (
+    dot_product_attention,
+    max_logits_bound,
+    max_logits_from_residuals,
+    measure_max_logits,
+    read_max_logits,
+    sow_max_logits,
+)
 from muonclip_jax.description import describe
 from muonclip_jax.diagnostics import eigenvalue_participation_ratio, participation_ratio
 from muonclip_jax.layouts import Layout, find_layout
-from muonclip_jax.orthogonalize import Schedule, orthogonality_error, orthogonalize, schedules
+from muonclip_jax.orthogonalize import (
+    Method,
+    Schedule,
+    orthogonality_error,
+    orthogonalize,
+    schedules,
+)
 from muonclip_jax.recipes import muon, muonclip, quack
 from muonclip_jax.routing import muon_dimension_numbers
 from muonclip_jax.transforms import (
@@ -30,6 +43,7 @@ __all__ = [
     "orthogonalize",
     "schedules",
     "Schedule",
+    "Method",
     # transformations
     "scale_by_muon",
     "MuonState",
@@ -56,6 +70,9 @@ __all__ = [
     "describe",
     # max logits
     "dot_product_attention",
+    "measure_max_logits",
+    "max_logits_from_residuals",
+    "max_logits_bound",
     "sow_max_logits",
     "read_max_logits",
     # read-only

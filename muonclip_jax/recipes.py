@@ -10,7 +10,7 @@ import optax
 
 from muonclip_jax import paths, routing
 from muonclip_jax.layouts import Layouts, Role
-from muonclip_jax.orthogonalize import DevicesPerMatrix, Schedule, schedules
+from muonclip_jax.orthogonalize import DevicesPerMatrix, Method, MethodName, Schedule, schedules
 from muonclip_jax.shardings import Shardings
 from muonclip_jax.transforms.muon import scale_by_muon
 from muonclip_jax.transforms.qk_clip import AxisName, Scope, qk_clip
@@ -36,6 +36,7 @@ def muon(
     dimension_numbers: routing.DimensionNumbers | None = None,
     dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
+    method: MethodName | Method = "auto",
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -71,6 +72,7 @@ def muon(
         schedule, name it in `static_args`.
       dtype: The dtype of the Newton–Schulz iteration.
       mu_dtype: The dtype of Muon's momentum.
+      method: How the Newton–Schulz steps are computed, as in `orthogonalize`.
       shardings: How the parameters are split over a mesh with Auto axes, as in `scale_by_muon`.
       devices_per_matrix: How many devices hold one matrix together while it is orthogonalized, as
         in `scale_by_muon`; None chooses. `describe` prints the outcome.
@@ -92,6 +94,7 @@ def muon(
             dimension_numbers=dimension_numbers,
             dtype=dtype,
             mu_dtype=mu_dtype,
+            method=method,
             shardings=shardings,
             devices_per_matrix=devices_per_matrix,
         ),
@@ -173,9 +176,9 @@ def quack(
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
         QuacK). The paper does not say; by default all weights decay alike.
       **muon_options: `other`, `momentum`, `nesterov`, `schedule`, `update_rms`, `per_head`,
-        `rules`, `dimension_numbers`, `dtype`, `mu_dtype`, `shardings` and `devices_per_matrix` of
-        `muon`. (`optax.inject_hyperparams`
-        cannot see through these: inject `scale_by_quack`, and chain it.)
+        `rules`, `dimension_numbers`, `dtype`, `mu_dtype`, `method`, `shardings` and
+        `devices_per_matrix` of `muon`. (`optax.inject_hyperparams` cannot see through these: inject
+        `scale_by_quack`, and chain it.)
 
     Raises:
       TypeError: Options for Muon together with another direction.
@@ -212,6 +215,7 @@ def _muon_or_other(
     dimension_numbers: routing.DimensionNumbers | None = None,
     dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
+    method: MethodName | Method = "auto",
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -228,6 +232,7 @@ def _muon_or_other(
                 dimension_numbers=numbers,
                 dtype=dtype,
                 mu_dtype=mu_dtype,
+                method=method,
                 shardings=shardings,
                 devices_per_matrix=devices_per_matrix,
             ),

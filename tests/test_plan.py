@@ -88,7 +88,7 @@ def test_costs_are_those_of_the_compiled_program(devices_per_matrix):
         "devices_per_matrix": devices_per_matrix,
         "dtype": "float32",
     }
-    tx = mc.scale_by_muon(**options)
+    tx = mc.scale_by_muon(method=mc.Method("standard"), **options)
     compiled = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads)).compile()
     (stack,) = mc.describe(grads, **options).stacks
     assert flops(dots(compiled)) == stack.flops

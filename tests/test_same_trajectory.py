@@ -27,8 +27,9 @@ LEARNING_RATE = 0.02
 
 # Float32 rounds at 6e-8, and the storages sum in different orders. Newton–Schulz enlarges such a
 # difference most where a gradient's singular values are smallest: by its slope at zero, 1e3, times
-# the learning rate. 10 steps later parameters of size 1 are still equal to 1e-5 (measured: 1e-6).
-TOLERANCE = 1e-5
+# the learning rate; on Gram matrices up to three times as much. 10 steps later parameters of size 1
+# are still equal to 3e-5 (measured: 1.2e-5).
+TOLERANCE = 3e-5
 
 # Milliseconds of run time: compiling fast is all that counts.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

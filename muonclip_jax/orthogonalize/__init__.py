@@ -1,15 +1,22 @@
 """[..., n, m] → nearly semi-orthogonal.
 
 schedules.py   which polynomial at which step, checked when built
-iteration.py   the batched Newton–Schulz iteration, and how orthogonal its result is
+iteration.py   one device: scale, iterate, and how orthogonal the result is
+methods.py     by which iteration and products, and what "auto" chooses
+standard.py    the iteration on the matrix itself
+gram.py        the iteration on its Gram matrix
+products.py    matrix products, symmetric ones by half
+symmetric_tpu.py, symmetric_gpu.py   the latter as Pallas kernels
 stacks.py      many parameters' matrices: one stack for each shape
 plan.py        on a mesh: which device orthogonalizes which part of a stack, and what it costs
 spread.py      a plan carried out: there, the iteration, and back
-team.py        what the devices that hold parts of the same matrices tell each other
+in_team.py     the iteration on devices that hold parts of the same matrices
+team.py        what they tell each other
 """
 
 from muonclip_jax.orthogonalize import schedules
 from muonclip_jax.orthogonalize.iteration import orthogonality_error, orthogonalize
+from muonclip_jax.orthogonalize.methods import Method, MethodName, check_method
 from muonclip_jax.orthogonalize.plan import DevicesPerMatrix, Plan, check_devices_per_matrix
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.stacks import Matrices, orthogonalize_all, plans
@@ -17,9 +24,12 @@ from muonclip_jax.orthogonalize.stacks import Matrices, orthogonalize_all, plans
 __all__ = [
     "DevicesPerMatrix",
     "Matrices",
+    "Method",
+    "MethodName",
     "Plan",
     "Schedule",
     "check_devices_per_matrix",
+    "check_method",
     "orthogonality_error",
     "orthogonalize",
     "orthogonalize_all",

@@ -1,9 +1,10 @@
-"""The Newton–Schulz iteration: [..., n, m] → a nearly semi-orthogonal matrix of the same shape.
+"""Newton–Schulz on one device: [..., n, m] → a nearly semi-orthogonal matrix of the same shape.
 
 Leading axes are a batch and stay one: every product is a single batched matmul.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from muonclip_jax.orthogonalize.gram import gram_newton_schulz
+from muonclip_jax.orthogonalize.methods import Method, MethodName, check_method, on_each_backend
+from muonclip_jax.orthogonalize.products import accumulator, gram, joined, matmul
 from muonclip_jax.orthogonalize.schedules import Schedule, polar_express
-from muonclip_jax.orthogonalize.team import ALONE, Team
+from muonclip_jax.orthogonalize.standard import standard
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -21,6 +25,7 @@ def orthogonalize(
     x: ArrayLike,
     schedule: Schedule = polar_express(steps=5),  # noqa: B008 (immutable)
     *,
+    method: MethodName | Method = "auto",
     dtype: DTypeLike | None = jnp.bfloat16,
 ) -> jax.Array:
     """Replaces the singular values of each matrix by nearly 1: U S Vᵀ → nearly U Vᵀ.
@@ -30,12 +35,16 @@ def orthogonalize(
     Inf makes its own matrix all NaN and leaves the rest of the batch alone. Differentiable; the
     gradient is finite at zero too.
 
-    Cost: 2n³ + 4n²m FLOPs for each step and matrix, n ≤ m being its sides; `schedules.aol()`
-    adds 2n²m.
+    Cost: at most 2n³ + 4n²m FLOPs for each step and matrix, n ≤ m being its sides; less where
+    `method` is "gram" or computes symmetric products by half. `schedules.aol()` adds 2n²m.
 
     Args:
         x: Matrices [..., n, m] in bfloat16, float16, float32 or float64, real, not empty.
         schedule: The polynomial steps, from `schedules`.
+        method: How they are computed: "standard", "gram" (`Method`), or "auto", which chooses by
+            shape, dtype and the backend it is compiled for. In 16 bits "gram" needs margins
+            (`gram.segments`): the smallest singular values grow by a fifth less with the default
+            schedule in bfloat16. A `Method` also says by which products.
         dtype: What the factors of the matmuls are rounded to, one of the four dtypes; None for
             that of `x`. Sums and the normalization are float32 at least, and float32 is full
             float32 on TPU and GPU as well.
@@ -45,16 +54,17 @@ def orthogonalize(
         `schedule.worst_error()` plus rounding of `dtype`.
 
     Raises:
-        TypeError: If `schedule` is not a `Schedule`, or a dtype is not one of the four or not
-            enabled.
+        TypeError: If `schedule` is not a `Schedule`, `method` none of the above, or a dtype is not
+            one of the four or not enabled.
         ValueError: If `x` has fewer than two axes or one of length zero, or if `schedule` leaves
             no margin for rounding in `dtype` (`Schedule.escape`).
 
     Source: the iteration is Björck and Bowie's, as used by Jordan et al.,
-    https://kellerjordan.github.io/posts/muon/.
+    https://kellerjordan.github.io/posts/muon/; on Gram matrices, Dao-AILab's, see `gram`.
     """
     x = jnp.asarray(x)
-    return _orthogonalize(x, schedule, check(x, schedule, dtype))
+    check_method("orthogonalize", method)
+    return _orthogonalize(x, schedule, check(x, schedule, dtype), method)
 
 
 def orthogonality_error(x: ArrayLike) -> jax.Array:
@@ -73,14 +83,18 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
     """
     x = jnp.asarray(x)
     _check_matrices("orthogonality_error", x)
-    gram = _gram(wide(x))
-    n = gram.shape[-1]
-    return jnp.linalg.norm(gram - jnp.eye(n, dtype=gram.dtype), axis=(-2, -1)) / n**0.5
+    x = wide(x)
+    square = matmul(x, x.mT, Method("standard"))
+    n = square.shape[-1]
+    return jnp.linalg.norm(square - jnp.eye(n, dtype=square.dtype), axis=(-2, -1)) / n**0.5
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "dtype"))
-def _orthogonalize(x: jax.Array, schedule: Schedule, dtype: jnp.dtype) -> jax.Array:
-    result = iterate(normalize(wide(x), schedule, dtype), schedule)
+@functools.partial(jax.jit, static_argnames=("schedule", "dtype", "method"))
+def _orthogonalize(
+    x: jax.Array, schedule: Schedule, dtype: jnp.dtype, method: MethodName | Method
+) -> jax.Array:
+    run = functools.partial(iterate, schedule=schedule)
+    result = on_each_backend(run, in_range(wide(x), dtype), method, dtype)
     return (result if result.shape == x.shape else result.mT).astype(x.dtype)
 
 
@@ -90,74 +104,60 @@ def wide(x: jax.Array) -> jax.Array:
     return x.mT if x.shape[-2] > x.shape[-1] else x
 
 
-def normalize(x: jax.Array, schedule: Schedule, dtype: jnp.dtype, team: Team = ALONE) -> jax.Array:
-    """The matrices in `dtype`, scaled for `iterate`: to a norm of 1 / norm_factor, or for AOL,
-    which takes its norm from the Gram matrix, to a largest entry of 1.
+def in_range(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The matrices in `dtype`, times powers of two that bring their largest entries to 1/2 … 1, so
+    that squares neither overflow nor vanish. That rounds nothing, and since the result is
+    scale-invariant, holding the power constant leaves the gradient exact."""
+    x = x.astype(jnp.promote_types(accumulator(x.dtype), dtype))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    # Bounded, for the power to be a normal number: XLA may take others for zero.
+    limit = -jnp.finfo(x.dtype).minexp
+    exponent = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
+    return (x * jnp.ldexp(jnp.ones_like(largest), -exponent)).astype(dtype)
+
+
+def iterate(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
+    """The schedule's norm and steps.
 
     Args:
-      x: Matrices `[..., n, m]`, or a team's parts of them.
-      schedule: Which norm.
-      dtype: Of the iteration.
-      team: Those with the other parts.
+      x: Matrices `[..., n, m]`, n <= m, as `in_range` gives them.
+      schedule: The norm and the steps.
+      method: The iteration.
     """
-    x = x.astype(jnp.promote_types(_accumulator(x.dtype), dtype))
-    # After division by the largest entry squares neither overflow nor vanish. The result is
-    # scale-invariant, so holding that divisor constant leaves the gradient exact. XLA divides by
-    # multiplying with the reciprocal, hence the bound: a subnormal one would count as zero.
-    largest = team.largest(lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)))
-    x = x / _nonzero(jnp.minimum(largest, 1 / jnp.finfo(x.dtype).tiny))
-    if schedule.normalization == "frobenius":
-        squares = team.sum(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-        x = x / (jnp.sqrt(_nonzero(squares)) * schedule.norm_factor)
-    return x.astype(dtype)
-
-
-def iterate_in_slices(x: jax.Array, schedule: Schedule, team: Team = ALONE) -> jax.Array:
-    """`iterate` on as many matrices of a stack `[k, n, m]` at a time as fill the device, for which
-    CPUs need few; more at a time cost only memory, and on CPUs time."""
-
-    run = functools.partial(iterate, schedule=schedule, team=team)
-
-    def slices(entries: int):
-        size = max(1, entries // (x.shape[1] * x.shape[2]))
-        return lambda x: _in_slices(run, x, size)
-
-    return lax.platform_dependent(x, cpu=slices(2**21), default=slices(2**24))
-
-
-def _in_slices(fn, x: jax.Array, size: int) -> jax.Array:
-    if len(x) <= size:
-        return fn(x)
-    whole, rest = jnp.split(x, [len(x) // size * size])
-    done = lax.map(fn, whole.reshape(-1, size, *x.shape[1:])).reshape(whole.shape)
-    return jnp.concatenate([done, fn(rest)]) if len(rest) else done
-
-
-def iterate(x: jax.Array, schedule: Schedule, team: Team = ALONE) -> jax.Array:
-    """The schedule's steps on what `normalize` gives.
-
-    Args:
-      x: Matrices `[..., n, m]`, n <= m, or a team's columns of them; n is a multiple of the
-        team's size.
-      schedule: The steps.
-      team: Those with the other columns. They share all work evenly.
-    """
+    total = accumulator(x.dtype)
     if schedule.normalization == "aol":
-        sums = jnp.sum(jnp.abs(team.sum_rows(_gram(x))), axis=-1, keepdims=True)
-        scale = jnp.sqrt(_nonzero(team.all_rows(sums))) * schedule.norm_factor
-        x = (x / scale).astype(x.dtype)
-    # A scan costs as much as an unrolled loop at run time and compiles once for all steps.
-    coefficients = jnp.asarray(schedule.coefficients, _accumulator(x.dtype))
-    return lax.scan(functools.partial(_step, team=team), x, coefficients)[0]
+        sums = jnp.sum(jnp.abs(joined(gram(x, method))), axis=-1, keepdims=True)
+        x = (x / (jnp.sqrt(nonzero(sums)) * schedule.norm_factor)).astype(x.dtype)
+        scale = jnp.ones((*x.shape[:-2], 1, 1), total)
+    else:
+        squares = jnp.sum(jnp.square(x.astype(total)), axis=(-2, -1), keepdims=True)
+        scale = 1 / (jnp.sqrt(nonzero(squares)) * schedule.norm_factor)
+    run = gram_newton_schulz if method.iteration == "gram" else standard
+    return run(x, scale, schedule, method)
 
 
-def _step(x: jax.Array, coefficients: jax.Array, team: Team) -> tuple[jax.Array, None]:
-    """aX + (bA + cA²)X with A = XXᵀ; sums in the accumulator's dtype, factors in that of x."""
-    a, b, c = coefficients
-    gram = team.sum_rows(_gram(x))
-    rows = gram.astype(x.dtype)
-    polynomial = (b * gram + c * _matmul(rows, team.all_rows(rows))).astype(x.dtype)
-    return (a * x + _matmul(team.all_rows(polynomial), x)).astype(x.dtype), None
+def iterate_stack(
+    x: jax.Array, schedule: Schedule, dtype: jnp.dtype, method: MethodName | Method
+) -> jax.Array:
+    """Wide matrices `[k, n, m]` orthogonalized, in `dtype`."""
+
+    def run(x, method):
+        def some(x):
+            return iterate(in_range(x, dtype), schedule, method)
+
+        return in_slices(some, x, method.entries_at_once)
+
+    return on_each_backend(run, x, method, dtype)
+
+
+def in_slices(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int) -> jax.Array:
+    """`run` on as many matrices of a stack `[k, n, m]` at a time as have so many entries."""
+    size = max(1, entries // (x.shape[1] * x.shape[2]))
+    if len(x) <= size:
+        return run(x)
+    whole, rest = jnp.split(x, [len(x) // size * size])
+    done = lax.map(run, whole.reshape(-1, size, *x.shape[1:])).reshape(whole.shape)
+    return jnp.concatenate([done, run(rest)]) if len(rest) else done
 
 
 def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
@@ -167,29 +167,9 @@ def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, widths) if missing else x
 
 
-def _nonzero(scale: jax.Array) -> jax.Array:
+def nonzero(scale: jax.Array) -> jax.Array:
     """1 for 0, so that zeros stay zeros; NaN stays NaN."""
     return jnp.where(scale == 0, 1, scale)
-
-
-def _gram(x: jax.Array) -> jax.Array:
-    return _matmul(x, x.mT)
-
-
-def _matmul(left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product in the accumulator's dtype. XLA's default precision rounds float32 factors to
-    bfloat16 on TPU and to TF32 on GPU; 16-bit factors lose nothing by it."""
-    accumulator = _accumulator(left.dtype)
-    return jnp.matmul(
-        left,
-        right,
-        precision=lax.Precision.HIGHEST if left.dtype == accumulator else lax.Precision.DEFAULT,
-        preferred_element_type=accumulator,
-    )
-
-
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def check(x: Any, schedule: Schedule, dtype: DTypeLike | None) -> jnp.dtype:

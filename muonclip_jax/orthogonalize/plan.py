@@ -106,7 +106,8 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """2n³ + 4n²m for each step and matrix, shared by a team."""
+        """2n³ + 4n²m for each step and matrix, shared by a team: those of the standard iteration.
+        What one device holds may take fewer (`Method`)."""
         return self.matrices_per_device * _flops(self.stack, self.steps) // self.devices_per_matrix
 
     @property

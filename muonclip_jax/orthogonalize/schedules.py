@@ -190,7 +190,7 @@ def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> 
     return Schedule(
         name=f"polar_express({steps}, lower={lower:g})",
         coefficients=tuple(
-            step if step == _CONVERGED else _widen(step, safety)
+            step if step == _CONVERGED else widen(step, safety)
             for step in _optimal_composition(steps, lower)
         ),
         norm_factor=safety,
@@ -216,7 +216,7 @@ def cans(safety: float = 1.01) -> Schedule:
     safety = _safety("cans", safety)
     return Schedule(
         name=f"cans(safety={safety:g})",
-        coefficients=tuple(_widen(step, safety) for step in published),
+        coefficients=tuple(widen(step, safety) for step in published),
         norm_factor=safety,
         lower=1e-3,
         source="arXiv:2506.10935",
@@ -293,7 +293,7 @@ def _grid(lower: float) -> np.ndarray:
     return np.concatenate([np.geomspace(lower, 1, 20_000), np.linspace(lower, 1, 20_000)])
 
 
-def _widen(step: Step, safety: float) -> Step:
+def widen(step: Step, safety: float) -> Step:
     """The polynomial p(σ / safety)."""
     a, b, c = step
     return a / safety, b / safety**3, c / safety**5

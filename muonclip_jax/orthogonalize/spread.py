@@ -8,6 +8,7 @@ Axis names:  stack  matrices on this device
              f0, …  the plan's factors of the mesh
 """
 
+import functools
 import math
 
 import jax
@@ -16,16 +17,26 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from muonclip_jax.orthogonalize.iteration import iterate_in_slices, normalize, pad
+from muonclip_jax.orthogonalize import in_team
+from muonclip_jax.orthogonalize.gram import with_margins
+from muonclip_jax.orthogonalize.iteration import in_slices, iterate_stack, pad
+from muonclip_jax.orthogonalize.methods import Method, MethodName, iteration_for
 from muonclip_jax.orthogonalize.plan import Place, Plan
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.team import Team
+
+# Of a stack's share on one device of a team: smaller ones would wait for each other more often.
+_ENTRIES_AT_ONCE = 2**24
 
 _AXES: tuple[Place, ...] = ("stack", "rows", "cols")
 
 
 def orthogonalize_spread(
-    x: jax.Array, plan: Plan, schedule: Schedule, dtype: jnp.dtype
+    x: jax.Array,
+    plan: Plan,
+    schedule: Schedule,
+    dtype: jnp.dtype,
+    method: MethodName | Method,
 ) -> jax.Array:
     """Orthogonalizes a stack whose matrices lie on several devices.
 
@@ -34,15 +45,22 @@ def orthogonalize_spread(
       plan: Where each matrix goes meanwhile.
       schedule: The Newton–Schulz polynomials.
       dtype: Of the iteration, and of what devices send each other.
+      method: How matrices are iterated on that one device holds; teams have one method.
 
     Returns:
       This device's share as it lay, in `dtype`.
     """
     split = [i for i, f in enumerate(plan.factors) if f.here in ("rows", "cols")]
-    x = normalize(x, schedule, dtype, _team(plan, split))
+    x = in_team.normalize(x, schedule, dtype, _team(plan, split))
     together = _team(plan, [i for i, f in enumerate(plan.factors) if f.there == "cols"])
     there = _there(x, plan)
-    done = iterate_in_slices(pad(there, 1, together.size), schedule, together)[:, : there.shape[1]]
+    if together.size == 1:
+        done = iterate_stack(there, schedule, dtype, method)
+    else:
+        if iteration_for(method, plan.stack.n, plan.stack.m) == "gram":
+            schedule = with_margins(schedule, dtype)  # for the numbers that one device gets
+        run = functools.partial(in_team.iterate, schedule=schedule, team=together)
+        done = in_slices(run, pad(there, 1, together.size), _ENTRIES_AT_ONCE)[:, : there.shape[1]]
     return _back(done, plan)[: x.shape[0], :, : x.shape[2]]
 
 

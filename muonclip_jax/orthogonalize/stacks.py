@@ -12,12 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from muonclip_jax.meshes import free_axes, mesh_axes, mesh_of
-from muonclip_jax.orthogonalize.iteration import (
-    check,
-    iterate_in_slices,
-    normalize,
-    orthogonalize,
-)
+from muonclip_jax.orthogonalize.iteration import check, iterate_stack, orthogonalize
+from muonclip_jax.orthogonalize.methods import Method, MethodName
 from muonclip_jax.orthogonalize.plan import DevicesPerMatrix, Place, Plan, Stack, choose
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.spread import orthogonalize_spread
@@ -133,6 +129,7 @@ def orthogonalize_all(
     schedule: Schedule,
     *,
     dtype: jax.typing.DTypeLike | None,
+    method: MethodName | Method = "auto",
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> list[jax.Array]:
     """`orthogonalize` for many parameters: those of one matrix shape make one stack.
@@ -145,6 +142,7 @@ def orthogonalize_all(
         otherwise costs copies.
       schedule: The Newton–Schulz polynomials.
       dtype: As in `orthogonalize`.
+      method: As in `orthogonalize`, of the matrices that one device holds; teams have one method.
       devices_per_matrix: As in `choose`.
 
     Returns:
@@ -158,9 +156,10 @@ def orthogonalize_all(
     for plan, members in plans(batches, mesh, schedule, dtype, devices_per_matrix):
         some = [batches[i] for i in members]
         iteration = _dtype(some[0].values, dtype)
-        run = functools.partial(_stack, batches=some, plan=plan, schedule=schedule, dtype=iteration)
+        how = {"schedule": schedule, "dtype": iteration, "method": method}
+        run = functools.partial(_stack, batches=some, plan=plan, **how)
         if "unknown" in plan.stack.here:
-            run = functools.partial(_by_xla, some[0], schedule=schedule, dtype=iteration)
+            run = functools.partial(_by_xla, some[0], **how)
         elif plan.factors:
             specs = tuple(batch.spec for batch in some)
             run = jax.shard_map(
@@ -181,27 +180,36 @@ def _stack(
     plan: Plan,
     schedule: Schedule,
     dtype: jnp.dtype,
+    method: MethodName | Method,
 ) -> tuple[jax.Array, ...]:
     """One stack, or a device's share of it."""
     flat = [batch.flat(x) for batch, x in zip(batches, values, strict=True)]
     ends = list(itertools.accumulate(map(len, flat)))
     if plan.factors:
-        done = orthogonalize_spread(jnp.concatenate(flat), plan, schedule, dtype)
+        done = orthogonalize_spread(jnp.concatenate(flat), plan, schedule, dtype, method)
     else:
-        # Rounded before they are copied.
-        stack = jnp.concatenate([normalize(x, schedule, dtype) for x in flat])
-        done = iterate_in_slices(stack, schedule)
+        stack = jnp.concatenate([_compact(x, dtype) for x in flat])
+        done = iterate_stack(stack, schedule, dtype, method)
     parts = jnp.split(done, ends[:-1])
     return tuple(b.unflat(p, x) for b, p, x in zip(batches, parts, values, strict=True))
 
 
+def _compact(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rounded before it is copied, if that cannot overflow."""
+    return x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x
+
+
 def _by_xla(
-    batch: Matrices, values: jax.Array, schedule: Schedule, dtype: jnp.dtype
+    batch: Matrices,
+    values: jax.Array,
+    schedule: Schedule,
+    dtype: jnp.dtype,
+    method: MethodName | Method,
 ) -> tuple[jax.Array]:
     """A parameter whose batch axes stay apart, since they may be split over a mesh."""
     leading = values.shape[: values.ndim - batch.rows - batch.cols]
     matrices = values.reshape(*leading, *batch.shape[1:])
-    return (orthogonalize(matrices, schedule, dtype=dtype).reshape(values.shape),)
+    return (orthogonalize(matrices, schedule, dtype=dtype, method=method).reshape(values.shape),)
 
 
 def _limited(members: list[int], batches: list[Matrices], devices: int) -> Iterator[list[int]]:

@@ -137,7 +137,8 @@ def make(layout: layouts.Layouts, rules, **options) -> Model:
         override_model_config=True,
         **(SIZES | options),
     )
-    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
+    device = maxtext_utils.create_device_mesh(config, devices=jax.devices()[:1])
+    mesh = jax.sharding.Mesh(device, config.mesh_axes)
 
     @contextlib.contextmanager
     def on_mesh():

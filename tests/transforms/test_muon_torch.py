@@ -37,6 +37,7 @@ def test_twenty_steps_equal_torch(rule, momentum, precision):
             nesterov=momentum == "nesterov",
             schedule=mc.schedules.jordan(),
             dtype=precision,
+            method="standard",
         ),
         mc.scale_by_update_rms(RULES[rule]),
         optax.add_decayed_weights(float(RECORD["weight_decay"])),

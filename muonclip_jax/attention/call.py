@@ -1,0 +1,166 @@
+"""What one attention call asks for, checked, whoever then computes it.
+
+Axes: T queries, S keys, N query heads = K key/value heads × G query heads each, H head
+size of queries and keys, V head size of values.
+"""
+
+import dataclasses
+import math
+import numbers
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Operands of one floating dtype; `bias` and `mask` of full rank, their broadcast axes 1."""
+
+    query: jax.Array  # [..., T, N, H]
+    key: jax.Array  # [..., S, K, H]
+    value: jax.Array | None  # [..., S, K, V]; None: only the maxima are wanted
+    scale: float
+    mask: jax.Array | None = None  # [..., N, T, S], any of them 1; None: all visible
+    bias: jax.Array | None = None  # the same
+    is_causal: bool = False
+    window: tuple[int, int] | None = None  # (left, right)
+    soft_cap: float | None = None
+    chunk_size: int | None = None
+    dropout_rng: jax.Array | None = None  # None: no dropout
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
+    precision: lax.PrecisionLike = None
+
+
+class Unsupported(ValueError):
+    """An implementation cannot serve a call."""
+
+    def __init__(self, implementation: str, what: str):
+        self.what = what
+        super().__init__(
+            f"{implementation} attention does not support {what}. "
+            'implementation="chunked" supports everything, and "auto" falls back to it.'
+        )
+
+
+def check_operands(query: jax.Array, key: jax.Array, value: jax.Array | None = None) -> None:
+    given = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
+    names = " and ".join([", ".join([*given][:-1]), [*given][-1]])
+    if any(x.ndim < 3 or x.ndim != query.ndim for x in given.values()):
+        raise ValueError(
+            f"{names} must be [..., length, heads, size], query [..., T, N, H] and key "
+            f"[..., S, K, H], with the same number of axes, found {shapes}."
+        )
+    if any(x.shape[:-3] != query.shape[:-3] for x in given.values()):
+        raise ValueError(f"The batch axes of {names} differ: {shapes}.")
+    if value is not None and key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(
+            f"key and value must have the same length and heads (axes -3 and -2), found {shapes}."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"The head sizes (last axis) of query and key differ: {shapes}.")
+    if 0 in (*query.shape[-3:], *key.shape[-3:]):
+        raise ValueError(f"query and key need at least one position, head and feature: {shapes}.")
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"{query.shape[-2]} query heads are not a multiple of {key.shape[-2]} key/value "
+            f"heads (axis -2): {shapes}. Heads come after the length: [..., length, heads, size]."
+        )
+
+
+def floating(name: str, x: ArrayLike) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = " (a boolean mask goes to `mask`)" if name == "bias" else ""
+        raise TypeError(f"{name} must be floating point, found {x.dtype}{hint}.")
+    return x
+
+
+def boolean(mask: ArrayLike, numbers_attend: bool = False) -> jax.Array:
+    mask = jnp.asarray(mask)
+    if mask.dtype == bool:
+        return mask
+    if numbers_attend:
+        return mask != 0
+    raise TypeError(
+        f"mask must be boolean, True where a query attends, found {mask.dtype}: "
+        "pass mask.astype(bool) for ones and zeros, or an additive mask as `bias`."
+    )
+
+
+def compute_dtype(dtype: DTypeLike | None, *operands: jax.Array) -> jnp.dtype:
+    dtype = jnp.result_type(*operands) if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating point, found {dtype}.")
+    return dtype
+
+
+def per_weight(name: str, x: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """A mask or bias with as many axes as the weights, `[..., N, T, S]`."""
+    *batch, length, heads, _ = query.shape
+    weights_shape = (*batch, heads, length, key.shape[-3])
+    full = x.reshape((1,) * (len(weights_shape) - x.ndim) + x.shape)
+    if full.ndim != len(weights_shape) or any(
+        n not in (1, wanted) for n, wanted in zip(full.shape, weights_shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name} {x.shape} does not broadcast to [..., N, T, S] = {weights_shape}. "
+            f"One row of keys per batch entry, [batch, S], becomes {name}[:, None, None, :]; "
+            f"[batch, T, S] becomes {name}[:, None]."
+        )
+    return full
+
+
+def integer(name: str, x: Any, at_least: int) -> int:
+    try:
+        x = operator.index(x)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, found {x!r}.") from None
+    if x < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, found {x}.")
+    return x
+
+
+def checked_chunk_size(chunk_size: Any) -> int | None:
+    return None if chunk_size is None else integer("chunk_size", chunk_size, at_least=1)
+
+
+def number(name: str, x: Any, above: float = -math.inf) -> float:
+    if not isinstance(x, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, known when traced, found {x!r}.")
+    if not above < x < math.inf:
+        raise ValueError(f"{name} must be finite and above {above}, found {x}.")
+    return float(x)
+
+
+def logit_scale(scale: Any, query: jax.Array) -> float:
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else number("scale", scale)
+
+
+def window(local_window_size: Any) -> tuple[int, int] | None:
+    if local_window_size is None:
+        return None
+    pair = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+    if len(pair) != 2:
+        raise ValueError(f"local_window_size must be an int or (left, right), found {pair}.")
+    left, right = (integer("local_window_size", x, at_least=0) for x in pair)
+    return left, right
+
+
+def checked_dropout_rate(rate: Any, rng: jax.Array | None, deterministic: bool | None) -> float:
+    rate = number("dropout_rate", rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), found {rate}.")
+    if deterministic or not rate:
+        return 0.0
+    if rng is None:
+        raise ValueError(
+            f"dropout_rate={rate} needs dropout_rng=jax.random.key(...), "
+            "or deterministic=True to switch dropout off."
+        )
+    return rate

@@ -1,0 +1,112 @@
+"""How a schedule is carried out: by which iteration, and by which products."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Iteration = Literal["standard", "gram"]
+Kernel = Literal["xla", "pallas"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the steps of a schedule are computed. It changes the cost; the result by rounding, and in
+    16 bits by the margins that `"gram"` needs.
+
+    Attributes:
+      iteration: `"standard"` multiplies the matrix `[n, m]`, n <= m, at every step: 4n²m + 2n³
+        FLOPs. `"gram"` multiplies polynomials of its Gram matrix XXᵀ, which is smaller, and the
+        matrix itself after every second step in 16 bits, every third in others: 8n³ FLOPs a step,
+        and 4n²m - 6n³ every time (see `gram`).
+      smallest_block: Symmetric products compute only blocks on and below the diagonal, cut in
+        halves of at least so many rows. None: they compute both sides of it.
+      row_major: Copy factors that are transposed views before multiplying them.
+      kernel: What computes symmetric products. `"pallas"`: on TPU (v5 and newer) and NVIDIA GPUs a
+        Pallas kernel that leaves out the half above the diagonal, in every dtype but float64;
+        elsewhere as `"xla"`. It has been compiled, but not yet timed. On several devices it needs
+        `jax.shard_map`, which Muon uses wherever it knows how parameters are split.
+      entries_at_once: Of a stack of matrices, as many at a time as have so many entries.
+
+    Raises:
+      ValueError: Another iteration, or a number below 1.
+    """
+
+    iteration: Iteration
+    smallest_block: int | None = None
+    row_major: bool = False
+    kernel: Kernel = "xla"
+    entries_at_once: int = 2**24
+
+    def __post_init__(self):
+        if self.iteration not in get_args(Iteration):
+            raise ValueError(f'Method: iteration={self.iteration!r}; use "standard" or "gram"')
+        if self.kernel not in get_args(Kernel):
+            raise ValueError(f'Method: kernel={self.kernel!r}; use "xla" or "pallas"')
+        for name in ("smallest_block", "entries_at_once"):
+            number = getattr(self, name)
+            optional = number is None and name != "entries_at_once"
+            if not optional and (type(number) is not int or number < 1):
+                raise ValueError(f"Method: {name}={number!r} must be a whole number, at least 1")
+
+
+MethodName = Iteration | Literal["auto"]
+
+
+# The least m/n at which "auto" takes the Gram iteration, on every backend, so that all give the
+# same numbers. By FLOPs it wins from 1.2 on where the halves of symmetric products are left out,
+# and from 1.5 on where they are not.
+_GRAM_FROM = 1.5
+
+# What else "auto" goes by, for each backend. Those of CPU are measured:
+# `python -m benchmarks.methods` does it again.
+_CPU = {
+    # Smaller halves are slower by more than what they save.
+    "smallest_block": 384,
+    # One matrix of 768 rows at a time: three are slower by 5%, a whole stack by up to 80%.
+    "entries_at_once": 2**20,
+}
+_CPU_BFLOAT16 = _CPU | {
+    # XLA's bfloat16 product takes row-major factors. It converts others to float32, in which it
+    # takes twice as long.
+    "row_major": True,
+}
+# Not measured. On TPU the blocks' transposes and joins become copies that cost more than is saved,
+# as XLA's own estimates tell (docs/log.md).
+_ACCELERATOR = {"entries_at_once": 2**24}
+
+
+def iteration_for(method: MethodName | Method, n: int, m: int) -> Iteration:
+    """The iteration for matrices [n, m], n <= m."""
+    if isinstance(method, Method):
+        return method.iteration
+    if method == "auto":
+        return "gram" if m >= _GRAM_FROM * n else "standard"
+    return method
+
+
+def check_method(owner: str, method: Any) -> None:
+    """Raises TypeError for what is neither a `Method` nor the name of one."""
+    if not isinstance(method, Method) and method not in ("auto", *get_args(Iteration)):
+        raise TypeError(
+            f'{owner}: method={method!r}; use "auto", "standard", "gram" or a muonclip_jax.Method'
+        )
+
+
+def on_each_backend(
+    run: Callable[..., jax.Array], x: jax.Array, method: MethodName | Method, dtype: jnp.dtype
+) -> jax.Array:
+    """`run(x, method=)` with the method for wide matrices `x` iterated in `dtype`, on the backend
+    that it will be compiled for."""
+    if isinstance(method, Method):
+        return run(x, method=method)
+    iteration = iteration_for(method, *x.shape[-2:])
+    cpu = Method(iteration, **(_CPU_BFLOAT16 if dtype == jnp.bfloat16 else _CPU))
+    other = Method(iteration, **_ACCELERATOR)
+    return lax.platform_dependent(
+        x, cpu=functools.partial(run, method=cpu), default=functools.partial(run, method=other)
+    )

@@ -1,0 +1,106 @@
+"""Matrix products as the iterations need them: summed in float32 at least, and symmetric ones
+without their upper half."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from muonclip_jax.orthogonalize import symmetric_gpu, symmetric_tpu
+from muonclip_jax.orthogonalize.methods import Method
+
+_DENSE = Method("standard")
+
+# [[A, Bᵀ], [B, C]] as (A, B, C), of which A and C may be cut again; an array where it is not cut.
+Symmetric = jax.Array | tuple["Symmetric", jax.Array, "Symmetric"]
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """What products of factors of this dtype are summed in, and given as."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
+    """`left @ right` in the accumulator's dtype. XLA's default precision rounds float32 factors to
+    bfloat16 on TPU and to TF32 on GPU; 16-bit factors lose nothing by it."""
+    if method.row_major:
+        left, right = _row_major(left), _row_major(right)
+    total = accumulator(left.dtype)
+    return jnp.matmul(
+        left,
+        right,
+        precision=lax.Precision.HIGHEST if left.dtype == total else lax.Precision.DEFAULT,
+        preferred_element_type=total,
+    )
+
+
+def gram(x: jax.Array, method: Method) -> Symmetric:
+    """XXᵀ. Cost: as `symmetric`."""
+    return symmetric(x, _row_major(x.mT) if method.row_major else x.mT, method)
+
+
+def symmetric(left: jax.Array, right: jax.Array, method: Method) -> Symmetric:
+    """`left @ right`, `[..., n, n]`, where the caller knows it to be symmetric.
+
+    Cost: of the full product's FLOPs 3/4 if it is cut once, 5/8 if twice.
+    """
+    if method.kernel == "pallas" and left.dtype != jnp.float64:
+        return _by_kernel(left, right)
+    n = left.shape[-2]
+    if method.smallest_block is None or n < 2 * method.smallest_block:
+        return matmul(left, right, method)
+    top, bottom = jnp.split(left, [n // 2], axis=-2)
+    ahead, behind = jnp.split(right, [n // 2], axis=-1)
+    return (
+        symmetric(top, ahead, method),
+        matmul(bottom, ahead, method),
+        symmetric(bottom, behind, method),
+    )
+
+
+@jax.custom_jvp
+def _by_kernel(left: jax.Array, right: jax.Array) -> jax.Array:
+    total = accumulator(left.dtype)
+
+    def run(product):
+        return lambda left, right: product(left, right.mT, out_dtype=total)
+
+    return lax.platform_dependent(
+        left,
+        right,
+        tpu=run(symmetric_tpu.symmetric_product),
+        cuda=run(symmetric_gpu.symmetric_product),
+        default=lambda left, right: matmul(left, right, _DENSE),
+    )
+
+
+@_by_kernel.defjvp
+def _by_kernel_jvp(factors, tangents):
+    (left, right), (left_dot, right_dot) = factors, tangents
+    tangent = matmul(left_dot, right, _DENSE) + matmul(left, right_dot, _DENSE)
+    return _by_kernel(left, right), tangent
+
+
+def joined(x: Symmetric) -> jax.Array:
+    """The whole matrix, exactly symmetric where it was cut."""
+    if not isinstance(x, tuple):
+        return x
+    a, b, c = x
+    top = jnp.concatenate([joined(a), b.mT], axis=-1)
+    bottom = jnp.concatenate([b, joined(c)], axis=-1)
+    return jnp.concatenate([top, bottom], axis=-2)
+
+
+def each(fn: Callable[..., jax.Array], *matrices: Symmetric) -> Symmetric:
+    """Entry by entry."""
+    return jax.tree.map(fn, *matrices)
+
+
+def rounded(x: Symmetric, dtype: jnp.dtype) -> Symmetric:
+    return each(lambda block: block.astype(dtype), x)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
