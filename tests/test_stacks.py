@@ -73,6 +73,12 @@ SPECS = {
 }
 
 
+# Float32 rounds at 6e-8, and a mesh sums in another order. Five steps grow that by their slope, 1e3
+# at most, where singular values are small, and the Gram iteration adds up three steps' (measured:
+# 1.3e-5 of entries up to 1).
+TOLERANCE = 3e-5
+
+
 def mesh_of(axis_type, sizes=(4, 2)):
     return jax.make_mesh(sizes, ("fsdp", "tp"), axis_types=(axis_type,) * 2)
 
@@ -118,7 +124,7 @@ def test_as_on_one_device(specs, axis_type, devices_per_matrix):
     directions, state = step(tx, grads, state)
     expected, expected_state = on_one_device()
     # Five steps in float32 multiply rounding by up to their slope at small singular values.
-    chex.assert_trees_all_close(directions, expected, atol=1e-5)
+    chex.assert_trees_all_close(directions, expected, atol=TOLERANCE)
     chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
     for name, spec in SPECS[specs].items():
         wanted = NamedSharding(mesh, spec)
@@ -241,7 +247,7 @@ def test_hard_matrices(devices_per_matrix):
     np.testing.assert_allclose(directions["rank one"], outer / jnp.linalg.norm(outer), atol=1e-5)
     assert jnp.isnan(directions["nan"]).all() and jnp.isnan(directions["inf"]).all()
     whole = mc.orthogonalize(gradients()["wide"], options["schedule"], dtype="float32")
-    np.testing.assert_allclose(directions["healthy"], whole, atol=1e-5)
+    np.testing.assert_allclose(directions["healthy"], whole, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("spec", [P("fsdp", "tp"), P("tp", "fsdp")], ids=str)
@@ -257,7 +263,7 @@ def test_aol_in_teams(name, spec):
     on_devices = jax.device_put(grads, sharding)
     directions, _ = step(tx, on_devices, tx.init(on_devices))
     expected = mc.orthogonalize(grads["w"], schedule, dtype="float32")
-    np.testing.assert_allclose(directions["w"], expected, atol=1e-5)
+    np.testing.assert_allclose(directions["w"], expected, atol=TOLERANCE)
 
 
 # Where shardings come from
@@ -271,7 +277,7 @@ def test_arrays_at_hand_tell_themselves():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         directions, _ = tx.update(grads, tx.init(grads))
-    np.testing.assert_allclose(directions["wide"], on_one_device()[0]["wide"], atol=1e-5)
+    np.testing.assert_allclose(directions["wide"], on_one_device()[0]["wide"], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -305,14 +311,14 @@ def test_wrong_shardings_cost_copies_only():
     _, grads, _ = on_mesh(mesh, SPECS["both"])
     tx = muon(shardings={name: NamedSharding(mesh, SPECS["rows"][name]) for name in SHAPES})
     directions, _ = step(tx, grads, tx.init(grads))
-    chex.assert_trees_all_close(directions, on_one_device()[0], atol=1e-5)
+    chex.assert_trees_all_close(directions, on_one_device()[0], atol=TOLERANCE)
 
 
 def test_unknown_shardings_are_told():
     _, grads, state = on_mesh(mesh_of(AxisType.Auto), SPECS["both"])
     with pytest.warns(UserWarning, match=r"how experts is split .* Auto: .*Pass shardings="):
         directions, _ = step(muon(), grads, state)
-    chex.assert_trees_all_close(directions, on_one_device()[0], atol=1e-5)
+    chex.assert_trees_all_close(directions, on_one_device()[0], atol=TOLERANCE)
 
 
 def test_momentum_is_placed_inside_jit():
@@ -337,7 +343,7 @@ def test_in_shard_map_each_device_has_its_own():
     )
     found = jax.jit(local)(grads)
     expected, _ = tx.update(grads, tx.init(grads))
-    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("spec", [P(None, None, "tp"), P("fsdp", None, "tp")], ids=str)
@@ -365,7 +371,7 @@ def test_in_shard_map_over_some_axes(axis_type, spec):
         found = jax.jit(local)(jax.device_put(grads, NamedSharding(mesh, P("fsdp", None, "tp"))))
     schedule = mc.schedules.polar_express(steps=5)
     expected = mc.orthogonalize(grads["w"], schedule, dtype="float32")
-    np.testing.assert_allclose(found["w"], expected, atol=1e-5)
+    np.testing.assert_allclose(found["w"], expected, atol=TOLERANCE)
 
 
 def test_mixed_meshes_are_told_by_shardings():
