@@ -129,11 +129,6 @@ def matmul_rates(products: Sequence[Matmul], repeats: int = 5) -> dict[str, floa
     return {p.label: p.flops / seconds[p.label] for p in products}
 
 
-def matmul_peak(dtype: str) -> float:
-    """FLOP/s of the fastest of `matmuls`: what this machine reaches with factors in `dtype`."""
-    return max(matmul_rates(matmuls(dtype)).values())
-
-
 def _ways(size: tuple[int, int, int], dtype: str) -> list[Matmul]:
     n, k, m = size
     x = jax.random.normal(jax.random.key(0), (n, k)).astype(dtype)

@@ -5,6 +5,7 @@ iteration.py   one device: scale, iterate, and how orthogonal the result is
 methods.py     by which iteration and products, and what "auto" chooses
 standard.py    the iteration on the matrix itself
 gram.py        the iteration on its Gram matrix
+precision.py   what they are summed in
 products.py    matrix products, symmetric ones by half
 symmetric_tpu.py, symmetric_gpu.py   the latter as Pallas kernels
 stacks.py      many parameters' matrices: one stack for each shape

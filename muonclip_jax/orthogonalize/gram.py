@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax.orthogonalize.methods import Method
+from muonclip_jax.orthogonalize.precision import accumulator
 from muonclip_jax.orthogonalize.products import (
     Symmetric,
-    accumulator,
     each,
     gram,
     joined,

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax.orthogonalize.iteration import nonzero
-from muonclip_jax.orthogonalize.methods import Method
-from muonclip_jax.orthogonalize.products import accumulator, matmul
+from muonclip_jax.orthogonalize.methods import DENSE
+from muonclip_jax.orthogonalize.precision import accumulator
+from muonclip_jax.orthogonalize.products import matmul
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.team import Team
-
-_DENSE = Method("standard")
 
 
 def normalize(x: jax.Array, schedule: Schedule, dtype: jnp.dtype, team: Team) -> jax.Array:
@@ -51,8 +50,8 @@ def iterate(x: jax.Array, schedule: Schedule, team: Team) -> jax.Array:
         a, b, c = abc
         square = _rows_of_gram(x, team)
         rows = square.astype(x.dtype)
-        polynomial = (b * square + c * matmul(rows, team.all_rows(rows), _DENSE)).astype(x.dtype)
-        return (a * x + matmul(team.all_rows(polynomial), x, _DENSE)).astype(x.dtype), None
+        polynomial = (b * square + c * matmul(rows, team.all_rows(rows), DENSE)).astype(x.dtype)
+        return (a * x + matmul(team.all_rows(polynomial), x, DENSE)).astype(x.dtype), None
 
     if schedule.normalization == "aol":
         sums = jnp.sum(jnp.abs(_rows_of_gram(x, team)), axis=-1, keepdims=True)
@@ -62,4 +61,4 @@ def iterate(x: jax.Array, schedule: Schedule, team: Team) -> jax.Array:
 
 
 def _rows_of_gram(x: jax.Array, team: Team) -> jax.Array:
-    return team.sum_rows(matmul(x, x.mT, _DENSE))
+    return team.sum_rows(matmul(x, x.mT, DENSE))

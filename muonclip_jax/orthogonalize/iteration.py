@@ -13,8 +13,15 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax.orthogonalize.gram import gram_newton_schulz
-from muonclip_jax.orthogonalize.methods import Method, MethodName, check_method, on_each_backend
-from muonclip_jax.orthogonalize.products import accumulator, gram, joined, matmul
+from muonclip_jax.orthogonalize.methods import (
+    DENSE,
+    Method,
+    MethodName,
+    check_method,
+    on_each_backend,
+)
+from muonclip_jax.orthogonalize.precision import accumulator
+from muonclip_jax.orthogonalize.products import gram, joined, matmul
 from muonclip_jax.orthogonalize.schedules import Schedule, polar_express
 from muonclip_jax.orthogonalize.standard import standard
 
@@ -84,7 +91,7 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
     x = jnp.asarray(x)
     _check_matrices("orthogonality_error", x)
     x = wide(x)
-    square = matmul(x, x.mT, Method("standard"))
+    square = matmul(x, x.mT, DENSE)
     n = square.shape[-1]
     return jnp.linalg.norm(square - jnp.eye(n, dtype=square.dtype), axis=(-2, -1)) / n**0.5
 

@@ -54,6 +54,8 @@ class Method:
                 raise ValueError(f"Method: {name}={number!r} must be a whole number, at least 1")
 
 
+DENSE = Method("standard")  # whole products by XLA
+
 MethodName = Iteration | Literal["auto"]
 
 

@@ -8,36 +8,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from muonclip_jax.orthogonalize import symmetric_gpu, symmetric_tpu
-from muonclip_jax.orthogonalize.methods import Method
-
-_DENSE = Method("standard")
+from muonclip_jax.orthogonalize import precision, symmetric_gpu, symmetric_tpu
+from muonclip_jax.orthogonalize.methods import DENSE, Method
 
 # [[A, Bᵀ], [B, C]] as (A, B, C), of which A and C may be cut again; an array where it is not cut.
 Symmetric = jax.Array | tuple["Symmetric", jax.Array, "Symmetric"]
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """What products of factors of this dtype are summed in, and given as."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
-    """`left @ right` in the accumulator's dtype. XLA's default precision rounds float32 factors to
-    bfloat16 on TPU and to TF32 on GPU; 16-bit factors lose nothing by it."""
+    """`left @ right` in the accumulator's dtype."""
     if method.row_major:
         left, right = _row_major(left), _row_major(right)
-    total = accumulator(left.dtype)
-    return jnp.matmul(
-        left,
-        right,
-        precision=lax.Precision.HIGHEST if left.dtype == total else lax.Precision.DEFAULT,
-        preferred_element_type=total,
-    )
+    return jnp.matmul(left, right, **precision.of_product(left.dtype))
 
 
 def gram(x: jax.Array, method: Method) -> Symmetric:
     """XXᵀ. Cost: as `symmetric`."""
+    # Copied here, once for all blocks.
     return symmetric(x, _row_major(x.mT) if method.row_major else x.mT, method)
 
 
@@ -62,7 +49,7 @@ def symmetric(left: jax.Array, right: jax.Array, method: Method) -> Symmetric:
 
 @jax.custom_jvp
 def _by_kernel(left: jax.Array, right: jax.Array) -> jax.Array:
-    total = accumulator(left.dtype)
+    total = precision.accumulator(left.dtype)
 
     def run(product):
         return lambda left, right: product(left, right.mT, out_dtype=total)
@@ -72,14 +59,14 @@ def _by_kernel(left: jax.Array, right: jax.Array) -> jax.Array:
         right,
         tpu=run(symmetric_tpu.symmetric_product),
         cuda=run(symmetric_gpu.symmetric_product),
-        default=lambda left, right: matmul(left, right, _DENSE),
+        default=lambda left, right: matmul(left, right, DENSE),
     )
 
 
 @_by_kernel.defjvp
 def _by_kernel_jvp(factors, tangents):
     (left, right), (left_dot, right_dot) = factors, tangents
-    tangent = matmul(left_dot, right, _DENSE) + matmul(left, right_dot, _DENSE)
+    tangent = matmul(left_dot, right, DENSE) + matmul(left, right_dot, DENSE)
     return _by_kernel(left, right), tangent
 
 

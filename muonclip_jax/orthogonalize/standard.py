@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax.orthogonalize.methods import Method
+from muonclip_jax.orthogonalize.precision import accumulator
 from muonclip_jax.orthogonalize.products import (
-    accumulator,
     each,
     gram,
     joined,

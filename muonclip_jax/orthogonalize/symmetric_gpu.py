@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import ArrayLike, DTypeLike
 
+from muonclip_jax.orthogonalize import precision
+
 TILE = 128  # at most, in 16 bits. Half in float32, which takes twice the shared memory
 DEPTH = 64  # of k in shared memory; three such stages are 96 KiB, which all since A100 have
 
@@ -128,8 +130,7 @@ def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
         left,
         right,
         (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
+        **precision.of_product(left.dtype),
     )
 
 

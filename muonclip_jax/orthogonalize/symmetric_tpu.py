@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import ArrayLike, DTypeLike
 
+from muonclip_jax.orthogonalize import precision
+
 TILE = 1024  # at most; v6e takes as long for a tile's products as to read the tile's factors
 BLOCK = 256  # of a diagonal tile, which leaves out those above the diagonal: an MXU's edge on v6e
 DEPTH_BYTES = 8192  # of a row of the factors in VMEM at a time
@@ -250,8 +252,7 @@ def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
         left,
         right,
         (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
+        **precision.of_product(left.dtype),
     )
 
 

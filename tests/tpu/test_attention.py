@@ -65,7 +65,14 @@ def test_tokamaxs_kernel_compiles(tpu_mesh, topology, monkeypatch):
     assert temp_bytes(compiled) < 4 * HEADS * LENGTH**2 / 4
 
 
+def held_bytes(compiled):
+    """With what goes in and comes out: the compiler may find room for all temporaries there, or in
+    VMEM, which it does not count."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
 def test_chunked_memory_is_linear_in_the_length(tpu_mesh):
     compile_length = functools.partial(compile_both_passes, tpu_mesh("v5e:2x2", data=4), "chunked")
-    half, full = (temp_bytes(compile_length(length)) for length in (8192, 16384))
+    half, full = (held_bytes(compile_length(length)) for length in (8192, 16384))
     assert full / half < 2.2  # a tile's own temporaries do not grow with the length
