@@ -40,8 +40,8 @@ SHAPES = {
 }
 SCHEDULES = {
     "polar_express": mc.schedules.polar_express(),
-    # As near to orthogonal on a Gaussian matrix, but singular values below 0.01 stay small.
-    "polar_express_4": mc.schedules.polar_express(4, lower=1e-2),
+    # A fifth cheaper; further from orthogonal only where one singular value dominates.
+    "polar_express_4": mc.schedules.polar_express(4, lower=5e-3),
     "you": mc.schedules.you(),
     "cans": mc.schedules.cans(),
 }

@@ -24,7 +24,9 @@ SCHEDULES = [
 ]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 each_normalization = pytest.mark.parametrize(
-    "schedule", [schedules.polar_express(5), schedules.aol()], ids=lambda s: s.name
+    "schedule",
+    [schedules.jordan(), schedules.polar_express(5), schedules.aol()],
+    ids=lambda s: s.normalization,
 )
 each_method = pytest.mark.parametrize("method", ["standard", "gram"])
 DTYPES = ["bfloat16", "float16", "float32", "float64"]
@@ -37,9 +39,11 @@ def normalized_svd(x, schedule):
     if schedule.normalization == "aol":
         gram = x @ x.swapaxes(-1, -2)
         x = x / np.sqrt(np.abs(gram).sum(axis=-1, keepdims=True))
-    else:
-        x = x / np.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    return np.linalg.svd(x / schedule.norm_factor, full_matrices=False)
+        return np.linalg.svd(x / schedule.norm_factor, full_matrices=False)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    power = {"frobenius": 2, "schatten4": 4}[schedule.normalization]
+    norm = np.linalg.norm(s, power, axis=-1, keepdims=True)
+    return u, s / (norm * schedule.norm_factor), vt
 
 
 def reference(x, schedule):
@@ -366,8 +370,9 @@ def test_matmul_precision():
 def test_long_sums_do_not_lose_digits_in_bfloat16():
     x = gaussian(2, 30_000)
     out = orthogonalize(jnp.asarray(x, jnp.bfloat16), schedules.polar_express(8))
-    # A bfloat16 running sum of 30,000 squares would stop growing at 256 of them.
-    assert orthogonality_error(out) < 0.01
+    # A bfloat16 running sum of 30,000 squares would stop growing at 256 of them. What is left is
+    # the rounding of the last segment's three polynomials, each by up to half an eps of 0.008.
+    assert orthogonality_error(out) < 0.015
 
 
 # Orthogonality error
@@ -498,15 +503,20 @@ def test_each_backend_has_its_products():
     assert "LayoutConstraint" not in tpu
 
 
-def test_segments_begin_alone_where_steps_are_steep():
-    def lengths(schedule, dtype="bfloat16"):
-        return [len(some) for some in segments(schedule, dtype)]
+def test_segments_grow_less_after_the_first():
+    def lengths(schedule):
+        return [len(some) for some in segments(schedule, "bfloat16")]
 
-    assert lengths(schedules.polar_express(5)) == [1, 2, 2]
-    assert lengths(schedules.polar_express(8)) == [1, 2, 2, 2, 1]
+    assert lengths(schedules.polar_express(5)) == [2, 3]
+    assert lengths(schedules.polar_express(5, lower=1e-3)) == [2, 2, 1]
+    assert lengths(schedules.polar_express(8)) == [2, 3, 3]
     assert lengths(schedules.jordan(5)) == [2, 2, 1]
-    assert lengths(schedules.polar_express(5), "float32") == [3, 2]
     assert sum(segments(schedules.you(), "float32"), ()) == schedules.you().coefficients
+    first, second = segments(schedules.polar_express(5), "bfloat16")
+    assert (*first, *second[1:]) == tuple(
+        schedules.polar_express(5).coefficients[i] for i in (0, 1, 3, 4)
+    )
+    assert second[0][0] == schedules.polar_express(5).coefficients[2][0] / 1.2
 
 
 def test_the_kernel_is_for_accelerators_only():

@@ -2,6 +2,7 @@
 
 schedules.py   which polynomial at which step, checked when built
 iteration.py   one device: scale, iterate, and how orthogonal the result is
+normalization.py   what matrices are divided by before the steps
 methods.py     by which iteration and products, and what "auto" chooses
 standard.py    the iteration on the matrix itself
 gram.py        the iteration on its Gram matrix

@@ -15,12 +15,15 @@ needs was found here, by random matrices of few rows, whose rounding errors do n
 
 import dataclasses
 import itertools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax.orthogonalize.methods import Method
+from muonclip_jax.orthogonalize.normalization import scale_at
 from muonclip_jax.orthogonalize.precision import accumulator
 from muonclip_jax.orthogonalize.products import (
     Symmetric,
@@ -33,33 +36,43 @@ from muonclip_jax.orthogonalize.products import (
 )
 from muonclip_jax.orthogonalize.schedules import Schedule, Step, widen
 
-# How many steps without a look at X, and the factor by which X is made smaller before the next.
-_LENGTH_AND_MARGIN = {
-    "bfloat16": (2, 1.12),
-    "float16": (2, 1.03),
-    "float32": (3, 1.0),
-    "float64": (3, 1.0),
-}
-# In 16 bits a step that makes small singular values grow by more is a segment of its own.
-_STEEP = 5.0
+
+class _Limits(NamedTuple):
+    """Of a segment: how many steps, and how much they may make small singular values grow."""
+
+    steps: int
+    growth: float
+
+
+# X is exact before the first segment, rounded before the others. Found by random matrices in
+# bfloat16; in float32 they keep rounding near that of the standard iteration.
+_FIRST = _Limits(2, 36.0)
+_LATER = _Limits(3, 18.0)
+# X is made smaller by it before the second segment and the others.
+_MARGIN = {"bfloat16": 1.2, "float16": 1.03, "float32": 1.0, "float64": 1.0}
 
 
 def segments(schedule: Schedule, dtype: jnp.dtype) -> list[tuple[Step, ...]]:
     """The schedule's steps between looks at X, as `gram_newton_schulz` takes them in `dtype`.
 
     After the first segment X is made smaller by a margin, so that rounding cannot take singular
-    values beyond the interval that the steps are made for: 12% in bfloat16, 3% in float16. Small
+    values beyond the interval that the steps are made for: 20% in bfloat16, 3% in float16. Small
     ones grow less by as much.
     """
-    longest, margin = _LENGTH_AND_MARGIN[jnp.dtype(dtype).name]
-    steep = _STEEP if margin > 1 else float("inf")
+    margin = _MARGIN[jnp.dtype(dtype).name]
     found: list[tuple[Step, ...]] = []
     for step in schedule.coefficients:
-        if found and len(found[-1]) < longest and max(found[-1][-1][0], step[0]) <= steep:
-            found[-1] = (*found[-1], step)
+        limits = _FIRST if len(found) < 2 else _LATER
+        longer = (*found[-1], step) if found else ()
+        if longer and len(longer) <= limits.steps and _growth(longer) <= limits.growth:
+            found[-1] = longer
         else:
             found.append((widen(step, margin if found else 1.0),))
     return found
+
+
+def _growth(steps: tuple[Step, ...]) -> float:
+    return math.prod(a for a, _, _ in steps)
 
 
 def with_margins(schedule: Schedule, dtype: jnp.dtype) -> Schedule:
@@ -67,35 +80,38 @@ def with_margins(schedule: Schedule, dtype: jnp.dtype) -> Schedule:
     return dataclasses.replace(schedule, coefficients=sum(segments(schedule, dtype), ()))
 
 
-def gram_newton_schulz(
-    x: jax.Array, scale: jax.Array, schedule: Schedule, method: Method
-) -> jax.Array:
-    """All steps on `scale * x`.
+def gram_newton_schulz(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
+    """The schedule's norm and steps.
 
     Cost for each matrix: 8n³ FLOPs a step, and 4n²m - 6n³ for each segment; less what
     `method.smallest_block` saves of all but 2n²m of a segment.
 
     Args:
       x: Matrices `[..., n, m]`, n <= m.
-      scale: `[..., 1, 1]`. It is applied to products, where it costs and rounds nothing.
-      schedule: The steps.
+      schedule: The norm and the steps.
       method: Which products.
     """
 
-    def run(carry, coefficients):
-        x, scale = carry
-        return (_segment(x, scale, coefficients, method), jnp.ones_like(scale)), None
+    def run(x, this):
+        return _segment(x, *this, schedule, method), None
 
-    carry = x, scale
+    first = True
     # Segments of one length compile once.
-    for _, equal in itertools.groupby(segments(schedule, x.dtype), key=len):
-        carry, _ = lax.scan(run, carry, jnp.asarray(list(equal), accumulator(x.dtype)))
-    return carry[0]
+    for _, group in itertools.groupby(segments(schedule, x.dtype), key=len):
+        equal = jnp.asarray(list(group), accumulator(x.dtype))
+        x, _ = lax.scan(run, x, (equal, first & (jnp.arange(len(equal)) == 0)))
+        first = False
+    return x
 
 
-def _segment(x: jax.Array, scale: jax.Array, coefficients: jax.Array, method: Method) -> jax.Array:
-    """Some steps on `scale * x`, by its Gram matrix."""
-    r = each(lambda block: scale**2 * block, gram(x, method))
+def _segment(
+    x: jax.Array, coefficients: jax.Array, first: jax.Array, schedule: Schedule, method: Method
+) -> jax.Array:
+    """Some steps, by the Gram matrix of X."""
+    square = gram(x, method)
+    # Products are scaled, not X: that costs and rounds nothing.
+    scale = scale_at(first, square, schedule)
+    r = each(lambda block: scale**2 * block, square)
     a, z, r_rounded = _polynomial(r, coefficients[0], x.dtype, method)
     s, q = a, rounded(z, accumulator(x.dtype))
     if len(coefficients) > 1:

@@ -8,56 +8,58 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax.orthogonalize.iteration import nonzero
 from muonclip_jax.orthogonalize.methods import DENSE
+from muonclip_jax.orthogonalize.normalization import inverse_norm, nonzero
 from muonclip_jax.orthogonalize.precision import accumulator
-from muonclip_jax.orthogonalize.products import matmul
+from muonclip_jax.orthogonalize.products import matmul, sum_of_squares
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.team import Team
 
 
-def normalize(x: jax.Array, schedule: Schedule, dtype: jnp.dtype, team: Team) -> jax.Array:
-    """The matrices in `dtype`, with a norm of 1 / norm_factor, or for AOL, which takes its norm
-    from the Gram matrix, a largest entry of 1.
-
-    Args:
-      x: A team's parts of matrices `[..., n, m]`.
-      schedule: Which norm.
-      dtype: Of the iteration.
-      team: Those with the other parts.
-    """
-    x = x.astype(jnp.promote_types(accumulator(x.dtype), dtype))
-    # XLA divides by multiplying with the reciprocal, hence the bound: a subnormal one would count
-    # as zero.
-    largest = team.largest(lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)))
-    x = x / nonzero(jnp.minimum(largest, 1 / jnp.finfo(x.dtype).tiny))
-    if schedule.normalization == "frobenius":
-        squares = team.sum(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-        x = x / (jnp.sqrt(nonzero(squares)) * schedule.norm_factor)
-    return x.astype(dtype)
-
-
 def iterate(x: jax.Array, schedule: Schedule, team: Team) -> jax.Array:
-    """The schedule's steps on what `normalize` gives.
+    """The schedule's norm and steps.
 
     Args:
-      x: This device's columns of matrices, `[..., n, m/size]`; n is a multiple of the team's size.
-      schedule: The steps.
+      x: This device's columns of matrices as `in_range` gives them, `[..., n, m/size]`; n is a
+        multiple of the team's size.
+      schedule: The norm and the steps.
       team: Those with the other columns.
     """
 
-    def step(x, abc):
-        a, b, c = abc
-        square = _rows_of_gram(x, team)
-        rows = square.astype(x.dtype)
-        polynomial = (b * square + c * matmul(rows, team.all_rows(rows), DENSE)).astype(x.dtype)
-        return (a * x + matmul(team.all_rows(polynomial), x, DENSE)).astype(x.dtype), None
+    x = _rescaled_rows(x, schedule, team)
+    square = _rows_of_gram(x, team)
+    measured = x if schedule.normalization == "frobenius" else square
+    scale = inverse_norm(team.sum(sum_of_squares(measured)), schedule)
+    coefficients = jnp.asarray(schedule.coefficients, accumulator(x.dtype))
+    # The first step by itself: only there all tell each other about the norm.
+    x = _step(x, square, scale, coefficients[0], team)
 
-    if schedule.normalization == "aol":
-        sums = jnp.sum(jnp.abs(_rows_of_gram(x, team)), axis=-1, keepdims=True)
-        scale = jnp.sqrt(nonzero(team.all_rows(sums))) * schedule.norm_factor
-        x = (x / scale).astype(x.dtype)
-    return lax.scan(step, x, jnp.asarray(schedule.coefficients, accumulator(x.dtype)))[0]
+    def step(x, abc):
+        square = _rows_of_gram(x, team)
+        return _step(x, square, jnp.ones_like(scale), abc, team), None
+
+    return lax.scan(step, x, coefficients[1:])[0]
+
+
+def _step(
+    x: jax.Array, square: jax.Array, scale: jax.Array, abc: jax.Array, team: Team
+) -> jax.Array:
+    """A polynomial of `scale * x`, of whose Gram matrix, not scaled, this device has some rows."""
+    a, b, c = abc
+    square = scale**2 * square
+    rows = square.astype(x.dtype)
+    polynomial = (b * square + c * matmul(rows, team.all_rows(rows), DENSE)).astype(x.dtype)
+    product = matmul(team.all_rows(polynomial), x, DENSE)
+    return (scale * (a * x + product)).astype(x.dtype)
+
+
+def _rescaled_rows(x: jax.Array, schedule: Schedule, team: Team) -> jax.Array:
+    """As on one device: `normalization.rescaled_rows`."""
+    if schedule.normalization != "aol":
+        return x
+    sums = jnp.sum(jnp.abs(_rows_of_gram(x, team)), axis=-1, keepdims=True)
+    divisor = jnp.sqrt(nonzero(team.all_rows(sums))) * schedule.norm_factor
+    return (x / divisor).astype(x.dtype)
 
 
 def _rows_of_gram(x: jax.Array, team: Team) -> jax.Array:

@@ -21,8 +21,8 @@ class Method:
     Attributes:
       iteration: `"standard"` multiplies the matrix `[n, m]`, n <= m, at every step: 4n²m + 2n³
         FLOPs. `"gram"` multiplies polynomials of its Gram matrix XXᵀ, which is smaller, and the
-        matrix itself after every second step in 16 bits, every third in others: 8n³ FLOPs a step,
-        and 4n²m - 6n³ every time (see `gram`).
+        matrix itself between segments of two or three steps: 8n³ FLOPs a step, and 4n²m - 6n³ a
+        segment (see `gram`).
       smallest_block: Symmetric products compute only blocks on and below the diagonal, cut in
         halves of at least so many rows. None: they compute both sides of it.
       row_major: Copy factors that are transposed views before multiplying them.

@@ -129,10 +129,10 @@ class Plan:
     @property
     def collectives(self) -> int:
         """How many times devices wait for each other."""
-        split = self._size(lambda f: f.here in ("rows", "cols")) > 1  # for the norms
+        split = self._size(lambda f: f.here in ("rows", "cols")) > 1  # to tell the largest entry
         shared = self._size(lambda f: f.here == "copies" != f.there) > 1
-        in_team = 3 * self.steps * (self.devices_per_matrix > 1)
-        return 2 * self._exchanges + 2 * split + shared + in_team
+        in_team = (3 * self.steps + 1) * (self.devices_per_matrix > 1)  # the one is for the norm
+        return 2 * self._exchanges + split + shared + in_team
 
     @property
     def seconds(self) -> float:

@@ -85,6 +85,21 @@ def each(fn: Callable[..., jax.Array], *matrices: Symmetric) -> Symmetric:
     return jax.tree.map(fn, *matrices)
 
 
+def trace(x: Symmetric) -> jax.Array:
+    """`[..., 1, 1]`."""
+    if isinstance(x, tuple):
+        return trace(x[0]) + trace(x[2])
+    return jnp.trace(x, axis1=-2, axis2=-1)[..., None, None]
+
+
+def sum_of_squares(x: Symmetric) -> jax.Array:
+    """Of all entries, `[..., 1, 1]`."""
+    if isinstance(x, tuple):
+        a, b, c = x
+        return sum_of_squares(a) + 2 * sum_of_squares(b) + sum_of_squares(c)
+    return jnp.sum(jnp.square(x.astype(precision.accumulator(x.dtype))), (-2, -1), keepdims=True)
+
+
 def rounded(x: Symmetric, dtype: jnp.dtype) -> Symmetric:
     return each(lambda block: block.astype(dtype), x)
 

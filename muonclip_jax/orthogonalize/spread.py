@@ -21,6 +21,7 @@ from muonclip_jax.orthogonalize import in_team
 from muonclip_jax.orthogonalize.gram import with_margins
 from muonclip_jax.orthogonalize.iteration import in_slices, iterate_stack, pad
 from muonclip_jax.orthogonalize.methods import Method, MethodName, iteration_for
+from muonclip_jax.orthogonalize.normalization import in_range
 from muonclip_jax.orthogonalize.plan import Place, Plan
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.team import Team
@@ -51,7 +52,7 @@ def orthogonalize_spread(
       This device's share as it lay, in `dtype`.
     """
     split = [i for i, f in enumerate(plan.factors) if f.here in ("rows", "cols")]
-    x = in_team.normalize(x, schedule, dtype, _team(plan, split))
+    x = in_range(x, dtype, _team(plan, split))
     together = _team(plan, [i for i, f in enumerate(plan.factors) if f.there == "cols"])
     there = _there(x, plan)
     if together.size == 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from muonclip_jax.meshes import free_axes, mesh_axes, mesh_of
@@ -184,14 +185,23 @@ def _stack(
 ) -> tuple[jax.Array, ...]:
     """One stack, or a device's share of it."""
     flat = [batch.flat(x) for batch, x in zip(batches, values, strict=True)]
-    ends = list(itertools.accumulate(map(len, flat)))
     if plan.factors:
         done = orthogonalize_spread(jnp.concatenate(flat), plan, schedule, dtype, method)
     else:
         stack = jnp.concatenate([_compact(x, dtype) for x in flat])
         done = iterate_stack(stack, schedule, dtype, method)
-    parts = jnp.split(done, ends[:-1])
+    starts = list(map(jnp.uint32, [0, *itertools.accumulate(map(len, flat[:-1]))]))
+    # On CPU every new kernel takes some 9 ms to compile. A slice at a constant place is one of its
+    # own; at places that XLA cannot know, slices share one.
+    starts = lax.platform_dependent(starts, cpu=_hidden, default=lambda starts: starts)
+    sizes = map(len, flat)
+    parts = [lax.dynamic_slice_in_dim(done, *part) for part in zip(starts, sizes, strict=True)]
     return tuple(b.unflat(p, x) for b, p, x in zip(batches, parts, values, strict=True))
+
+
+def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
+    """The numbers, the first of which is 0, from a loop that ends before it begins."""
+    return lax.while_loop(lambda x: x[0] > 0, lambda x: [*x[1:], x[0]], numbers)
 
 
 def _compact(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax.orthogonalize.methods import Method
+from muonclip_jax.orthogonalize.normalization import scale_at
 from muonclip_jax.orthogonalize.precision import accumulator
 from muonclip_jax.orthogonalize.products import (
     each,
@@ -20,30 +21,31 @@ from muonclip_jax.orthogonalize.products import (
 from muonclip_jax.orthogonalize.schedules import Schedule
 
 
-def standard(x: jax.Array, scale: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
-    """All steps on `scale * x`.
+def standard(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
+    """The schedule's norm and steps.
 
     Cost for each matrix and step: 4n²m + 2n³ FLOPs, less what `method.smallest_block` saves of the
     2n²m + 2n³ that are symmetric.
 
     Args:
       x: Matrices `[..., n, m]`, n <= m.
-      scale: `[..., 1, 1]`. It is applied to products, where it costs and rounds nothing.
-      schedule: The steps.
+      schedule: The norm and the steps.
       method: Which products.
     """
 
-    def step(carry, abc):
-        x, scale = carry
-        a, b, c = abc
-        square = each(lambda g: scale**2 * g, gram(x, method))
+    def step(x, this):
+        (a, b, c), first = this
+        square = gram(x, method)
+        # Products are scaled, not X: that costs and rounds nothing.
+        scale = scale_at(first, square, schedule)
+        square = each(lambda g: scale**2 * g, square)
         rows = joined(rounded(square, x.dtype))
         polynomial = each(
             lambda g, gg: (b * g + c * gg).astype(x.dtype), square, symmetric(rows, rows, method)
         )
-        x = (scale * (a * x + matmul(joined(polynomial), x, method))).astype(x.dtype)
-        return (x, jnp.ones_like(scale)), None
+        return (scale * (a * x + matmul(joined(polynomial), x, method))).astype(x.dtype), None
 
     # A scan costs as much as an unrolled loop at run time and compiles once for all steps.
     coefficients = jnp.asarray(schedule.coefficients, accumulator(x.dtype))
-    return lax.scan(step, (x, scale), coefficients)[0][0]
+    first = jnp.arange(len(coefficients)) == 0
+    return lax.scan(step, x, (coefficients, first))[0]

@@ -57,8 +57,8 @@ def scale_by_muon(
     be a matrix or a batch of matrices: `mc.muon` sends the others to another optimizer.
 
     Cost per matrix `[n, m]`, n <= m: at most `(4m/n + 2) n³` FLOPs for each of the schedule's
-    steps; with the default schedule in bfloat16 0.78 of them for m = 4n on accelerators, about 0.6
-    on CPU (`method`).
+    steps; with the default schedule two thirds of them for m = 4n on accelerators, about half on
+    CPU (`method`).
     Matrices of one shape are orthogonalized together, as a stack. Memory: one momentum array per
     parameter, in the parameter's sharding.
 

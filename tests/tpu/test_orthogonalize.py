@@ -13,7 +13,7 @@ from benchmarks.compiled import collectives, dots, flops, totals
 
 STEPS, N, M = 5, 512, 2048
 STANDARD = STEPS * (4 * N**2 * M + 2 * N**3)  # FLOPs for one matrix
-LOOKS = 3  # the Gram iteration's at the matrix
+LOOKS = 2  # the Gram iteration's at the matrix
 GRAM = STEPS * 8 * N**3 + LOOKS * (4 * N**2 * M - 6 * N**3)
 
 
