@@ -11,7 +11,22 @@ from muonclip_jax.attention import (
     sow_max_logits,
 )
 from muonclip_jax.description import describe
-from muonclip_jax.diagnostics import eigenvalue_participation_ratio, participation_ratio
+from muonclip_jax.diagnostics import (
+    AttentionReport,
+    HeadReport,
+    attention_report,
+    effective_rank,
+    eigenvalue_participation_ratio,
+    head_matrices,
+    nuclear_rank,
+    participation_ratio,
+    plots,
+    read_activations,
+    singular_values,
+    sow_activations,
+    spectral_norm,
+    stable_rank,
+)
 from muonclip_jax.layouts import Layout, find_layout
 from muonclip_jax.orthogonalize import (
     Method,
@@ -75,8 +90,21 @@ __all__ = [
     "max_logits_bound",
     "sow_max_logits",
     "read_max_logits",
-    # read-only
-    "orthogonality_error",
+    # read-only: heads
+    "attention_report",
+    "AttentionReport",
+    "HeadReport",
+    "head_matrices",
+    "sow_activations",
+    "read_activations",
+    "plots",
+    # read-only: matrices
+    "singular_values",
+    "spectral_norm",
     "participation_ratio",
     "eigenvalue_participation_ratio",
+    "effective_rank",
+    "stable_rank",
+    "nuclear_rank",
+    "orthogonality_error",
 ]

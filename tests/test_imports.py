@@ -8,6 +8,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "muonclip_jax"
 # Each part may import the parts before it.
 ORDER = [
     "paths",
+    "sowing",
     "meshes",
     "shardings",
     "orthogonalize",
@@ -16,9 +17,9 @@ ORDER = [
     "matrices",
     "routing",
     "description",
-    "diagnostics",
     "transforms",
     "recipes",
+    "diagnostics",
 ]
 
 

@@ -1,34 +1,21 @@
 """Pictures of the metrics of runs."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from examples.mla.metrics import Row, column, peak, per_head, select
+from muonclip_jax import plots
 
 POINTS = 500  # most points that a curve is drawn with
-INK, FAINT, WARNING = "#1f2933", "#9aa5b1", "#dc2626"
+INK, FAINT, WARNING, STYLE = plots.INK, plots.FAINT, plots.WARNING, plots.STYLE
 SERIES = ("#2563eb", "#d97706", "#059669")
-STYLE = {
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": "medium",
-    "grid.color": "#e4e7eb",
-    "legend.frameon": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 
 def loss(runs: Mapping[str, Sequence[Row]]) -> Figure:
@@ -65,22 +52,11 @@ def peaks(runs: Mapping[str, Sequence[Row]], threshold: float) -> Figure:
 
 def max_logits(steps: Sequence[Row], threshold: float) -> Figure:
     """Every head's max logit over steps, a panel a block, with the threshold."""
-    blocks = per_head(steps, "max_logits")
-    columns = min(len(blocks), 4)
-    rows = math.ceil(len(blocks) / columns)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, 0.4 + 2.5 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes, (block, maxima) in zip(panels, blocks.items(), strict=False):
-            for head, color in zip(maxima.T, shades(maxima.shape[1]), strict=True):
-                axes.plot(*curve(steps, head), color=color, lw=1)
-            axes.axhline(threshold, color=WARNING, ls="--", lw=1.2)
-            axes.set_title(block)
-        for unused in panels[len(blocks) :]:
-            unused.set_visible(False)
-        figure.supxlabel("step", fontsize="medium")
-        figure.supylabel("max logit", fontsize="medium")
-    return figure
+    thinned = {
+        block: np.stack([thin(head, np.nanmax) for head in maxima.T], axis=-1)
+        for block, maxima in per_head(steps, "max_logits").items()
+    }
+    return plots.curves(thin(column(steps, "step")), thinned, "max logit", threshold=threshold)
 
 
 def clip_factors(steps: Sequence[Row]) -> Figure:
@@ -110,7 +86,7 @@ def participation_ratio(evals: Sequence[Row]) -> Figure:
     """The participation ratio of each block's keys over steps."""
     blocks = list(evals[0]["participation_ratio"])
     with _axes(height=3.2) as axes:
-        for block, color in zip(blocks, shades(len(blocks)), strict=True):
+        for block, color in zip(blocks, plots.shades(len(blocks)), strict=True):
             ratio = np.array([row["participation_ratio"][block] for row in evals], np.float64)
             axes.plot(column(evals, "step"), ratio, "o-", ms=4, color=color, label=block)
         axes.set(xlabel="step", ylabel="participation ratio")
@@ -136,11 +112,6 @@ def running_mean(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
         means.append(mean / weight)
     return np.array(means)
-
-
-def shades(count: int) -> np.ndarray:
-    """Colours for things in an order."""
-    return colormaps["viridis"](np.linspace(0, 0.85, count))
 
 
 @contextmanager

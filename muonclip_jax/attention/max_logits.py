@@ -1,7 +1,6 @@
 """The way of the max logits out of a Flax model: sown by the attention block, read by path."""
 
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from muonclip_jax import paths
+from muonclip_jax import paths, sowing
 
 MAX_LOGITS = "max_logits"
 """The name under which an attention block sows its max logits."""
-
-_COLLECTION = "intermediates"
-
-# Flax releases with this option can be told that `sow` outside of `nnx.capture` does nothing;
-# in those before it, `nnx.capture` marks the modules that collect with an attribute.
-_NNX_HAS_CAPTURE_NOOP = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
 
 
 def sow_max_logits(module: linen.Module | nnx.Module, max_logits: jax.Array) -> bool:
@@ -44,18 +37,7 @@ def sow_max_logits(module: linen.Module | nnx.Module, max_logits: jax.Array) -> 
     _check(max_logits, "max_logits")
     value = jax.lax.stop_gradient(jnp.asarray(max_logits, jnp.float32))
     reduction = {"init_fn": lambda: -jnp.inf, "reduce_fn": jnp.maximum}
-    if isinstance(module, linen.Module):
-        return module.sow(_COLLECTION, MAX_LOGITS, value, **reduction)
-    if not isinstance(module, nnx.Module):
-        raise TypeError(
-            "module must be a flax.linen.Module or flax.nnx.Module, found "
-            f"{type(module).__name__}: pass the attention block, `self` in its own method."
-        )
-    if _NNX_HAS_CAPTURE_NOOP:
-        return module.sow(nnx.Intermediate, MAX_LOGITS, value, capture_noop=True, **reduction)
-    if hasattr(module, "__captures__"):
-        return module.sow(nnx.Intermediate, MAX_LOGITS, value, **reduction)
-    return False
+    return sowing.sow(module, MAX_LOGITS, value, **reduction)
 
 
 def read_max_logits(intermediates: Mapping[Any, Any]) -> dict[paths.Path, jax.Array]:
@@ -76,22 +58,13 @@ def read_max_logits(intermediates: Mapping[Any, Any]) -> dict[paths.Path, jax.Ar
       ValueError: no max logits in it, or one without a head axis, or calls that differ in shape.
       TypeError: not a mapping, or values that are not floating point.
     """
-    if intermediates is None:
-        intermediates = {}
-    if not isinstance(intermediates, Mapping):
-        raise TypeError(
-            "intermediates must be a mapping (Linen's `intermediates` collection, the State from "
-            f"nnx.capture, a dict), found {type(intermediates).__name__}. Flax returns them "
-            "second: `output, intermediates = ...`."
-        )
-    if intermediates and all(isinstance(key, tuple) for key in intermediates):
+    if (
+        isinstance(intermediates, Mapping)
+        and intermediates
+        and all(isinstance(key, tuple) for key in intermediates)
+    ):
         return {path: _maximum(path, value) for path, value in intermediates.items()}
-    sown = list(
-        paths.leaves(
-            intermediates.get(_COLLECTION, intermediates),
-            is_leaf=lambda node: not isinstance(node, Mapping | list),
-        )
-    )
+    sown = list(sowing.sown(intermediates))
     blocks = {
         path[:-1]: _maximum(path, value) for path, value in sown if path[-1:] == (MAX_LOGITS,)
     }
@@ -131,17 +104,10 @@ def _check(max_logits: Any, what: str) -> None:
         )
 
 
-def _nothing_sown(found: list[paths.Path], shown: int = 8) -> str:
-    names = ", ".join(map(paths.show, found[:shown])) or "nothing"
-    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+def _nothing_sown(found: list[paths.Path]) -> str:
     return (
-        f"No value named {MAX_LOGITS!r} in the intermediates; found {names}{more}. "
+        f"No value named {MAX_LOGITS!r} in the intermediates; found {sowing.names(found)}. "
         "Did the blocks sow? Call sow_max_logits(self, max_logits) in each, or give Flax's "
         "attention modules attention_fn=dot_product_attention and call them with "
-        "sow_weights=True. "
-        "Was it collected? Linen: model.apply(..., mutable=['intermediates']), and scanned layers "
-        "need nn.scan(..., variable_axes={'intermediates': 0}). "
-        "NNX: nnx.capture(lambda model: ..., nnx.Intermediate)(model). "
-        "Was it returned? jit, grad (has_aux=True) and vmap drop what their function does not "
-        "return."
+        "sow_weights=True. " + sowing.WAS_IT_COLLECTED
     )

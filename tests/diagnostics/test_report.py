@@ -1,0 +1,238 @@
+"""`attention_report`: what it reads from where, its flags, its table. Numbers of kernels are
+compared with extracted heads in test_heads.py."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import muonclip_jax as mc
+
+WIDTH, HEADS, KV, F, LAYERS = 6, 4, 2, 3, 2
+LAYOUT = mc.layouts.gqa(value=None, out=None)
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+PARAMS = {
+    "first": {
+        "query": {"kernel": normal(WIDTH, HEADS, F)},
+        "key": {"kernel": normal(WIDTH, KV, F)},
+    },
+    "rest": {
+        "query": {"kernel": normal(LAYERS, WIDTH, HEADS, F)},
+        "key": {"kernel": normal(LAYERS, WIDTH, KV, F)},
+    },
+}
+MAXIMA = {
+    "first": jnp.array([1.0, 20.0, 3.0, 4.0]),
+    "rest": jnp.array([[5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 40.0]]),
+}
+KEYS = {"first": normal(2, 5, KV, F), "rest": normal(LAYERS, 2, 5, KV, F)}
+SOWN = {name: {"max_logits": MAXIMA[name], "keys": (KEYS[name],)} for name in MAXIMA}
+CLIP = optax.chain(optax.sgd(0.1), mc.qk_clip(LAYOUT, threshold=10.0))
+
+
+@functools.cache
+def after_a_step(tx=CLIP):
+    return jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, max_logits=SOWN)[1]
+
+
+class ReportTest(chex.TestCase):
+    @chex.variants(with_jit=True)  # the other tests are without
+    def test_every_number_is_where_its_head_is(self):
+        report = self.variant(lambda *args: mc.attention_report(*args, LAYOUT, threshold=10.0))
+        blocks = report(PARAMS, after_a_step(), SOWN).blocks
+        assert list(blocks) == ["first", "rest"]
+        for name, stack in (("first", ()), ("rest", (LAYERS,))):
+            found = blocks[name]
+            chex.assert_trees_all_equal(found.max_logits, MAXIMA[name])
+            # One float32 division.
+            chex.assert_trees_all_close(found.gamma, jnp.minimum(1, 10 / MAXIMA[name]), rtol=1e-6)
+            chex.assert_shape([found.query_norms, found.ranks, found.dead], (*stack, HEADS))
+            chex.assert_shape([found.key_norms, found.key_participation_ratios], (*stack, KV))
+            chex.assert_trees_all_equal(found.exploding, MAXIMA[name] > 10)
+            assert not found.dead.any()
+            keys = jnp.moveaxis(KEYS[name], -2, -4).reshape(*stack, KV, -1, F)
+            # The same function in another program.
+            chex.assert_trees_all_close(
+                found.key_participation_ratios, mc.participation_ratio(keys), rtol=1e-6
+            )
+
+
+def test_every_few_steps_inside_a_jitted_one():
+    params = {"first": PARAMS["first"]}
+    report = lambda: mc.attention_report(params, None, SOWN, LAYOUT)  # noqa: E731
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(number, last):
+        return jax.lax.cond(number % 10 == 0, report, lambda: last)
+
+    first = step(0, jax.tree.map(jnp.zeros_like, report()))
+    # The same function in another program.
+    chex.assert_trees_all_close(first, report(), rtol=1e-6)
+    marked = jax.tree.map(jnp.ones_like, first)
+    chex.assert_trees_all_equal(step(5, marked), marked)
+
+
+def test_max_logits_of_the_last_clip():
+    given = mc.attention_report(PARAMS, after_a_step(), None, LAYOUT).blocks
+    chex.assert_trees_all_equal({name: b.max_logits for name, b in given.items()}, MAXIMA)
+    assert all(block.key_participation_ratios is None for block in given.values())
+    # Keys of an evaluation, maxima of the last step.
+    only_keys = {"first": {"keys": KEYS["first"]}}
+    mixed = mc.attention_report(PARAMS, after_a_step(), only_keys, LAYOUT).blocks
+    chex.assert_trees_all_equal({name: b.max_logits for name, b in mixed.items()}, MAXIMA)
+    chex.assert_shape(mixed["first"].key_participation_ratios, (KV,))
+    assert mixed["rest"].key_participation_ratios is None
+
+
+def test_maxima_that_were_read_before_count_more_than_the_last_clip():
+    read = {("first",): 2 * MAXIMA["first"], ("rest",): 2 * MAXIMA["rest"]}
+    report = mc.attention_report(PARAMS, after_a_step(), read, LAYOUT)
+    chex.assert_trees_all_equal(report.blocks["rest"].max_logits, 2 * MAXIMA["rest"])
+
+
+def test_without_a_clip_there_is_no_gamma():
+    tx = optax.adam(1e-3)
+    report = mc.attention_report(PARAMS, tx.init(PARAMS), SOWN, LAYOUT)
+    assert all(block.gamma is None for block in report.blocks.values())
+    assert "γ" not in str(report) and "gamma/first" not in report.scalars()
+
+
+def test_inside_accumulate():
+    state = after_a_step(mc.accumulate(CLIP, every=1))
+    report = mc.attention_report(PARAMS, state, None, LAYOUT)
+    chex.assert_trees_all_equal(report.blocks["first"].max_logits, MAXIMA["first"])
+
+
+def test_qk_norm_is_no_obstacle():
+    params = {"first": {**PARAMS["first"], "query_norm": {"scale": jnp.ones(F)}}}
+    with pytest.raises(ValueError, match="normalises queries"):
+        mc.qk_clip(LAYOUT).init(params)
+    assert list(mc.attention_report(params, None, SOWN, LAYOUT).blocks) == ["first"]
+
+
+def test_nnx():
+    attention = nnx.MultiHeadAttention(
+        2, 8, attention_fn=mc.dot_product_attention, decode=False, rngs=nnx.Rngs(0)
+    )
+    layout = mc.find_layout(nnx.state(attention, nnx.Param))
+    optimizer = nnx.Optimizer(attention, mc.qk_clip(layout), wrt=nnx.Param)
+    run = nnx.capture(lambda model: model(jnp.ones((1, 2, 8)), sow_weights=True), nnx.Intermediate)
+    sown = run(attention)[1]
+    params = nnx.state(attention, nnx.Param)
+    report = mc.attention_report(params, optimizer.opt_state, sown, layout).blocks["<root>"]
+    chex.assert_trees_all_equal(report.max_logits, mc.read_max_logits(sown)[()])
+    chex.assert_trees_all_equal(report.gamma, jnp.ones(2))
+
+
+def flags(maxima, scale_of_queries=1.0):
+    scales = jnp.broadcast_to(jnp.asarray(scale_of_queries, jnp.float32), HEADS)
+    block = PARAMS["first"]
+    queries = {"kernel": block["query"]["kernel"] * scales[:, None]}
+    params = {"first": {"query": queries, "key": block["key"]}}
+    sown = {"first": {"max_logits": jnp.asarray(maxima, jnp.float32)}}
+    report = mc.attention_report(params, None, sown, LAYOUT).blocks["first"]
+    return report.exploding.tolist(), report.dead.tolist()
+
+
+def test_exploding():
+    assert flags([99, 101, 5, -500])[0] == [False, True, False, False]
+    # A head that saw no key has the maximum of nothing.
+    assert flags([jnp.nan, jnp.inf, -jnp.inf, 5])[0] == [True, True, False, False]
+
+
+def test_dead_needs_both_small_logits_and_small_kernels():
+    tiny = [1, 1e-6, 1e-6, 0]
+    assert flags([0.05, 0.05, 5, 0], tiny) == ([False] * 4, [False, True, False, True])
+    assert flags([-jnp.inf, -0.05, jnp.nan, -5], 0)[1] == [False, True, False, False]
+
+
+def test_dead_is_a_bound_on_what_inputs_of_rms_1_can_do():
+    w_q, w_k = (np.float64(PARAMS["first"][name]["kernel"]) for name in ("query", "key"))
+    norms = [np.linalg.norm(w_q[:, h] @ w_k[:, h // 2].T, 2) for h in range(HEADS)]
+    just = 0.1 * np.sqrt(F) / (WIDTH * np.array(norms))
+    # 1e-3 is more than float32 rounds and less than anything that would matter.
+    assert flags([0] * 4, just * 0.999)[1] == [True] * 4
+    assert flags([0] * 4, just * 1.001)[1] == [False] * 4
+
+
+def test_broken_kernels_break_their_own_head_only():
+    kernel = PARAMS["first"]["query"]["kernel"].at[0, 1, 0].set(jnp.nan)
+    params = {"first": {"query": {"kernel": kernel}, "key": PARAMS["first"]["key"]}}
+    found = mc.attention_report(params, None, {"first": SOWN["first"]}, LAYOUT).blocks["first"]
+    for numbers in (found.query_norms, found.ranks):
+        np.testing.assert_array_equal(jnp.isnan(numbers), [False, True, False, False])
+    assert jnp.isfinite(found.key_norms).all()
+
+
+def test_huge_kernels():
+    params = jax.tree.map(lambda x: 1e30 * x, PARAMS)
+    huge, plain = (mc.attention_report(p, None, SOWN, LAYOUT).blocks for p in (params, PARAMS))
+    for name in huge:
+        # float32 roundings
+        chex.assert_trees_all_close(huge[name].ranks, plain[name].ranks, rtol=1e-5)
+        chex.assert_trees_all_close(
+            huge[name].query_norms, 1e30 * plain[name].query_norms, rtol=1e-5
+        )
+
+
+def test_table_has_a_line_a_layer_and_names_heads_to_look_at():
+    text = str(mc.attention_report(PARAMS, after_a_step(), SOWN, LAYOUT, threshold=10.0))
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    assert [row[0] for row in cells] == ["first", "rest/0", "rest/1"]
+    assert [row[1] for row in cells] == ["1 … 20", "5 … 8", "9 … 40"]
+    assert [row[2] for row in cells] == ["0.5 … 1", "1", "0.25 … 1"]
+    assert [row[-1] for row in cells] == ["exploding: 1", "", "exploding: 2, 3"]
+
+
+def test_scalars_for_a_logger():
+    report = mc.attention_report(PARAMS, after_a_step(), SOWN, LAYOUT, threshold=10.0)
+    scalars = report.scalars()
+    assert len(scalars) == 3 * 8 and all(type(value) is float for value in scalars.values())
+    assert scalars["max_logit/rest/1"] == 40 and scalars["gamma/rest/1"] == 0.25
+    assert scalars["exploding/rest/1"] == 2 and scalars["dead/first"] == 0
+    ratios = report.blocks["rest"].key_participation_ratios
+    # float32 roundings of a mean
+    np.testing.assert_allclose(scalars["key_participation_ratio/rest/0"], ratios[0].mean(), 1e-6)
+
+
+WRONG_HEADS = {**SOWN, "first": {**SOWN["first"], "keys": KEYS["first"][:, :, :1]}}
+TWICE = {**SOWN, "first": {**SOWN["first"], "rope": {"keys": KEYS["first"]}}}
+ELSEWHERE = {name: {"max_logits": MAXIMA[name]} for name in MAXIMA} | {
+    "mlp": {"keys": KEYS["first"]}
+}
+
+
+@pytest.mark.parametrize(
+    ("sown", "words"),
+    [
+        (None, r"No value named 'max_logits'.*found nothing"),
+        ({"first": SOWN["first"]}, "rest has query and key kernels but no max logits.*of first"),
+        ({"mlp": SOWN["first"]}, "first has query and key kernels but no max logits.*of none"),
+        (WRONG_HEADS, r"first sowed keys of shape \(1, 10, 3\).*2 key heads"),
+        (TWICE, "2 modules in first sowed keys"),
+        (ELSEWHERE, "keys sown are in no block of the layout; it has first, rest"),
+    ],
+    ids=["nothing", "one block", "elsewhere", "heads", "twice", "keys elsewhere"],
+)
+def test_refuses(sown, words):
+    with pytest.raises(ValueError, match=words):
+        mc.attention_report(PARAMS, None, sown, LAYOUT)
+
+
+def test_two_clips_are_ambiguous():
+    tx = optax.chain(mc.qk_clip(LAYOUT), mc.qk_clip(LAYOUT))
+    with pytest.raises(ValueError, match=r"Expected one QKClipState.*found 2"):
+        mc.attention_report(PARAMS, tx.init(PARAMS), SOWN, LAYOUT)
