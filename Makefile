@@ -16,7 +16,7 @@ JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 .PHONY: help train compare bench methods overhead test test-models test-tpu test-lowest docs lint clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 train: $(VENV)/.train-$(JAX)  ## train the MLA language model with MuonClip on real text
 	$(BIN)/python -m examples.mla.train $(ARGS)
@@ -36,6 +36,10 @@ bench-%: $(VENV)/.bench-$(JAX)
 
 methods: $(VENV)/.train-$(JAX)  ## which method of orthogonalization is the fastest where
 	$(BIN)/python -m benchmarks.methods $(ARGS)
+
+# One of them: make study-clip ARGS="--size cpu"
+study-%: $(VENV)/.train-$(JAX)  ## what a source claims, tested: clip, rank, spectrum, quack
+	$(BIN)/python -m studies.$* $(ARGS)
 
 test: $(VENV)/.test-$(JAX)  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

@@ -13,4 +13,5 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # Compilation dominates and varies, so examples have no deadline; derandomized runs repeat.
 settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("few", settings.get_profile("default"), max_examples=15)
 settings.load_profile("default")

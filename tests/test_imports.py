@@ -7,6 +7,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "muonclip_jax"
 
 # Each part may import the parts before it.
 ORDER = [
+    "lapack",
     "paths",
     "sowing",
     "meshes",

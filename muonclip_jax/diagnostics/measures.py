@@ -10,13 +10,15 @@ All of these take matrices `[..., n, m]` to a number each, `[...]`, and have in 
   square is first brought to k × k by Householder's QR, 2 k² times the longer side. On two CPU cores
   that takes a fifth to a half off the SVD alone (eight matrices [8192, 64] or [512, 128]). A Gram
   matrix would be cheaper still, but it squares the singular values: in float32 all below 3e-4 of
-  the largest are lost in rounding. QR loses no more than the SVD does.
+  the largest are lost in rounding. QR loses no more than the SVD does. On CPU matrices of a batch
+  go one by one (`lapack.py`).
 - Accuracy: singular values come out within a few roundings, 1e-6 in float32, of the **largest**.
   Below that they are noise, so a rank-deficient matrix counts a little more than its rank.
 
 On meshes the results are replicated; a matrix whose rows or columns are spread is gathered.
 """
 
+import functools
 from numbers import Real
 
 import jax
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from muonclip_jax.lapack import each_matrix
 from muonclip_jax.meshes import in_auto_axes
 from muonclip_jax.orthogonalize.normalization import in_range, nonzero
 
@@ -182,7 +185,8 @@ def _spectrum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     r, scale = factored(x if x.shape[-2] >= x.shape[-1] else x.mT)
     broken = jnp.isnan(r[..., 0, :1])
     # What LAPACK, cuSOLVER and XLA's own SVD make of a NaN differs, so none reaches them.
-    values = jnp.linalg.svd(jnp.where(broken[..., None], 0, r), compute_uv=False)
+    svd = functools.partial(jnp.linalg.svd, compute_uv=False)
+    values = each_matrix(svd, jnp.where(broken[..., None], 0, r))
     return jnp.where(broken, jnp.nan, values), scale
 
 
@@ -202,7 +206,8 @@ def factored(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scaled = in_range(x, x.dtype)
     largest, of_scaled = (jnp.abs(y).max(axis=(-2, -1))[..., None] for y in (x, scaled))
     scale = jnp.where(largest == 0, 1, largest / nonzero(of_scaled))
-    r = jnp.linalg.qr(scaled, mode="r") if x.shape[-2] > x.shape[-1] else scaled
+    qr = functools.partial(jnp.linalg.qr, mode="r")
+    r = each_matrix(qr, scaled) if x.shape[-2] > x.shape[-1] else scaled
     return jnp.where(finite, r, jnp.nan), scale
 
 

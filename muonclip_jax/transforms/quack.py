@@ -18,6 +18,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from muonclip_jax import paths
+from muonclip_jax.lapack import each_matrix
 from muonclip_jax.layouts import (
     GAIN_ROLES,
     Block,
@@ -379,7 +380,7 @@ def _spectral(
 def _leading_vector(matrices: list[jax.Array]) -> jax.Array:
     """Of kernels, and biases with one input, `[stack..., heads, in, features]`."""
     multiply = functools.partial(jnp.einsum, "...if,...ig->...fg", precision="highest")
-    vector = jnp.linalg.eigh(sum(multiply(m, m) for m in matrices))[1][..., -1]
+    vector = each_matrix(jnp.linalg.eigh, sum(multiply(m, m) for m in matrices))[1][..., -1]
     # Its sign is as the rounding of the Gram matrix has it; this one is the same everywhere.
     return jnp.where(vector.sum(-1, keepdims=True) < 0, -vector, vector)
 

@@ -187,7 +187,8 @@ def test_huge_kernels():
         )
 
 
-def test_table_has_a_line_a_layer_and_names_heads_to_look_at():
+def test_table_has_a_line_a_layer_and_names_heads_to_look_at(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     text = str(mc.attention_report(PARAMS, after_a_step(), SOWN, LAYOUT, threshold=10.0))
     lines = [line for line in text.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]

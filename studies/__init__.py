@@ -1,0 +1,11 @@
+"""What the sources claim, tested: `python -m studies.NAME --size smoke|cpu|gpu`.
+
+clip      QK-Clip keeps logits at a threshold, at no loss; per head, not all heads alike
+rank      QK-norm makes the keys of models trained with Muon collapse
+spectrum  Muon's updates have full rank, and so make singular values grow
+quack     QuacK is as stable as QK-norm, at any learning rate and with MLA
+
+In each: __main__.py (the grid, and what is measured), report.py (tables and pictures from the raw
+files), README.md (setting, claims, results, verdict) and results/SIZE/ (one raw file a run).
+common/ is what they share.
+"""

@@ -1,0 +1,78 @@
+"""The optimizer of a setting, declared as data and built from the package's own recipes."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import muonclip_jax as mc
+from studies.common.model import ModelConfig, attention_layout
+
+NUMBERS = ("learning_rate", "relative_learning_rate", "threshold", "weight_decay", "other_rate")
+KINDS = ("direction", "quack", "scope", "update_rms", "warmup")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=NUMBERS, meta_fields=KINDS)
+@dataclass(frozen=True)
+class Optimizer:
+    """What follows what. A pytree of its numbers, so that a sweep over them compiles once."""
+
+    direction: Literal["muon", "per_head_muon", "adam"] = "muon"
+    """Muon on whole kernels, Muon on each head's matrices, or Adam."""
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
+    quack: Literal["paper", "latent_norm", "fixed"] | None = None
+    """The rule of `mc.scale_by_quack`; fixed is a fixed lower rate for queries and keys."""
+    relative_learning_rate: float = 1.0
+    """QuacK's τ."""
+    threshold: float | None = None
+    """QK-Clip's τ; None does not clip."""
+    scope: Literal["head", "layer"] = "head"
+    """Which heads QK-Clip clips together."""
+    update_rms: Literal["match_adam", "jordan"] = "match_adam"
+    """How large Muon's updates are."""
+    other_rate: float = 1.0
+    """The learning rate of what is not Muon's, relative to Muon's."""
+    warmup: int = 20
+    """Steps of linear warm-up; after it the learning rate is constant."""
+
+    def chain(self, config: ModelConfig) -> optax.GradientTransformationExtraArgs:
+        """The transformation for a model."""
+        layout = attention_layout(config)
+        links = [self._recipe(layout)]
+        if self.threshold is not None:
+            links.append(mc.qk_clip(layout, self.threshold, scope=self.scope))
+        return optax.chain(*links)
+
+    def _recipe(self, layout: mc.Layout | None) -> optax.GradientTransformation:
+        adam = optax.scale_by_adam(b1=0.9, b2=0.95)
+        if self.direction == "adam":
+            options: dict[str, Any] = {"direction": adam}
+        else:
+            options = {
+                "other": optax.chain(adam, optax.scale(self.other_rate)),
+                "update_rms": self.update_rms,
+                # Whole kernels, or what the layout makes of them.
+                "dimension_numbers": mc.muon_dimension_numbers
+                if self.direction == "muon"
+                else None,
+            }
+        if self.quack is not None:
+            options |= {"rule": self.quack, "relative_learning_rate": self.relative_learning_rate}
+            return mc.quack(self.rate, layout=layout, weight_decay=self.weight_decay, **options)
+        if self.direction == "adam":
+            decay = optax.add_decayed_weights(self.weight_decay, _decays)
+            return optax.chain(adam, decay, optax.scale_by_learning_rate(self.rate))
+        return mc.muon(self.rate, layout=layout, weight_decay=self.weight_decay, **options)
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """The learning rate of a step, counted from 0."""
+        return self.learning_rate * jnp.minimum(1, (step + 1) / (self.warmup + 1))
+
+
+def _decays(params: Any) -> Any:
+    """Everything but the norms' scales, as in the package's recipes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

@@ -1,0 +1,139 @@
+"""Measures and tables, against numbers worked out by hand or by NumPy."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import muonclip_jax as mc
+from studies.clip import report as clip
+from studies.common import records
+from studies.common.tables import smooth, spread, table, tail
+from studies.quack import report as quack
+from studies.spectrum import report as spectrum
+from studies.spectrum.measures import TOP, meeting
+
+
+def test_meeting_is_what_the_package_measures():
+    w, d = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, 12, 20)))
+    found = meeting(w, d)
+    u, _, vt = np.linalg.svd(np.float64(w[1]))
+    expected = {
+        "weight_entropy": np.log(mc.effective_rank(w, 2)) / math.log(12),
+        "update_entropy": np.log(mc.effective_rank(d, 2)) / math.log(12),
+        "update_rank": mc.effective_rank(d) / 12,
+        "weight_norm": mc.spectral_norm(w),
+        "update_norm": mc.spectral_norm(d),
+        "update_frobenius": np.sqrt((d**2).sum(axis=(1, 2))),
+    }
+    for name, value in expected.items():
+        # The package's float32 singular values.
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    grown = [u[:, i] @ d[1] @ vt[i] for i in range(TOP)]
+    np.testing.assert_allclose(found["projections"][1], grown, rtol=1e-9)
+
+
+def test_a_run_that_diverged_is_told():
+    whole, broken = np.ones((1, 4, 4), np.float32), np.full((1, 4, 4), np.nan, np.float32)
+    for pair in ((whole, broken), (broken, whole)):
+        with pytest.raises(FloatingPointError, match="lower its learning rate"):
+            meeting(*pair)
+
+
+def spectrum_record(weights, updates):
+    met = records.tidy(meeting(weights, updates))
+    kernels = dict.fromkeys(("q", "k"), met)
+    model = {"heads": 4, "kv_heads": 4, "nope": 0, "rope": 16, "d_model": 64, "d_ff": 1}
+    return {"measurements": [{"kernels": kernels}], "model": {**model, "v": 16}}
+
+
+def test_overlap_is_one_by_chance_and_large_along_the_weights():
+    w, d = jax.random.normal(jax.random.key(0), (2, 16, 64, 64))
+    # 128 projections: their mean square is within 4 standard deviations, 4 sqrt(2/128), of 1.
+    assert spectrum.over_chance(spectrum_record(w, d)) == pytest.approx(1, abs=0.25)
+    along = spectrum_record(w, w)
+    assert spectrum.over_chance(along) > 5
+    assert spectrum.top_growth(along) == pytest.approx(1, rel=1e-4)
+    assert spectrum.top_growth(spectrum_record(w, -w)) == pytest.approx(-1, rel=1e-4)
+
+
+def clip_record(scope):
+    maxima = [[[1.0, 4.0]], [[3.0, 8.0]], [[-1.0, None]]]
+    return {
+        "curves": {"max_logits": maxima},
+        "optimizer": {"threshold": 2.0, "scope": scope},
+    }
+
+
+def test_clip_factors_by_head_and_by_layer():
+    by_head, by_layer = clip_record("head"), clip_record("layer")
+    np.testing.assert_array_equal(clip.passes(by_head), [[0, 1], [1, 1], [0, 0]])
+    np.testing.assert_allclose(clip.applied(by_head)[:2], [[1, 0.5], [2 / 3, 0.25]])
+    np.testing.assert_allclose(clip.applied(by_layer)[:2], [[0.5, 0.5], [0.25, 0.25]])
+    # A negative maximum and one that is not finite clip nothing.
+    np.testing.assert_array_equal(clip.applied(by_head)[2], [1, 1])
+
+
+def quack_record(losses, maxima=((1.0,),), changes=((9.0,), (0.5,)), warmup=1):
+    return {
+        "measurements": [{"valid_loss": loss} for loss in losses],
+        "curves": {"max_logits": maxima, "logit_change": changes},
+        "optimizer": {"warmup": warmup, "learning_rate": 0.1},
+    }
+
+
+def test_divergence_is_counted_and_told():
+    fine, worse, broken = map(quack_record, ([5.0, 3.0], [5.0, 6.0], [5.0, None]))
+    assert list(map(quack.diverged, (fine, worse, broken))) == [False, True, True]
+    assert quack.cell([fine, fine], quack.valid_loss, ".1f") == "3.0 ± 0.0"
+    assert quack.cell([fine, worse], quack.valid_loss, ".1f") == "4.5 ± 2.1, 1 of 2 diverged"
+    assert quack.cell([broken], quack.valid_loss, ".1f") == "1 of 1 not finite, 1 of 1 diverged"
+
+
+def test_largest_change_leaves_out_the_warm_up():
+    assert quack.largest_change(quack_record([5.0, 3.0])) == 0.5
+
+
+def test_spread():
+    assert spread([1.0, 3.0], ".1f") == "2.0 ± 1.4"
+    assert spread([1.0], ".1f") == "1.0"
+    assert spread([1.0, 3.0, None, math.inf], ".1f") == "2.0 ± 1.4 (2 of 4 not finite)"
+    assert spread([-1.0, 2.0], "+.1f") == "+0.5 ± 2.1"
+
+
+def test_smooth_is_a_mean_of_the_values_so_far():
+    np.testing.assert_allclose(smooth(np.array([1.0, 2, 3, 5]), window=2), [1, 1.5, 2.5, 4])
+    broken = smooth(np.array([1.0, np.nan, 3, 5]), window=2)
+    np.testing.assert_allclose(broken, [1, np.nan, np.nan, 4])
+
+
+def test_tail_is_the_last_fifth():
+    np.testing.assert_array_equal(tail(np.arange(10)), [8, 9])
+    np.testing.assert_array_equal(tail(np.arange(2)), [1])
+
+
+def test_table():
+    assert table(("a", "b"), [(1, "x")]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+
+
+def test_raw_files_hold_what_json_can(tmp_path):
+    path = tmp_path / "deeper" / "run.json"
+    value = {"x": np.float32(1 / 3), "y": [np.inf, -1, True, None], "z": np.arange(2)}
+    records.write(value, path)
+    assert records.read(path) == {"x": 0.33333, "y": [None, -1, True, None], "z": [0, 1]}
+    assert [p.name for p in path.parent.iterdir()] == ["run.json"]
+
+
+def test_slugs_tell_settings_apart():
+    labels = ["MuonClip τ=30", "MuonClip τ=30, all heads", "MLA, QuacK, 0.001", "MLA, QuacK, 0.01"]
+    slugs = [records.slug(label) for label in labels]
+    assert slugs[0] == "muonclip-tau-30" and len(set(slugs)) == 4
+
+
+def test_a_section_is_replaced_and_nothing_else(tmp_path):
+    readme = tmp_path / "README.md"
+    other = "<!-- results: gpu -->\nNot run.\n<!-- end -->\n"
+    readme.write_text(f"# T\n<!-- results: cpu -->\nold \\1\n<!-- end -->\n{other}")
+    records.write_section(readme, "cpu", r"new \2")
+    assert readme.read_text() == f"# T\n<!-- results: cpu -->\nnew \\2\n<!-- end -->\n{other}"
