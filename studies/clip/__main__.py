@@ -7,7 +7,7 @@ from pathlib import Path
 from studies.clip.report import report
 from studies.common.model import ModelConfig
 from studies.common.optimizers import Optimizer
-from studies.common.study import Grid, Study, main
+from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
 
 # Latent attention, as in Kimi K2.
@@ -54,16 +54,15 @@ LARGE = replace(
     dtype="bfloat16",
 )
 
-TINY_SETTINGS = settings(TINY, muon=2e-2, adam=1e-2, thresholds=(1.0, 0.5, 0.2))
-IN_SMOKE = ("Muon", "MuonClip τ=0.2, all heads", "AdamClip τ=0.5")
 
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
-        "smoke": Grid(
-            Plan("package", steps=20, batch=4, context=32, measure_every=10, valid_batches=1),
-            {label: TINY_SETTINGS[label] for label in IN_SMOKE},
-            seeds=1,
+        "smoke": smoke(
+            settings(TINY, muon=2e-2, adam=1e-2, thresholds=(1.0, 0.5, 0.2)),
+            "Muon",
+            "MuonClip τ=0.2, all heads",
+            "AdamClip τ=0.5",
         ),
         "cpu": Grid(
             Plan(), settings(MODEL, muon=2e-2, adam=1e-2, thresholds=(100.0, 30.0, 10.0)), seeds=3

@@ -6,7 +6,7 @@ import numpy as np
 
 from studies.common import pictures
 from studies.common.records import Json, Runs
-from studies.common.tables import curve, last, smooth, spread, steps, table, tail
+from studies.common.tables import curve, last, last_peak, smooth, spread, steps, table, tail
 
 DEAD = 0.05  # a head whose logits stay below this share of the threshold
 
@@ -40,7 +40,7 @@ def summary(runs: Runs) -> str:
     )
     rows = []
     for label, seeds in runs.items():
-        peaks = [np.median(tail(max_logits(r).max(axis=1))) for r in seeds]
+        peaks = [last_peak(r) for r in seeds]
         row = [
             label,
             spread((last(r, "valid_loss") for r in seeds), ".3f"),

@@ -31,6 +31,12 @@ class Grid:
         return [(label, seed) for seed in range(self.seeds) for label in self.settings]
 
 
+def smoke(settings: Mapping[str, Setting], *labels: str) -> Grid:
+    """A grid of seconds, of these settings only; it shows that all parts run, and nothing else."""
+    plan = Plan("package", steps=20, batch=4, context=32, measure_every=10, valid_batches=1)
+    return Grid(plan, {label: settings[label] for label in labels}, seeds=1)
+
+
 @dataclass(frozen=True)
 class Study:
     """A study.

@@ -57,3 +57,9 @@ def smooth(values: np.ndarray, window: int = 10) -> np.ndarray:
 def tail(values: np.ndarray, share: float = 0.2) -> np.ndarray:
     """The last fifth of a curve."""
     return values[-max(1, round(len(values) * share)) :]
+
+
+def last_peak(record: Json) -> float:
+    """The largest max logit of all heads, in the median of the last fifth of the steps."""
+    maxima = curve(record, "max_logits")
+    return float(np.median(tail(maxima.max(axis=(1, 2)))))

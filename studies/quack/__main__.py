@@ -6,7 +6,7 @@ from pathlib import Path
 
 from studies.common.model import ModelConfig
 from studies.common.optimizers import Optimizer
-from studies.common.study import Grid, Study, main
+from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
 from studies.quack.report import report
 from studies.quack.step_time import step_time
@@ -53,16 +53,16 @@ LARGE = replace(
 )
 LARGE = replace(LARGE, init_std=0.02, dtype="bfloat16")
 LARGE_MLA = replace(LARGE, attention="latent", nope=64, v=128, q_rank=512, kv_rank=256)
-TINY_SETTINGS = settings(TINY, (0.01, 0.1), warmup=5)
-IN_SMOKE = ("MHA, QK-norm, 0.1", "MHA, QuacK, 0.01", "MHA, QuacK, 0.1", "MLA, QuacK, 0.1")
 
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
-        "smoke": Grid(
-            Plan("package", steps=20, batch=4, context=32, measure_every=10, valid_batches=1),
-            {label: TINY_SETTINGS[label] for label in IN_SMOKE},
-            seeds=1,
+        "smoke": smoke(
+            settings(TINY, (0.01, 0.1), warmup=5),
+            "MHA, QK-norm, 0.1",
+            "MHA, QuacK, 0.01",
+            "MHA, QuacK, 0.1",
+            "MLA, QuacK, 0.1",
         ),
         "cpu": Grid(
             Plan(steps=300, context=64, measure_every=100),

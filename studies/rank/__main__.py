@@ -6,7 +6,7 @@ from pathlib import Path
 
 from studies.common.model import ModelConfig
 from studies.common.optimizers import Optimizer
-from studies.common.study import Grid, Study, main
+from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
 from studies.rank.report import report
 
@@ -50,16 +50,12 @@ LARGE = replace(
     init_std=0.02,
     dtype="bfloat16",
 )
-IN_SMOKE = ("Muon, QK-norm", "Muon", "fused Muon")
-TINY_SETTINGS = settings(TINY, rate=0.012, threshold=1)
 
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
-        "smoke": Grid(
-            Plan("package", steps=20, batch=4, context=32, measure_every=10, valid_batches=1),
-            {label: TINY_SETTINGS[label] for label in IN_SMOKE},
-            seeds=1,
+        "smoke": smoke(
+            settings(TINY, rate=0.012, threshold=1), "Muon, QK-norm", "Muon", "fused Muon"
         ),
         "cpu": Grid(Plan(), settings(MODEL, rate=0.012, threshold=10), seeds=3),
         # The source's two runs, of 16M and 25M tokens.

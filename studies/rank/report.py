@@ -6,7 +6,7 @@ import numpy as np
 
 from studies.common import pictures
 from studies.common.records import Json, Runs
-from studies.common.tables import curve, last, measured, spread, table, tail
+from studies.common.tables import last, last_peak, measured, spread, table
 
 NORMED = ", QK-norm"
 HEAT_MAPS = 4  # settings shown head by head, the first ones
@@ -52,7 +52,6 @@ def summary(runs: Runs) -> str:
     rows = []
     for label, seeds in runs.items():
         by_layer = [last(r, "key_ratio").mean(axis=1) for r in seeds]
-        peaks = [np.median(tail(curve(r, "max_logits").max(axis=(1, 2)))) for r in seeds]
         rows.append(
             (
                 label,
@@ -61,7 +60,7 @@ def summary(runs: Runs) -> str:
                 spread((each.min() for each in by_layer), ".1f"),
                 ", ".join(str(each.argmin()) for each in by_layer),
                 spread((last(r, "key_eigenvalue_ratio").mean() for r in seeds), ".1f"),
-                spread(peaks, ".1f"),
+                spread(map(last_peak, seeds), ".1f"),
             )
         )
     return table(header, rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from studies.common.model import ModelConfig
 from studies.common.optimizers import Optimizer
-from studies.common.study import Grid, Study, main
+from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
 from studies.spectrum.measures import measure
 from studies.spectrum.report import report
@@ -44,17 +44,11 @@ LARGE = replace(
     init_std=0.02,
     dtype="bfloat16",
 )
-TINY_SETTINGS = settings(TINY, rate=1e-2)
-IN_SMOKE = ("Muon", "AdamW")
 
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
-        "smoke": Grid(
-            Plan("package", steps=20, batch=4, context=32, measure_every=10, valid_batches=1),
-            {label: TINY_SETTINGS[label] for label in IN_SMOKE},
-            seeds=1,
-        ),
+        "smoke": smoke(settings(TINY, rate=1e-2), "Muon", "AdamW"),
         "cpu": Grid(Plan(steps=400), settings(MODEL, rate=1e-2), seeds=3),
         "gpu": Grid(
             Plan("installed_packages", steps=5000, batch=32, context=1024, measure_every=500),

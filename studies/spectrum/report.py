@@ -6,7 +6,7 @@ import numpy as np
 
 from studies.common import pictures
 from studies.common.records import Json, Runs
-from studies.common.tables import curve, last, measured, spread, table, tail
+from studies.common.tables import last, last_peak, measured, spread, table
 
 QUERIES_AND_KEYS = ("q", "k")
 
@@ -45,7 +45,6 @@ def summary(runs: Runs) -> str:
     rows = []
     for label, seeds in runs.items():
         growth = (norms[-1] / norms[0] for norms in map(query_key_norms, seeds))
-        peaks = [np.median(tail(curve(r, "max_logits").max(axis=(1, 2)))) for r in seeds]
         rows.append(
             (
                 label,
@@ -56,7 +55,7 @@ def summary(runs: Runs) -> str:
                 spread(growth, ".2f"),
                 spread((after_start(over_chance(r)) for r in seeds), ".2f"),
                 spread((after_start(top_growth(r)) for r in seeds), "+.3f"),
-                spread(peaks, ".1f"),
+                spread(map(last_peak, seeds), ".1f"),
             )
         )
     return table(header, rows)
