@@ -42,6 +42,8 @@ SCHEDULES = {
     "polar_express": mc.schedules.polar_express(),
     # A fifth cheaper; further from orthogonal only where one singular value dominates.
     "polar_express_4": mc.schedules.polar_express(4, lower=5e-3),
+    # For flat spectra, such as those of these benchmarks, only.
+    "polar_express_3": mc.schedules.polar_express(3, lower=2e-2),
     "you": mc.schedules.you(),
     "cans": mc.schedules.cans(),
 }
@@ -94,8 +96,10 @@ class Options:
     """What our iteration's factors are rounded to."""
     methods: tuple[Literal["auto", "standard", "gram"], ...] = ("auto", "standard", "gram")
     """Of `mc.orthogonalize`."""
-    schedule: Literal["polar_express", "polar_express_4", "you", "cans"] = "polar_express"
-    """Our polynomials, five steps but for polar_express_4."""
+    schedule: Literal["polar_express", "polar_express_4", "polar_express_3", "you", "cans"] = (
+        "polar_express"
+    )
+    """Our polynomials, five steps but for polar_express_4 and _3."""
     torch: tuple[Literal["torch", "torch.compile"], ...] = ("torch", "torch.compile")
     """PyTorch's iterations to compare with."""
     repeats: int = 9

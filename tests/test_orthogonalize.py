@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from muonclip_jax.orthogonalize import Method, orthogonality_error, orthogonalize, schedules
 from muonclip_jax.orthogonalize.gram import segments, with_margins
+from muonclip_jax.orthogonalize.products import concatenate
 
 SCHEDULES = [
     schedules.jordan(),
@@ -324,6 +325,20 @@ def test_gradient(schedule):
     assert np.vdot(gradient, direction) == pytest.approx((plus - minus) / 2e-6, abs=1e-6)
     # The result does not depend on scale, so the gradient is orthogonal to x.
     assert np.vdot(gradient, x) == pytest.approx(0, abs=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_concatenate_moves_every_bit_and_has_a_gradient(dtype):
+    odd = jnp.array([[jnp.nan, -jnp.inf, -0.0, jnp.finfo(dtype).smallest_subnormal]], dtype)
+    plain = jnp.arange(4, dtype=dtype)[None]
+    for axis in (0, -1):
+        found = concatenate([odd, plain], axis)
+        as_jnp = jnp.concatenate([odd, plain], axis)
+        np.testing.assert_array_equal(np.asarray(found).view("u1"), np.asarray(as_jnp).view("u1"))
+    pull = jax.vjp(lambda x, y: concatenate([x, y], 0), plain, plain)[1]
+    left, right = pull(jnp.arange(8, dtype=dtype).reshape(2, 4))
+    np.testing.assert_array_equal(np.asarray(left, "f4"), [[0, 1, 2, 3]])
+    np.testing.assert_array_equal(np.asarray(right, "f4"), [[4, 5, 6, 7]])
 
 
 def test_gradient_at_an_extreme_scale():

@@ -21,7 +21,7 @@ from muonclip_jax.orthogonalize.methods import (
     on_each_backend,
 )
 from muonclip_jax.orthogonalize.normalization import in_range, rescaled_rows
-from muonclip_jax.orthogonalize.products import matmul
+from muonclip_jax.orthogonalize.products import concatenate, matmul
 from muonclip_jax.orthogonalize.schedules import Schedule, polar_express
 from muonclip_jax.orthogonalize.standard import standard
 
@@ -144,7 +144,7 @@ def in_slices(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int)
         return run(x)
     whole, rest = jnp.split(x, [len(x) // size * size])
     done = lax.map(run, whole.reshape(-1, size, *x.shape[1:])).reshape(whole.shape)
-    return jnp.concatenate([done, run(rest)]) if len(rest) else done
+    return concatenate([done, run(rest)], 0) if len(rest) else done
 
 
 def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:

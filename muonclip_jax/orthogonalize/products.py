@@ -1,7 +1,8 @@
 """Matrix products as the iterations need them: summed in float32 at least, and symmetric ones
 without their upper half."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +76,24 @@ def joined(x: Symmetric) -> jax.Array:
     if not isinstance(x, tuple):
         return x
     a, b, c = x
-    top = jnp.concatenate([joined(a), b.mT], axis=-1)
-    bottom = jnp.concatenate([b, joined(c)], axis=-1)
-    return jnp.concatenate([top, bottom], axis=-2)
+    top = concatenate([joined(a), b.mT], -1)
+    bottom = concatenate([b, joined(c)], -1)
+    return concatenate([top, bottom], -2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def concatenate(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    """As `jnp.concatenate`; 16-bit floats go as integers, since XLA on CPU would widen them."""
+    dtype = arrays[0].dtype
+    if dtype.itemsize != 2:
+        return jnp.concatenate(arrays, axis)
+    bits = [lax.bitcast_convert_type(array, jnp.uint16) for array in arrays]
+    return lax.bitcast_convert_type(jnp.concatenate(bits, axis), dtype)
+
+
+@concatenate.defjvp
+def _concatenate_jvp(axis, arrays, tangents):
+    return concatenate(*arrays, axis), jnp.concatenate(*tangents, axis)
 
 
 def each(fn: Callable[..., jax.Array], *matrices: Symmetric) -> Symmetric:

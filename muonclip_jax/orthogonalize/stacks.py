@@ -16,6 +16,7 @@ from muonclip_jax.meshes import free_axes, mesh_axes, mesh_of
 from muonclip_jax.orthogonalize.iteration import check, iterate_stack, orthogonalize
 from muonclip_jax.orthogonalize.methods import Method, MethodName
 from muonclip_jax.orthogonalize.plan import DevicesPerMatrix, Place, Plan, Stack, choose
+from muonclip_jax.orthogonalize.products import concatenate
 from muonclip_jax.orthogonalize.schedules import Schedule
 from muonclip_jax.orthogonalize.spread import orthogonalize_spread
 
@@ -186,9 +187,9 @@ def _stack(
     """One stack, or a device's share of it."""
     flat = [batch.flat(x) for batch, x in zip(batches, values, strict=True)]
     if plan.factors:
-        done = orthogonalize_spread(jnp.concatenate(flat), plan, schedule, dtype, method)
+        done = orthogonalize_spread(concatenate(flat, 0), plan, schedule, dtype, method)
     else:
-        stack = jnp.concatenate([_compact(x, dtype) for x in flat])
+        stack = concatenate([_compact(x, dtype) for x in flat], 0)
         done = iterate_stack(stack, schedule, dtype, method)
     starts = list(map(jnp.uint32, [0, *itertools.accumulate(map(len, flat[:-1]))]))
     # On CPU every new kernel takes some 9 ms to compile. A slice at a constant place is one of its
