@@ -59,6 +59,13 @@ def max_logits(steps: Sequence[Row], threshold: float) -> Figure:
     return plots.curves(thin(column(steps, "step")), thinned, "max logit", threshold=threshold)
 
 
+def heads(steps: Sequence[Row]) -> Figure:
+    """Layer by head: the median max logit of the last tenth of the steps."""
+    last = steps[-max(1, len(steps) // 10) :]
+    maxima = per_head(last, "max_logits")
+    return plots.head_map({block: np.median(m, axis=0) for block, m in maxima.items()}, "max logit")
+
+
 def clip_factors(steps: Sequence[Row]) -> Figure:
     """γ as a heat map: blocks and their heads down, steps across."""
     blocks = per_head(steps, "gamma")

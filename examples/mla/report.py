@@ -50,6 +50,7 @@ def run_page(rows: Sequence[Row]) -> str:
             section("Result", table(metrics.summary(rows))),
             section("Loss", picture(figures.loss({"": rows}), LOSS)),
             section("Max logits", max_logits(steps, settings["threshold"])),
+            section("Heads", picture(figures.heads(steps), HEADS)),
             section("Clip factors", clip_factors(steps)),
             section("Participation ratio", participation_ratio(select(rows, "eval"))),
             section("Sample", sample(select(rows, "end"))),
@@ -65,6 +66,10 @@ LOSS = (
 MAX_LOGITS = (
     "The largest attention logit of every head in each step's batch; one panel a layer, one line "
     "a head. The dashed line is the threshold τ."
+)
+HEADS = (
+    "The same, layers down and heads across: the median of the last tenth of the steps. Red is not "
+    "finite."
 )
 CLIP_FACTORS = (
     "γ = min(1, τ / max logit): layers and their heads down, steps across (the smallest where "

@@ -14,7 +14,14 @@ from examples.mla.cli import InputError
 from examples.mla.metrics import select
 
 SECTIONS = [
-    *("Result", "Loss", "Max logits", "Clip factors", "Participation ratio", "Sample", "Settings"),
+    "Result",
+    "Loss",
+    "Max logits",
+    "Heads",
+    "Clip factors",
+    "Participation ratio",
+    "Sample",
+    "Settings",
 ]
 
 
@@ -33,7 +40,7 @@ def rebuilt(rows, tmp_path):
 def test_every_section_is_there_with_its_picture(finished):
     html = (finished / "report.html").read_text()
     assert re.findall("<h2>(.*)</h2>", html) == SECTIONS
-    assert html.count("<img ") == 4
+    assert html.count("<img ") == 5
     assert "muonclip on MLA" in html and "after 6 steps on" in html
 
 
@@ -61,7 +68,7 @@ def test_the_text_is_escaped(rows, tmp_path):
 def test_a_run_that_does_not_clip_says_so(rows, tmp_path):
     free = [{k: v for k, v in row.items() if k != "gamma"} for row in rows]
     html = rebuilt(free, tmp_path)
-    assert "<p>This run does not clip.</p>" in html and html.count("<img ") == 3
+    assert "<p>This run does not clip.</p>" in html and html.count("<img ") == 4
     assert "head-steps clipped" not in html
 
 
