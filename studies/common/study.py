@@ -87,6 +87,12 @@ class Study:
         record = records.read(path)
         return all(record[name] == own for name, own in self.identity(size, label, seed).items())
 
+    def aside_is_done(self, size: Size) -> bool:
+        """Whether `aside.json` is there, and made by this code."""
+        path = self.results(size) / ASIDE
+        sources = records.digest_of_sources(self.aside)
+        return path.exists() and records.read(path)["sources"] == sources
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -160,11 +166,10 @@ def run_missing(study: Study, size: Size, limit: int | None, console: Console) -
 
 
 def _measure_aside(study: Study, size: Size) -> None:
-    path = study.results(size) / ASIDE
-    sources = records.digest_of_sources(study.aside)
-    if not path.exists() or records.read(path)["sources"] != sources:
+    if not study.aside_is_done(size):
         found = study.aside(study.grids[size])
-        records.write({"sources": sources, **records.provenance(), **found}, path)
+        record = {"sources": records.digest_of_sources(study.aside), **records.provenance()}
+        records.write({**record, **found}, study.results(size) / ASIDE)
 
 
 def rebuild(study: Study, size: Size) -> str:
