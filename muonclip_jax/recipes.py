@@ -111,6 +111,7 @@ def muonclip(
     alpha: jax.typing.ArrayLike = 0.5,
     scope: Scope = "head",
     axis_name: AxisName = None,
+    heads_axis_name: AxisName = None,
     **muon_options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
@@ -129,6 +130,9 @@ def muonclip(
       alpha: As in `qk_clip`, the queries' share of the clip.
       scope: As in `qk_clip`, `"head"` or `"layer"`.
       axis_name: As in `qk_clip`: inside `jax.shard_map` and `jax.pmap`, the axes of the data.
+      heads_axis_name: As in `qk_clip`: inside `jax.shard_map`, the axes over which the heads are
+        spread by hand. Muon then takes each device's heads, which are whole matrices unless
+        `per_head` or `dimension_numbers` say otherwise.
       **muon_options: Everything else that `muon` takes. (`optax.inject_hyperparams` cannot see
         through these: inject `muon` and `qk_clip`, and chain them.)
 
@@ -137,7 +141,14 @@ def muonclip(
     """
     return optax.chain(
         muon(learning_rate, layout=layout, **muon_options),
-        qk_clip(layout, threshold, alpha=alpha, scope=scope, axis_name=axis_name),
+        qk_clip(
+            layout,
+            threshold,
+            alpha=alpha,
+            scope=scope,
+            axis_name=axis_name,
+            heads_axis_name=heads_axis_name,
+        ),
     )
 
 

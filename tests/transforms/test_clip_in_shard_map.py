@@ -117,6 +117,26 @@ def test_heads_spread_by_hand(scope):
     chex.assert_trees_all_close(got, wanted, **EXACT)
 
 
+def test_the_recipe_with_heads_spread_by_hand():
+    """Every head is a matrix of its own, to Muon as well."""
+    mesh = jax.make_mesh((2, 4), ("data", "tp"), axis_types=(AxisType.Auto,) * 2)
+    leaves = {"kernel": P(None, "tp"), "bias": P("tp")}
+    heads = {"attn": {"query": leaves, "key": leaves}}
+    recipe = functools.partial(mc.muonclip, 0.1, layout=LAYOUT, scope="layer", dtype="float32")
+    tx = recipe(axis_name="data", heads_axis_name="tp")
+    mapped = jax.shard_map(
+        lambda u, p, maxima: update(tx, u, tx.init(p), p, maxima)[0],
+        mesh=mesh,
+        in_specs=(heads, heads, P("data", "tp")),
+        out_specs=heads,
+    )
+    maxima = maxima_by_device()[:2]
+    got = jax.jit(mapped)(updates(), params(), maxima)
+    wanted, _ = on_one_device(recipe(), maxima)
+    # Stacks of another size may be summed in another order.
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_lost_heads_are_counted_on_all_devices():
     """With half-precision parameters and a clip that rounds away: 1 / 1.001."""
     mesh = jax.make_mesh((8,), ("tp",), axis_types=(AxisType.Auto,))
