@@ -1,5 +1,6 @@
 """How each parameter is split over a mesh: as its type says, or as the user says."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax import paths
-from muonclip_jax.meshes import mesh_axes, mesh_of
+from muonclip_jax.meshes import in_auto_axes, mesh_axes, mesh_of
 from muonclip_jax.paths import Path
 
 # A tree like the parameters, or a prefix of one, or a function from parameters to one.
@@ -62,10 +63,15 @@ def placed(tree: Any, given: Shardings | None) -> Any:
     found = shardings_of(tree, given)
 
     def place(path: Path, x: jax.Array) -> jax.Array:
-        traced = isinstance(x, jax.core.Tracer)
-        if not traced or jax.typeof(x).sharding.mesh.explicit_axes or found[path] is None:
+        if not isinstance(x, jax.core.Tracer) or found[path] is None:
             return x
-        return jax.lax.with_sharding_constraint(x, found[path])
+        typed = jax.typeof(x).sharding
+        if not typed.mesh.explicit_axes:
+            return jax.lax.with_sharding_constraint(x, found[path])
+        if not typed.mesh.auto_axes:
+            return x
+        hold = functools.partial(jax.lax.with_sharding_constraint, shardings=found[path].spec)
+        return in_auto_axes(hold, typed.spec)(x)
 
     return paths.map_with_path(place, tree)
 
@@ -120,6 +126,7 @@ def _check(path: Path, leaf: Any, sharding: NamedSharding, mesh: AbstractMesh | 
             f"shardings= gives {paths.show(path)} a sharding on the mesh {dict(sizes)}, and the "
             f"parameters are on the mesh {dict(mesh.shape)}; give those of the parameters."
         )
+    _check_explicit(path, leaf, sharding)
     if PartitionSpec.UNCONSTRAINED in spec:
         raise ValueError(
             f"shardings= leaves {paths.show(path)} partly unconstrained, {spec}; say how it is "
@@ -133,4 +140,18 @@ def _check(path: Path, leaf: Any, sharding: NamedSharding, mesh: AbstractMesh | 
         raise ValueError(
             f"shardings= gives {paths.show(path)} {shape} the sharding {spec} on the mesh "
             f"{dict(sizes)}, which does not divide it."
+        )
+
+
+def _check_explicit(path: Path, leaf: Any, sharding: NamedSharding) -> None:
+    """Raises ValueError when a tracer's type does not say how it is split over Explicit axes."""
+    if not isinstance(leaf, jax.core.Tracer):
+        return
+    here = jax.typeof(leaf).sharding.mesh
+    explicit = set(sharding.mesh.abstract_mesh.explicit_axes)
+    if unknown := sorted(explicit - {*here.explicit_axes, *here.manual_axes}):
+        raise ValueError(
+            f"shardings= gives {paths.show(path)} a sharding on a mesh whose axes "
+            f"{', '.join(unknown)} are Explicit, and in the parameters' types they are not: "
+            "give those of the parameters, jax.tree.map(lambda p: p.sharding, params)."
         )

@@ -331,7 +331,7 @@ def test_wrong_shardings_cost_copies_only():
 
 def test_unknown_shardings_are_told():
     _, grads, state = on_mesh(mesh_of(AxisType.Auto), SPECS["both"])
-    with pytest.warns(UserWarning, match=r"how experts is split .* Auto: .*Pass shardings="):
+    with pytest.warns(UserWarning, match=r"how experts is split .* Auto axes.*Pass shardings="):
         directions, _ = step(muon(), grads, state)
     chex.assert_trees_all_close(directions, on_one_device()[0], atol=TOLERANCE)
 
@@ -401,6 +401,19 @@ def test_mixed_meshes_are_told_by_shardings():
         jax.jit(untold.update).lower(grads, untold.init(grads))
 
 
+@pytest.mark.parametrize("spec", [P("fsdp", "tp"), P(("fsdp", "tp")), P("tp", "fsdp")], ids=str)
+def test_momentum_stays_on_mixed_meshes(spec):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    sharding = NamedSharding(mesh, spec)
+    grads = {"w": jax.device_put(jnp.ones((32, 64)), sharding)}
+    tx = mc.scale_by_muon(dtype="float32", shardings=sharding)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(grads)
+        assert state.momentum["w"].sharding.is_equivalent_to(sharding, 2)
+        _, state = jax.jit(tx.update)(grads, state)
+        assert state.momentum["w"].sharding.is_equivalent_to(sharding, 2)
+
+
 # Errors
 
 
@@ -421,6 +434,17 @@ def one_matrix(shardings, **options):
 def test_wrong_shardings_raise(shardings, error, message):
     with pytest.raises(error, match=message):
         one_matrix(shardings)
+
+
+def test_shardings_of_explicit_axes_for_parameters_on_auto_ones_raise():
+    auto, explicit = (
+        NamedSharding(jax.make_mesh((8,), ("fsdp",), axis_types=(kind,)), P("fsdp"))
+        for kind in (AxisType.Auto, AxisType.Explicit)
+    )
+    grads = {"mlp": {"kernel": jax.device_put(jnp.ones((16, 32)), auto)}}
+    tx = mc.scale_by_muon(shardings=explicit)
+    with pytest.raises(ValueError, match=r"mlp/kernel .* axes fsdp are Explicit, and in "):
+        jax.jit(tx.init)(grads)
 
 
 @pytest.mark.parametrize("spec", [P(None, None, "tp"), P("three")], ids=str)

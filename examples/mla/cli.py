@@ -13,8 +13,6 @@ from rich.console import Console
 
 Settings = TypeVar("Settings")
 
-MARKERS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without --no-resume
-
 
 class InputError(Exception):
     """The user can mend this; the text is the one line to show, with the fix in it."""
@@ -53,7 +51,6 @@ def parse(
             prog=prog,
             description=description,
             default=default,
-            config=MARKERS,
         )
 
 
@@ -64,9 +61,7 @@ def peek(settings: type[Settings], args: Sequence[str] | None) -> Settings:
       InputError: A value that does not parse or fit.
     """
     with _tyro_errors(), one_line_errors():
-        return tyro.cli(
-            settings, args=args, config=MARKERS, return_unknown_args=True, add_help=False
-        )[0]
+        return tyro.cli(settings, args=args, return_unknown_args=True, add_help=False)[0]
 
 
 @contextlib.contextmanager

@@ -269,7 +269,10 @@ def _modules(blocks: Iterable[str], sown: Iterable[Path]) -> dict[str, Path]:
 
 def _typed_like(x: jax.Array, other: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
-    return _sharded_like(x if x.dtype == other.dtype else x.astype(other.dtype), other)
+    x = _sharded_like(x if x.dtype == other.dtype else x.astype(other.dtype), other)
+    # What is left is `jax.shard_map`'s: `other` may differ from device to device, as a sum with it
+    # would, and `x` not. JAX releases have no name in common for that.
+    return x if jax.typeof(x) == jax.typeof(other) else jnp.where(True, x, other)
 
 
 def _sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -88,8 +88,10 @@ def scale_by_muon(
       shardings: On meshes with Auto axes, how each parameter is split: a tree of `NamedSharding`
         (or, with `jax.set_mesh`, `PartitionSpec`) like the parameters, or a prefix of one, or a
         function from parameters to one; `jax.tree.map(lambda p: p.sharding, params)`. Momentum is
-        kept there. Numbers do not depend on it: what is split otherwise costs copies. (Under
-        `optax.inject_hyperparams` name it in `static_args`.)
+        kept there (over the Explicit axes alone where one axis of an array is split over an Auto
+        and then an Explicit axis of a mesh that has both: its type says no more). Numbers do not
+        depend on it: what is split otherwise costs copies. (Under `optax.inject_hyperparams` name
+        it in `static_args`.)
       devices_per_matrix: How many devices make a team, or `{(n, m): devices}` for shapes that
         differ, the others being chosen. None chooses by a model of FLOPs, bytes sent and
         collectives (`orthogonalize/plan.py`). One device makes no teams.
@@ -163,9 +165,10 @@ def _warn_of_unknown(updates: Any, known: dict[Path, Any]) -> None:
     if mesh is not None and any(sharding is None for sharding in known.values()):
         path = next(path for path, sharding in known.items() if sharding is None)
         warnings.warn(
-            f"Muon cannot tell how {paths.show(path)} is split over the mesh {dict(mesh.shape)}, "
-            "whose axes are Auto: XLA will gather matrices, or orthogonalize them on every device. "
-            "Pass shardings=jax.tree.map(lambda p: p.sharding, params).",
+            f"Muon cannot tell how {paths.show(path)} is split over the mesh {dict(mesh.shape)}: "
+            "its type does not say so, as on Auto axes, or where it is not on the mesh. XLA will "
+            "gather matrices, or orthogonalize them on every device. Pass "
+            "shardings=jax.tree.map(lambda p: p.sharding, params).",
             stacklevel=3,
         )
 

@@ -83,11 +83,21 @@ def test_a_half_written_checkpoint_is_not_resumed(finished, tmp_path):
 def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
-    assert train.main(["--resume", "--run-dir", str(run_dir), "--steps", "8"]) == 0
+    for steps in (7, 8):
+        assert train.main(["--resume", "--run-dir", str(run_dir), "--steps", str(steps)]) == 0
     rows = metrics.read(run_dir)
-    assert select(rows, "start")[-1]["settings"]["steps"] == 8
+    assert [row["settings"]["steps"] for row in select(rows, "start")] == [6, 7, 8]
     assert [row["step"] for row in select(rows, "step")] == list(range(1, 9))
     assert len(select(rows, "end")) == 1
+
+
+def test_the_flags_of_a_run_may_be_given_again_to_resume_it(flags, tmp_path):
+    def run(steps, *more):
+        return train.main([*flags(tmp_path / "run", steps=steps), "--per-head", *more])
+
+    assert run(3) == 0
+    assert run(4, "--resume") == 0
+    assert run(5, "--resume") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -621,6 +621,35 @@ def test_replicas_under_shard_map_wait_and_step_together():
     )
 
 
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_heads_spread_by_hand(scope):
+    """A layer's factor is the same on all devices, the state's may differ: one type for both."""
+    mesh = jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,))
+    clip = functools.partial(mc.qk_clip, mc.layouts.mha(value=None, out=None), 1.0, scope=scope)
+    params = {"attn": {name: {"kernel": jnp.ones((4, 8, 2))} for name in ("query", "key")}}
+    maxima = jnp.linspace(1, 3, 8)
+    split = {1: P("tp"), 3: P(None, "tp")}
+    specs = lambda tree: jax.tree.map(lambda x: split.get(x.ndim, P()), tree)  # noqa: E731
+    tx = mc.accumulate(clip(heads_axis_name="tp"), 2)
+    state = tx.init(params)
+
+    @quick_jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(specs(params), specs(state), P("tp")),
+        out_specs=(specs(params), specs(state)),
+    )
+    def update(params, state, maxima):
+        return tx.update(params, state, params, max_logits={("attn",): maxima})
+
+    alone = clip()
+    expected, _ = alone.update(params, alone.init(params), params, max_logits={("attn",): maxima})
+    for scale in (1.0, 0.5):
+        updates, state = update(params, state, scale * maxima)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
 # ---- Sharded
 
 SPECS = {
