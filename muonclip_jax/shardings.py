@@ -63,13 +63,13 @@ def placed(tree: Any, given: Shardings | None) -> Any:
     found = shardings_of(tree, given)
 
     def place(path: Path, x: jax.Array) -> jax.Array:
-        if not isinstance(x, jax.core.Tracer) or found[path] is None:
+        told_in_full = _from_type(x) is not None
+        if told_in_full or not isinstance(x, jax.core.Tracer) or found[path] is None:
             return x
         typed = jax.typeof(x).sharding
         if not typed.mesh.explicit_axes:
             return jax.lax.with_sharding_constraint(x, found[path])
-        if not typed.mesh.auto_axes:
-            return x
+        # The constraint takes Auto axes only.
         hold = functools.partial(jax.lax.with_sharding_constraint, shardings=found[path].spec)
         return in_auto_axes(hold, typed.spec)(x)
 

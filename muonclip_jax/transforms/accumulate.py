@@ -270,8 +270,8 @@ def _modules(blocks: Iterable[str], sown: Iterable[Path]) -> dict[str, Path]:
 def _typed_like(x: jax.Array, other: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     x = _sharded_like(x if x.dtype == other.dtype else x.astype(other.dtype), other)
-    # What is left is `jax.shard_map`'s: `other` may differ from device to device, as a sum with it
-    # would, and `x` not. JAX releases have no name in common for that.
+    # Inside `jax.shard_map` `other` may vary over an axis and `x` not. JAX releases name the cast
+    # differently; a choice between the two varies in all of them.
     return x if jax.typeof(x) == jax.typeof(other) else jnp.where(True, x, other)
 
 
