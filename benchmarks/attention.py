@@ -25,7 +25,7 @@ from rich.table import Table
 import muonclip_jax as mc
 from benchmarks import pictures, targets, timing
 from benchmarks.targets import Target
-from muonclip_jax.attention import measure_max_logits
+from muonclip_jax._attention.measure import measure_max_logits
 
 AUTO, JAX_NN = "auto", "jax.nn"
 LOGSUMEXP, MEASURED = "logsumexp", "jax.nn + measure_max_logits"

@@ -22,8 +22,8 @@ from rich.table import Table
 
 import muonclip_jax as mc
 from benchmarks import pictures, timing
-from muonclip_jax.orthogonalize import Matrices, orthogonalize_all
-from muonclip_jax.orthogonalize.methods import Method
+from muonclip_jax._orthogonalize.methods import Method
+from muonclip_jax._spread.stacks import Matrices, orthogonalize_all
 
 SHAPES = {
     "cpu": (

@@ -1,57 +1,35 @@
 """Muon, QK-Clip, MuonClip and QuacK as composable Optax transformations for Flax models."""
 
 # ruff: noqa: RUF022 (data-flow order)
-from muonclip_jax import layouts
-from muonclip_jax.attention import (
-    dot_product_attention,
-    max_logits_bound,
-    max_logits_from_residuals,
-    measure_max_logits,
-    read_max_logits,
-    sow_max_logits,
-)
-from muonclip_jax.description import describe
-from muonclip_jax.diagnostics import (
-    AttentionReport,
-    HeadReport,
-    attention_report,
+from muonclip_jax import layouts, plots, schedules
+from muonclip_jax._attention.api import dot_product_attention
+from muonclip_jax._attention.max_logits import read_max_logits, sow_max_logits
+from muonclip_jax._attention.measure import measure_max_logits
+from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_residuals
+from muonclip_jax._diagnostics.activations import read_activations, sow_activations
+from muonclip_jax._diagnostics.heads import head_matrices
+from muonclip_jax._diagnostics.measures import (
     effective_rank,
     eigenvalue_participation_ratio,
-    head_matrices,
     nuclear_rank,
     participation_ratio,
-    plots,
-    read_activations,
     singular_values,
-    sow_activations,
     spectral_norm,
     stable_rank,
 )
+from muonclip_jax._diagnostics.report import AttentionReport, HeadReport, attention_report
+from muonclip_jax._orthogonalize.iteration import orthogonality_error, orthogonalize
+from muonclip_jax._orthogonalize.methods import Method
+from muonclip_jax._parameters.description import describe
+from muonclip_jax._parameters.routing import muon_dimension_numbers
+from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
+from muonclip_jax._transforms.muon import MuonState, scale_by_muon
+from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
+from muonclip_jax._transforms.quack import QuackState, quack_state, scale_by_quack
+from muonclip_jax._transforms.update_rms import scale_by_update_rms
 from muonclip_jax.layouts import Layout, find_layout
-from muonclip_jax.orthogonalize import (
-    Method,
-    Schedule,
-    orthogonality_error,
-    orthogonalize,
-    schedules,
-)
 from muonclip_jax.recipes import muon, muonclip, quack
-from muonclip_jax.routing import muon_dimension_numbers
-from muonclip_jax.transforms import (
-    AccumulateState,
-    MuonState,
-    QKClipState,
-    QuackState,
-    accumulate,
-    accumulate_state,
-    apply_qk_clip,
-    qk_clip,
-    qk_clip_state,
-    quack_state,
-    scale_by_muon,
-    scale_by_quack,
-    scale_by_update_rms,
-)
+from muonclip_jax.schedules import Schedule
 
 __all__ = [
     # kernel
@@ -108,3 +86,7 @@ __all__ = [
     "nuclear_rank",
     "orthogonality_error",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

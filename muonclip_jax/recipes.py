@@ -8,14 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip_jax import paths, routing
-from muonclip_jax.layouts import Layouts, Role
-from muonclip_jax.orthogonalize import DevicesPerMatrix, Method, MethodName, Schedule, schedules
-from muonclip_jax.shardings import Shardings
-from muonclip_jax.transforms.muon import scale_by_muon
-from muonclip_jax.transforms.qk_clip import AxisName, Scope, qk_clip
-from muonclip_jax.transforms.quack import Norm, QuackRule, scale_by_quack
-from muonclip_jax.transforms.update_rms import Rule, scale_by_update_rms
+from muonclip_jax._core import paths
+from muonclip_jax._core.shardings import Shardings
+from muonclip_jax._layouts.blocks import Layouts
+from muonclip_jax._layouts.pieces import Role
+from muonclip_jax._orthogonalize import schedules
+from muonclip_jax._orthogonalize.methods import Method, MethodName
+from muonclip_jax._orthogonalize.schedules import Schedule
+from muonclip_jax._parameters import routing
+from muonclip_jax._spread.plan import DevicesPerMatrix
+from muonclip_jax._transforms.muon import scale_by_muon
+from muonclip_jax._transforms.qk_clip import AxisName, Scope, qk_clip
+from muonclip_jax._transforms.quack import Norm, QuackRule, scale_by_quack
+from muonclip_jax._transforms.update_rms import Rule, scale_by_update_rms
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
 

@@ -7,20 +7,18 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "muonclip_jax"
 
 # Each part may import the parts before it.
 ORDER = [
-    "lapack",
-    "paths",
-    "sowing",
-    "meshes",
-    "shardings",
-    "orthogonalize",
-    "attention",
+    "_core",
+    "_orthogonalize",
+    "_spread",
+    "_attention",
+    "_layouts",
+    "_parameters",
+    "_transforms",
     "layouts",
-    "matrices",
-    "routing",
-    "description",
-    "transforms",
+    "schedules",
     "recipes",
-    "diagnostics",
+    "_diagnostics",
+    "plots",
 ]
 
 

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax.layouts import GAIN_ROLES
-from tests.test_layouts import STACKS, STORAGES, heads_by_hand, nested, stacked
+from muonclip_jax._layouts.pieces import GAIN_ROLES
+from tests.layouts.test_layouts import STACKS, STORAGES, heads_by_hand, nested, stacked
 
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import muonclip_jax as mc
-from muonclip_jax.diagnostics.measures import factored
+from muonclip_jax._diagnostics.measures import factored
 
 SPECTRA = {
     "flat": np.ones(8),

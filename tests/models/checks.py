@@ -20,7 +20,9 @@ import optax
 import pytest
 
 import muonclip_jax as mc
-from muonclip_jax import paths
+from muonclip_jax._core import paths
+from muonclip_jax._layouts.blocks import module_path
+from muonclip_jax._parameters.description import Description
 
 OPTIONS = {
     "learning_rate": 1e-2,
@@ -48,7 +50,7 @@ class Model:
     def dimension_numbers(self) -> Callable[[Any], Any]:
         return functools.partial(mc.muon_dimension_numbers, layout=self.layout, rules=self.rules)
 
-    def describe(self) -> mc.description.Description:
+    def describe(self) -> Description:
         return mc.describe(self.params, self.layout, dimension_numbers=self.dimension_numbers)
 
     def check_matrices(self, expected: Mapping[str, str]) -> None:
@@ -190,7 +192,7 @@ def _check_clip(model: Model, forward, before: dict, layer: tuple, threshold: fl
     alone[tuple(name.split("/"))][*index] = before[layer]
     clipped = mc.apply_qk_clip(model.params, alone, model.layout, threshold)
     for (path, new), old in zip(paths.leaves(clipped), jax.tree.leaves(model.params), strict=True):
-        if not paths.show(mc.layouts.module_path(path)).startswith(f"{name}/"):
+        if not paths.show(module_path(path)).startswith(f"{name}/"):
             np.testing.assert_array_equal(new, old)
 
     after = _by_layer(model, forward(clipped)[1])

@@ -1,6 +1,7 @@
 """Layouts of model families that several packages have."""
 
-from muonclip_jax.layouts import Layout, Piece
+from muonclip_jax._layouts.blocks import Layout
+from muonclip_jax._layouts.pieces import Piece
 
 GEMMA = Layout(
     "gemma",

@@ -17,7 +17,8 @@ from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
 from muonclip_jax import layouts
-from muonclip_jax.layouts import Layout, Piece
+from muonclip_jax._layouts.blocks import Layout
+from muonclip_jax._layouts.pieces import Piece
 from tests.models.checks import (
     Model,
     check_qk_norm,

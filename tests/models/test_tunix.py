@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from muonclip_jax import layouts
-from muonclip_jax.description import AttentionPiece
-from muonclip_jax.layouts import Layout, Piece
+from muonclip_jax._layouts.blocks import Layout
+from muonclip_jax._layouts.pieces import Piece
+from muonclip_jax._parameters.description import AttentionPiece
 from tests.models.checks import (
     Model,
     by_path,

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from muonclip_jax.orthogonalize.symmetric_tpu import symmetric_product
+from muonclip_jax._orthogonalize.symmetric_tpu import symmetric_product
 
 VMEM = 64 * 2**20  # of a core of v5p, which has the least
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from muonclip_jax import layouts
-from muonclip_jax.transforms.quack import scale_by_quack
+from muonclip_jax._transforms.quack import scale_by_quack
 
 WIDTH, HEADS, FEATURES = 6, 4, 3
 NOPE, ROPE, V, Q_RANK, KV_RANK = 4, 2, 3, 5, 4

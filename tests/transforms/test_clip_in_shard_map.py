@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax.transforms import QKClipState
+from muonclip_jax._transforms.qk_clip import QKClipState
 
 WIDTH, HEADS, FEATURES, DEVICES = 4, 8, 2, 8
 LAYOUT = mc.layouts.mha(value=None, out=None)

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from muonclip_jax import layouts
-from muonclip_jax.transforms.quack import quack_state, scale_by_quack
+from muonclip_jax._transforms.quack import quack_state, scale_by_quack
 from tests.transforms import quack_reference
 from tests.transforms.quack_models import (
     ATTENTION,

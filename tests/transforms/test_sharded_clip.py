@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import muonclip_jax as mc
 from benchmarks.compiled import collectives
 from muonclip_jax import layouts
+from muonclip_jax._layouts.pieces import GAIN_ROLES
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
 
@@ -275,7 +276,7 @@ def rows_and_columns(case):
     (block,) = layouts.find_blocks(case.layout(LARGE), params)
     parts = {part.kernel: part for part in block.parts if part.role not in ("v", "o")}
     sizes = {path: 4 * math.prod(part.shape) for path, part in parts.items()}
-    kernels = {path: part for path, part in parts.items() if part.role not in layouts.GAIN_ROLES}
+    kernels = {path: part for path, part in parts.items() if part.role not in GAIN_ROLES}
     rows = sum(sizes[path] // (part.ins if path in kernels else 1) for path, part in parts.items())
     columns = sum(sizes[path] // part.sizes["features"] for path, part in kernels.items())
     return rows, columns, min(sizes[path] for path in kernels)

@@ -1,0 +1,1 @@
+"""Attention that reports max logits, other sources of them, and their way out of a Flax model."""

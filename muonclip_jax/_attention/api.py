@@ -1,0 +1,234 @@
+"""One attention call, whichever kernel computes it."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import jax
+from flax import linen, nnx
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from muonclip_jax._attention import call as arguments
+from muonclip_jax._attention import chunked, logsumexp, tokamax
+from muonclip_jax._attention.max_logits import sow_max_logits
+
+Module = linen.Module | nnx.Module
+Implementation = Literal["auto", "chunked", "tokamax", "logsumexp"] | Callable[..., Any]
+
+
+class _Options(TypedDict, total=False):
+    is_causal: bool
+    local_window_size: int | tuple[int, int] | None
+    scale: float | None
+    soft_cap: float | None
+    implementation: Implementation
+    chunk_size: int | None
+    dropout_rng: jax.Array | None
+    dropout_rate: float
+    broadcast_dropout: bool
+    dtype: DTypeLike | None
+    precision: lax.PrecisionLike
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    deterministic: None = None,
+    module: None = None,
+    **options: Unpack[_Options],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    deterministic: bool,
+    module: Module | None = None,
+    **options: Unpack[_Options],
+) -> jax.Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    deterministic: bool | None = None,
+    module: Module,
+    **options: Unpack[_Options],
+) -> jax.Array: ...
+
+
+def dot_product_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    is_causal=False,
+    local_window_size=None,
+    scale=None,
+    soft_cap=None,
+    implementation="auto",
+    chunk_size=None,
+    dropout_rng=None,
+    dropout_rate=0.0,
+    broadcast_dropout=True,
+    deterministic=None,
+    dtype=None,
+    precision=None,
+    module=None,
+):
+    """Attention and, per query head, the largest logit that entered its softmax.
+
+    `softmax(soft_cap(scale · q kᵀ) + bias) v` over the visible keys. Rotary embeddings
+    are applied before. Position j is visible to query i when the mask, `is_causal`
+    (j ≤ i) and the window (i − left ≤ j ≤ i + right) all allow it; a query that sees
+    nothing gives zeros.
+
+    The maxima are of `scale · q kᵀ`, the only part that scaling the kernels of q and k
+    scales: the soft cap and the bias come after. They are what QK-Clip compares with its
+    threshold, and carry no gradient.
+
+    It is an `attention_fn` for Flax's attention modules, Linen and NNX: called as they
+    call it (with `deterministic`) or with `module`, it returns the output alone, and sows
+    the maxima into `module`, which the modules pass when called with `sow_weights=True`.
+    Attention weights are never formed, and so not sown; the `*_einsum_cls` hooks
+    of the Linen module do not apply.
+
+    Who computes it is `implementation`:
+
+    | | maxima | |
+    | --- | --- | --- |
+    | `"auto"` | exact | tokamax where it can, else chunked |
+    | `"chunked"` | exact | plain JAX; every option, device and sharding |
+    | `"tokamax"` | exact | the TPU and GPU kernels of the package tokamax; fewer options |
+    | an op of tokamax | exact | `tokamax.ops.tpu.FlashAttention(config=...)`, for your own tiles |
+    | `"logsumexp"` | upper bounds | `jax.nn.dot_product_attention`; see `max_logits_bound` |
+
+    `"auto"` takes tokamax on a TPU or GPU where it is installed and supports the call (on TPU:
+    without a mask, lengths in multiples of 128) and there is one device: XLA cannot split a kernel
+    over several, for which call this in `jax.shard_map(..., check_vma=False)` with `"tokamax"`. It
+    never takes the bounds. Numbers differ by rounding: the TPU kernel scales the queries in their
+    own dtype, which moves a bfloat16 logit by up to 0.8%. That kernel's backward pass holds one
+    float32 gradient of all queries for each 1024 keys.
+
+    Cost of `"chunked"`: T·S·N·(H + V) multiply-adds forward and 2.5 times that backward, less the
+    tiles hidden by `is_causal` (half of them) or the window; the maxima are a by-product. Memory
+    is linear in T + S, besides the caller's own mask and bias: one tile is
+    `[..., N, chunk_size, chunk_size]`. Reverse-mode only: `jax.jvp` and `jax.hessian` raise.
+    Inside `jax.shard_map`, query, key and value must vary over the same mesh axes
+    (`jax.lax.pcast`).
+
+    Args:
+      query: `[..., T, N, H]`, any number of leading batch axes.
+      key: `[..., S, K, H]`, N a multiple of K; query head n uses key head n // (N // K).
+      value: `[..., S, K, V]`.
+      bias: added to the logits, broadcastable to `[..., N, T, S]`. A number at or below
+        half the lowest one of its dtype (−inf, `finfo.min`) hides the position, as a mask
+        does; −1e9 does not, and the position counts in the maxima. The gradient with
+        respect to a bias is accumulated in one float32 array of the bias's own shape.
+      mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends. Called
+        the Flax way, numbers are taken as Flax's mask helpers give them: non-zero attends.
+      is_causal: query i sees keys 0 … i.
+      local_window_size: `(left, right)` or one int for both, as `jax.nn.dot_product_attention`.
+      scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
+      soft_cap: c in `c · tanh(logits / c)` (Gemma 2, arXiv 2408.00118).
+      implementation: see above.
+      chunk_size: the largest number of queries and of keys in a tile of the chunked form, which
+        it asks for; by default 128 to 512, the fewer the more batch entries and heads there are.
+      dropout_rng: key for dropout on the probabilities. The pattern depends on
+        `chunk_size`.
+      dropout_rate: probability of dropping, in [0, 1).
+      broadcast_dropout: one dropout pattern for all batch entries and heads.
+      deterministic: True switches dropout off; see above for what giving it means.
+      dtype: dtype of the matrix products and the output; by default the operands' common
+        one, and the query's for the output. Products accumulate, and the softmax is
+        taken, in float32 (float64 for float64).
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+      module: a Linen or NNX module to sow the maxima into.
+
+    Returns:
+      `(out, max_logits)`: `[..., T, N, V]`, and `[N]` in float32 (float64 for float64).
+      The maxima are over batch and all visible pairs: −inf for a head that sees nothing,
+      NaN where a visible logit is NaN. Only `out` when called the Flax way or with
+      `module`.
+
+    Raises:
+      ValueError: shapes that do not fit, a number out of its range, or an option that the
+        implementation does not support.
+      TypeError: a dtype or type that does not fit.
+      ImportError: `implementation="tokamax"` without the package.
+    """
+    flax_call = deterministic is not None
+    given = {"query": query, "key": key, "value": value}
+    query, key, value = (arguments.floating(name, x) for name, x in given.items())
+    arguments.check_operands(query, key, value)
+    compute_dtype = arguments.compute_dtype(dtype, query, key, value)
+    out_dtype = query.dtype if dtype is None else compute_dtype
+    if bias is not None:
+        bias = arguments.per_weight("bias", arguments.floating("bias", bias), query, key)
+    if mask is not None:
+        mask = arguments.per_weight("mask", arguments.boolean(mask, flax_call), query, key)
+    dropout_rate = arguments.checked_dropout_rate(dropout_rate, dropout_rng, deterministic)
+    call = arguments.Call(
+        query=query.astype(compute_dtype),
+        key=key.astype(compute_dtype),
+        value=value.astype(compute_dtype),
+        bias=bias,
+        mask=mask,
+        is_causal=is_causal,
+        window=arguments.window(local_window_size),
+        scale=arguments.logit_scale(scale, query),
+        soft_cap=None if soft_cap is None else arguments.number("soft_cap", soft_cap, above=0),
+        chunk_size=arguments.checked_chunk_size(chunk_size),
+        dropout_rng=dropout_rng if dropout_rate else None,
+        dropout_rate=dropout_rate,
+        broadcast_dropout=broadcast_dropout,
+        precision=precision,
+    )
+    out, max_logits = _attend(call, implementation)
+    out = out.astype(out_dtype)
+    if module is not None:
+        sow_max_logits(module, max_logits)
+    return out if flax_call or module is not None else (out, max_logits)
+
+
+def _attend(call: arguments.Call, implementation: Implementation) -> tuple[jax.Array, jax.Array]:
+    if callable(implementation):
+        return tokamax.attend_with(implementation, call)
+    match implementation:
+        case "auto":
+            return _attend_fastest(call)
+        case "chunked":
+            return chunked.attend(call)
+        case "tokamax":
+            return tokamax.attend(call)
+        case "logsumexp":
+            return logsumexp.attend(call)
+    raise ValueError(
+        'implementation must be "auto", "chunked", "tokamax", "logsumexp" or an attention op of '
+        f"tokamax, found {implementation!r}."
+    )
+
+
+def _attend_fastest(call: arguments.Call) -> tuple[jax.Array, jax.Array]:
+    if jax.device_count() == 1:  # XLA cannot split a kernel over devices
+        with contextlib.suppress(arguments.Unsupported, ImportError):
+            return tokamax.attend(call)
+    return chunked.attend(call)

@@ -1,0 +1,169 @@
+"""Attention that reports every head's largest logit and never holds a [T, S] buffer.
+
+The output is FlashAttention-2 in plain JAX (Dao, arXiv 2307.08691): an online softmax
+over (query chunk, key chunk) tiles, whose running row maximum is already the number that
+QK-Clip needs. The backward pass recomputes each tile's probabilities from the saved row
+statistics.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from muonclip_jax._attention.call import Call
+from muonclip_jax._attention.max_logits import largest
+from muonclip_jax._attention.tiles import (
+    Operands,
+    Plan,
+    cut,
+    hide,
+    raw_logits,
+    tile_bounds,
+    tile_of,
+    wide,
+)
+
+
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+    """Output `[..., T, N, V]` and maxima `[N]`."""
+    out, max_logits = _attend_jit(*cut(call))
+    *leading, num_heads, _ = call.query.shape
+    out = jnp.moveaxis(out, -2, -4).reshape(*leading, num_heads, call.value.shape[-1])
+    return out, max_logits.reshape(num_heads)
+
+
+def _softmax_logits(plan: Plan, raw: jax.Array, bias: jax.Array | None, mask) -> jax.Array:
+    logits = raw if plan.soft_cap is None else plan.soft_cap * jnp.tanh(raw / plan.soft_cap)
+    return hide(logits if bias is None else logits + bias, mask)
+
+
+def _dropout(plan: Plan, tile: Operands, shape: tuple[int, ...]) -> jax.Array | float:
+    """The factor on a tile's probabilities, the same in both passes."""
+    if tile.dropout_rng is None:
+        return 1.0
+    keep = 1 - plan.dropout_rate
+    pattern = shape[-2:] if plan.broadcast_dropout else shape
+    return jnp.where(jax.random.bernoulli(tile.dropout_rng, keep, pattern), 1 / keep, 0.0)
+
+
+class _Rows(NamedTuple):
+    """What the forward pass knows so far of every query: `[..., K, G, T, V or 1]`."""
+
+    out: jax.Array  # not yet divided by `total`
+    total: jax.Array  # sum of exp(logit - peak)
+    peak: jax.Array  # largest logit of the softmax
+    top: jax.Array | None  # largest logit before soft cap and bias; None: there is neither
+
+
+class _Residuals(NamedTuple):
+    operands: Operands
+    out: jax.Array
+    shift: jax.Array  # probability = exp(logit - shift) · inverse
+    inverse: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, x: Operands) -> tuple[jax.Array, jax.Array]:
+    """Output `[..., K, G, T, V]` and maxima `[K, G]`."""
+    return _forward(plan, x)[0]
+
+
+def _forward(plan: Plan, x: Operands):
+    def step(rows: _Rows, ij):
+        tile, seen = tile_of(plan, x, *ij), plan.queries.take(rows, ij[0])
+        raw = raw_logits(plan, tile)
+        logits = _softmax_logits(plan, raw, tile.bias, tile.mask)
+        peak = _highest(seen.peak, logits)
+        decay = jnp.exp(seen.peak - _shift(peak))
+        weights = jnp.exp(logits - _shift(peak))
+        kept = (weights * _dropout(plan, tile, weights.shape)).astype(tile.value.dtype)
+        new = _Rows(
+            out=seen.out * decay + plan.matmul("...kgts,...ksv->...kgtv", kept, tile.value),
+            total=seen.total * decay + jnp.sum(weights, -1, keepdims=True),
+            peak=peak,
+            top=None if seen.top is None else _highest(seen.top, hide(raw, tile.mask)),
+        )
+        return plan.queries.put(rows, new, ij[0]), None
+
+    zero = jnp.zeros_like(x.query[..., :1], wide(x.query))
+    nothing = _Rows(
+        out=jnp.repeat(zero, x.value.shape[-1], -1),
+        total=zero,
+        peak=zero - jnp.inf,
+        top=None if plan.soft_cap is None and x.bias is None else zero - jnp.inf,
+    )
+    rows, _ = lax.scan(step, nothing, plan.tiles())
+    inverse = jnp.where(rows.total == 0, 0, 1 / rows.total)
+    out = (rows.out * inverse).astype(x.value.dtype)
+    top = rows.peak if rows.top is None else rows.top
+    # The row maximum may drop a NaN (see `largest`); the sum of the same row keeps it.
+    top = jnp.where(jnp.isnan(rows.total) & (top < jnp.inf), jnp.nan, top)
+    max_logits = largest(top, (*range(top.ndim - 4), -2, -1))
+    return (out, max_logits), _Residuals(x, out, _shift(rows.peak), inverse)
+
+
+def _highest(seen: jax.Array, logits: jax.Array) -> jax.Array:
+    return jnp.maximum(seen, jnp.max(logits, -1, keepdims=True))
+
+
+def _shift(peak: jax.Array) -> jax.Array:
+    """The peak, but 0 for a row that has seen no key: −inf − (−inf) is NaN."""
+    return jnp.where(peak == -jnp.inf, 0, peak)
+
+
+def _backward(plan: Plan, saved: _Residuals, cotangents) -> tuple[Operands]:
+    x, d_out = saved.operands, cotangents[0]  # the maxima carry no gradient
+    accumulated = wide(x.query)
+    slope = jnp.sum(d_out.astype(accumulated) * saved.out.astype(accumulated), -1, keepdims=True)
+    row_values = (d_out, saved.shift, saved.inverse, slope)
+    # [..., K, H or V, G, T]: the gradients of keys and values are made transposed, because XLA on
+    # CPU is two to ten times slower at a product that sums over the rows of a tile on its left.
+    columns = jax.tree.map(lambda v: jnp.moveaxis(v, -1, -3), (x.query, d_out))
+
+    def step(grads: Operands, ij):
+        tile = tile_of(plan, x, *ij)
+        d_rows, shift, inverse, slope = plan.queries.take(row_values, ij[0])
+        query_columns, d_columns = plan.queries.take(columns, ij[0], -1)
+        logits, logits_vjp = jax.vjp(
+            lambda raw, bias: _softmax_logits(plan, raw, bias, tile.mask),
+            raw_logits(plan, tile),
+            tile.bias,
+        )
+        weights = jnp.exp(logits - shift) * inverse
+        dropout = _dropout(plan, tile, weights.shape)
+        kept = (weights * dropout).astype(tile.value.dtype)
+        d_weights = plan.matmul("...kgtv,...ksv->...kgts", d_rows, tile.value) * dropout
+        d_raw, d_bias = logits_vjp(weights * (d_weights - slope))
+        d_raw = d_raw.astype(tile.query.dtype)
+        d_query = plan.matmul("...kgts,...ksh->...kgth", d_raw, tile.key)
+        d_key = plan.matmul("...khgt,...kgts->...khs", query_columns, d_raw)
+        d_value = plan.matmul("...kvgt,...kgts->...kvs", d_columns, kept)
+        return grads._replace(
+            query=plan.queries.add(grads.query, d_query, ij[0]),
+            key=plan.keys.add(grads.key, d_key, ij[1], -1),
+            value=plan.keys.add(grads.value, d_value, ij[1], -1),
+            bias=_add_tile(plan, grads.bias, d_bias, *ij),
+        ), None
+
+    differentiable = x._replace(mask=None, dropout_rng=None)
+    zeros = jax.tree.map(lambda v: jnp.zeros_like(v, accumulated), differentiable)
+    zeros = zeros._replace(key=zeros.key.mT, value=zeros.value.mT)
+    grads, _ = lax.scan(step, zeros, plan.tiles())
+    grads = grads._replace(
+        query=plan.scale * grads.query, key=plan.scale * grads.key.mT, value=grads.value.mT
+    )
+    return (jax.tree.map(lambda g, v: g.astype(v.dtype), grads, differentiable),)
+
+
+def _add_tile(plan: Plan, x: jax.Array | None, tile: jax.Array | None, i, j):
+    if x is None:
+        return None
+    starts, sizes = tile_bounds(plan, x, i, j)
+    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, starts, sizes) + tile, starts)
+
+
+_attend.defvjp(_forward, _backward)
+_attend_jit = jax.jit(_attend, static_argnums=0)  # one trace for equal layers, cheap eager calls

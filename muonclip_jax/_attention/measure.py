@@ -1,0 +1,145 @@
+"""The maxima alone, for attention kernels that tell nothing of them."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from muonclip_jax._attention import call as arguments
+from muonclip_jax._attention.max_logits import largest
+from muonclip_jax._attention.tiles import Operands, Plan, cut, hide, raw_logits, tile_of, wide
+
+
+def measure_max_logits(
+    query: ArrayLike,
+    key: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    examples: int | None = None,
+    every: int = 1,
+    step: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Each query head's largest logit, beside any attention that computes the output.
+
+    The maxima are what `dot_product_attention` would report: of `scale · q kᵀ` over the visible
+    pairs, before a soft cap and a bias. Positions that your attention hides by a bias must be
+    hidden by the mask here. No [T, S] buffer is formed and nothing is kept for a backward pass.
+
+    Cost: T·S·N·H multiply-adds, less the hidden tiles, where attention with values of the same
+    size takes 7 times as many, forward and backward. `examples` and `every` divide it, for a
+    weaker guarantee:
+
+    - `examples=m` looks at the first m entries of the batch. The result is a **lower bound** of
+      the batch's maxima: QK-Clip never clips a head more than the full maxima would, and passes
+      over logits of the entries that it did not see. If entries come in random order, the
+      largest logit is among m of B with probability m/B.
+    - `every=k` looks at the steps 0, k, 2k, …; the others give −inf, which means "nothing seen":
+      QK-Clip clips nothing then. At a step with a look it is exact, so a head stays over the
+      threshold for at most k − 1 steps more than with `every=1`, while the logits may grow by
+      what k updates add rather than one. With QuacK what the updates of the block's queries and
+      keys add has a bound, k times the one of `scale_by_quack`; without, it has none, so choose
+      k small against the steps in which a logit doubles.
+
+    Inside `jax.vmap` over `step` both branches run and nothing is saved.
+
+    Args:
+      query: `[..., T, N, H]`, as attention gets it: rotary embeddings and norms applied.
+      key: `[..., S, K, H]`, N a multiple of K.
+      mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends.
+      is_causal: query i sees keys 0 … i.
+      local_window_size: `(left, right)` or one int for both, as `dot_product_attention`.
+      scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
+      examples: entries of the first axis to look at, all by default. On a mesh that splits this
+        axis it takes from the first devices: inside `jax.shard_map`, each takes its own.
+      every: look once in so many steps.
+      step: the number of the step, an integer scalar that may be traced; needed by `every > 1`.
+        Count optimizer steps. With `mc.accumulate` all micro-batches of a step have one number.
+      chunk_size: as `dot_product_attention`.
+      dtype: of the products' factors, the operands' common dtype by default; they accumulate in
+        float32 (float64 for float64).
+      precision: of the products, as in `jax.lax.dot_general`.
+
+    Returns:
+      `[N]` in float32 (float64 for float64), without gradient, to be sown with `sow_max_logits`:
+      −inf for a head that sees nothing, NaN where a visible logit is NaN.
+
+    Raises:
+      ValueError: shapes that do not fit, a number out of its range, or `every` without `step`.
+      TypeError: a dtype or type that does not fit.
+    """
+    query, key = arguments.floating("query", query), arguments.floating("key", key)
+    arguments.check_operands(query, key)
+    every = arguments.integer("every", every, at_least=1)
+    step = _step(step, every)
+    dtype = arguments.compute_dtype(dtype, query, key)
+    query, key = (lax.stop_gradient(x.astype(dtype)) for x in (query, key))
+    if mask is not None:
+        mask = arguments.per_weight("mask", arguments.boolean(mask), query, key)
+    if examples is not None:
+        query, key, mask = _first(arguments.integer("examples", examples, 1), query, key, mask)
+    plan, operands = cut(
+        arguments.Call(
+            query=query,
+            key=key,
+            value=None,
+            mask=mask,
+            is_causal=is_causal,
+            window=arguments.window(local_window_size),
+            scale=arguments.logit_scale(scale, query),
+            chunk_size=arguments.checked_chunk_size(chunk_size),
+            precision=precision,
+        )
+    )
+    nothing = jnp.full_like(operands.query[..., 0, 0], -jnp.inf, wide(query))
+    if every == 1:
+        highest = _look(plan, operands, nothing)
+    else:
+        highest = lax.cond(
+            step % every == 0,
+            lambda x, nothing: _look(plan, x, nothing),
+            lambda x, nothing: nothing,
+            operands,
+            nothing,
+        )
+    return largest(highest, tuple(range(highest.ndim - 2))).reshape(query.shape[-2])
+
+
+def _step(step: ArrayLike | None, every: int) -> ArrayLike | None:
+    if step is None:
+        if every > 1:
+            raise ValueError(f"every={every} needs step=, the number of the step.")
+        return None
+    step = jnp.asarray(step)
+    if not jnp.issubdtype(step.dtype, jnp.integer) or step.ndim:
+        raise TypeError(f"step must be an integer scalar, found {step.dtype} {step.shape}.")
+    return step
+
+
+def _first(count: int, query: jax.Array, key: jax.Array, mask: jax.Array | None):
+    """The first entries of the first batch axis."""
+    if query.ndim < 4 or count > query.shape[0]:
+        raise ValueError(
+            f"examples={count} must be at most the size of the first axis of query "
+            f"[batch, ..., T, N, H], found {query.shape}."
+        )
+    if mask is not None and mask.shape[0] > 1:
+        mask = mask[:count]
+    return query[:count], key[:count], mask
+
+
+def _look(plan: Plan, x: Operands, nothing: jax.Array) -> jax.Array:
+    """`[..., K, G]`. The batch is kept to the end: spread over devices, it costs one reduction."""
+
+    def step(highest: jax.Array, ij):
+        tile = tile_of(plan, x, *ij)
+        return jnp.maximum(
+            highest, largest(hide(raw_logits(plan, tile), tile.mask), (-2, -1))
+        ), None
+
+    return lax.scan(step, nothing, plan.tiles())[0]

@@ -1,0 +1,205 @@
+"""The [T, S] logits of an attention call as tiles that are made one at a time.
+
+Axes as in `call`. Inside, a sequence axis comes after the heads, so that every tile is one
+batched matrix product. Tiles that the causal mask or the window hides as a whole are left out at
+trace time.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from muonclip_jax._attention.call import Call
+
+# Logits in a tile, unless the caller says: in float32 8 MB, which a CPU's cache holds; and how long
+# its sides may be. Found by `python -m benchmarks.attention --chunk-sizes 128 256 512`.
+_TILE_ENTRIES = 2**21
+_TILE_SIDES = (128, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """A sequence axis cut into as few chunks as `limit` allows, all of one size.
+
+    The last chunk of an uneven axis starts early and overlaps its neighbour, which saves
+    padded copies; the positions they share belong to the neighbour.
+    """
+
+    length: int
+    limit: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.length // self.limit)
+
+    @property
+    def size(self) -> int:
+        return -(-self.length // self.count)
+
+    def start(self, index):
+        return jnp.minimum(index * self.size, self.length - self.size)
+
+    def positions(self, index) -> jax.Array:
+        return self.start(index) + jnp.arange(self.size)
+
+    def take(self, tree: Any, index, axis: int = -2) -> Any:
+        start = self.start(index)
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, self.size, axis), tree)
+
+    def put(self, tree: Any, chunk: Any, index, axis: int = -2) -> Any:
+        start = self.start(index)
+        return jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, axis), tree, chunk
+        )
+
+    def add(self, x: jax.Array, chunk: jax.Array, index, axis: int = -2) -> jax.Array:
+        return self.put(x, self.take(x, index, axis) + chunk, index, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known when the attention is traced."""
+
+    queries: Chunks
+    keys: Chunks
+    left: int | None  # how many keys before its own position a query sees; None for all
+    right: int | None  # and after it
+    scale: float
+    soft_cap: float | None
+    dropout_rate: float
+    broadcast_dropout: bool
+    precision: lax.PrecisionLike
+
+    def tiles(self) -> np.ndarray:
+        """The (query chunk, key chunk) pairs in which some query sees some key: `[tiles, 2]`."""
+        row, column = np.indices((self.queries.count, self.keys.count), np.int32)
+        first_row, first_column = row * self.queries.size, column * self.keys.size
+        seen = np.ones(row.shape, bool)
+        if self.right is not None:
+            last_row = np.minimum(first_row + self.queries.size, self.queries.length) - 1
+            seen &= first_column <= last_row + self.right
+        if self.left is not None:
+            last_column = np.minimum(first_column + self.keys.size, self.keys.length) - 1
+            seen &= last_column >= first_row - self.left
+        return np.stack([row[seen], column[seen]], axis=-1)
+
+    def matmul(self, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            subscripts, a, b, precision=self.precision, preferred_element_type=wide(a)
+        )
+
+
+def wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+class Operands(NamedTuple):
+    query: jax.Array  # [..., K, G, T, H]
+    key: jax.Array  # [..., K, S, H]
+    value: jax.Array | None  # [..., K, S, V]
+    bias: jax.Array | None  # [..., K, G, T, S], any of them 1
+    mask: jax.Array | None  # the same; None: all visible
+    dropout_rng: jax.Array | None
+
+
+def cut(call: Call) -> tuple[Plan, Operands]:
+    """A call's plan, and its operands with the heads first."""
+    left, right = call.window or (None, None)
+    *batch, length, num_heads, _ = call.query.shape
+    chunk_size = call.chunk_size or _chunk_size(math.prod(batch) * num_heads)
+    plan = Plan(
+        queries=Chunks(length, chunk_size),
+        keys=Chunks(call.key.shape[-3], chunk_size),
+        left=left,
+        right=0 if call.is_causal else right,
+        scale=call.scale,
+        soft_cap=call.soft_cap,
+        dropout_rate=call.dropout_rate,
+        broadcast_dropout=call.broadcast_dropout,
+        precision=call.precision,
+    )
+    kv_heads = call.key.shape[-2]
+    return plan, Operands(
+        query=_per_group(jnp.moveaxis(call.query, -3, -2), kv_heads),
+        key=jnp.moveaxis(call.key, -3, -2),
+        value=None if call.value is None else jnp.moveaxis(call.value, -3, -2),
+        bias=_per_group(call.bias, kv_heads),
+        mask=_per_group(call.mask, kv_heads),
+        dropout_rng=call.dropout_rng,
+    )
+
+
+def _chunk_size(heads: int) -> int:
+    """The largest power of two whose tile, for so many heads of batch entries, is small enough."""
+    shortest, longest = _TILE_SIDES
+    side = 2 ** (math.floor(math.log2(max(_TILE_ENTRIES / max(heads, 1), 1))) // 2)
+    return min(max(side, shortest), longest)
+
+
+def _per_group(x: jax.Array | None, kv_heads: int) -> jax.Array | None:
+    """`[..., N, T, any]` as `[..., K, G, T, any]`; a broadcast axis of heads makes two."""
+    if x is None:
+        return None
+    *batch, num_heads, rows, columns = x.shape
+    heads = (1, 1) if num_heads == 1 else (kv_heads, num_heads // kv_heads)
+    return x.reshape(*batch, *heads, rows, columns)
+
+
+def tile_of(plan: Plan, x: Operands, i, j) -> Operands:
+    """The operands of query chunk i and key chunk j; the mask says all about visibility."""
+    bias, mask = (
+        None if v is None else lax.dynamic_slice(v, *tile_bounds(plan, v, i, j))
+        for v in (x.bias, x.mask)
+    )
+    rng = x.dropout_rng
+    return Operands(
+        query=plan.queries.take(x.query, i),
+        key=plan.keys.take(x.key, j),
+        value=plan.keys.take(x.value, j),
+        bias=None if bias is None else bias.astype(wide(x.query)),
+        mask=_visible(plan, bias, mask, i, j),
+        dropout_rng=None if rng is None else jax.random.fold_in(rng, i * plan.keys.count + j),
+    )
+
+
+def tile_bounds(plan: Plan, x: jax.Array, i, j) -> tuple[list[Any], list[int]]:
+    """Start and size of a tile in a mask or bias, whose axes may be broadcast."""
+    zero = jnp.zeros_like(i)  # all starts must have the index's dtype
+    starts, sizes = [zero] * (x.ndim - 2), list(x.shape[:-2])
+    for chunks, index, length in ((plan.queries, i, x.shape[-2]), (plan.keys, j, x.shape[-1])):
+        starts.append(zero if length == 1 else chunks.start(index))
+        sizes.append(1 if length == 1 else chunks.size)
+    return starts, sizes
+
+
+def _visible(plan: Plan, bias, mask, i, j) -> jax.Array | None:
+    rows, columns = plan.queries.positions(i)[:, None], plan.keys.positions(j)
+    conditions = []
+    if plan.queries.length % plan.queries.size:
+        conditions.append(rows >= i * plan.queries.size)
+    if plan.keys.length % plan.keys.size:
+        conditions.append(columns >= j * plan.keys.size)
+    if plan.right is not None:
+        conditions.append(columns <= rows + plan.right)
+    if plan.left is not None:
+        conditions.append(columns >= rows - plan.left)
+    if mask is not None:
+        conditions.append(mask)
+    if bias is not None:  # written so that a NaN stays visible
+        conditions.append(~(bias <= jnp.finfo(bias.dtype).min / 2))
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def raw_logits(plan: Plan, tile: Operands) -> jax.Array:
+    """`scale · q kᵀ`, hidden or not: `[..., K, G, T, S]` of the tile."""
+    return plan.scale * plan.matmul("...kgth,...ksh->...kgts", tile.query, tile.key)
+
+
+def hide(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return logits if mask is None else jnp.where(mask, logits, -jnp.inf)

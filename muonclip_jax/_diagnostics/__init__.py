@@ -1,0 +1,1 @@
+"""Read-only: what happens inside the heads."""

@@ -1,0 +1,254 @@
+"""The kinds of attention that models are built of, as layouts.
+
+A projection is named by its path inside the attention block: a module with a `kernel`
+(`q_proj`), or the parameter itself (`q_proj/w`).
+"""
+
+import itertools
+import re
+
+from muonclip_jax._layouts.blocks import Layout
+from muonclip_jax._layouts.pieces import Piece, check_count
+
+
+def mha(
+    *,
+    heads: int | None = None,
+    query: str = "query",
+    key: str = "key",
+    value: str | None = "value",
+    out: str | None = "out",
+    block: str | None = None,
+) -> Layout:
+    """Multi-head attention: every query head has a key head of its own.
+
+    Kernels are Flax's `[stack..., in, heads, features]`, or `[stack..., in, heads*features]` when
+    `heads` is given; `out` is `[stack..., heads, features, out]`, or the first two flattened. The
+    defaults fit `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
+
+    Args:
+      heads: Number of heads, for flat kernels only.
+      query: The query projection inside the block.
+      key: The key projection.
+      value: The value projection, or None to leave it to Muon's general routing.
+      out: The projection back from the heads, or None likewise.
+      block: Glob over block paths, to take only some of the model's attention blocks.
+    """
+    _check(heads=heads)
+    return Layout("mha", _separate(query, key, value, out, heads, heads), block=block)
+
+
+def gqa(
+    kv_heads: int | None = None,
+    *,
+    heads: int | None = None,
+    query: str = "query",
+    key: str = "key",
+    value: str | None = "value",
+    out: str | None = "out",
+    block: str | None = None,
+) -> Layout:
+    """Grouped-query attention; with `kv_heads=1`, multi-query attention.
+
+    Query head `h` reads key head `h // (heads // kv_heads)`.
+
+    Args:
+      kv_heads: Number of key heads (the groups). None reads it from the key kernel's head
+        axis; flat kernels need it.
+      heads: Number of query heads, for flat kernels `[stack..., in, heads*features]` only.
+      query: The query projection inside the block.
+      key: The key projection.
+      value: The value projection, or None to leave it to Muon's general routing.
+      out: The projection back from the heads, or None likewise.
+      block: Glob over block paths, to take only some of the model's attention blocks.
+
+    Raises:
+      ValueError: Counts that do not go together.
+    """
+    _check(heads=heads, kv_heads=kv_heads)
+    if heads and not kv_heads:
+        raise ValueError(
+            f"layouts.gqa: flat kernels (heads={heads}) do not tell how many key heads there are; "
+            "give kv_heads=."
+        )
+    pieces = _separate(query, key, value, out, heads, kv_heads)
+    return Layout("gqa", pieces, shared_keys=True, block=block)
+
+
+def mla(
+    nope: int,
+    rope: int,
+    v: int,
+    *,
+    heads: int | None = None,
+    query: str | tuple[str, str] = ("wq_a", "wq_b"),
+    key_value: tuple[str, str] = ("wkv_a", "wkv_b"),
+    out: str | None = "wo",
+    query_norm: str | None = None,
+    key_value_norm: str | None = None,
+    block: str | None = None,
+) -> Layout:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    The query's up-projection holds `[q_nope | q_rope]` per head, the key/value up-projection
+    `[k_nope | v]`, the key/value down-projection `[latent | k_rope]`. The rotary key is shared by
+    all heads. Up-projections are `[stack..., in, heads, features]` or flat,
+    `[stack..., in, heads*features]`; the number of heads follows from the sizes.
+
+    Args:
+      nope: Features per head without position, of query and key.
+      rope: Rotary features per head.
+      v: Value features per head.
+      heads: Number of heads; only needed for flat, stacked kernels of a single head.
+      query: The query's down- and up-projection; without query compression its only projection,
+        `"wq"`.
+      key_value: The down- and up-projection of keys and values.
+      out: The projection back, `[stack..., heads*v, out]` or `[stack..., heads, v, out]`, or None
+        to leave it to Muon's general routing.
+      query_norm: The norm on the query latent, for QuacK's `rule="latent_norm"`.
+      key_value_norm: The norm on the key/value latent, likewise.
+      block: Glob over block paths, to take only some of the model's attention blocks.
+
+    Raises:
+      ValueError: A size that is no whole number of at least 1.
+    """
+    _check(nope=nope, rope=rope, v=v, heads=heads, kind="mla")
+    query_down, query_up = (None, query) if isinstance(query, str) else query
+    key_value_down, key_value_up = key_value
+    told = {"heads": heads} if heads else {}
+
+    def up(role, projection, start, stop, features):
+        sizes = {"features": features, **told}
+        return Piece(role, projection, None, sizes=sizes, select={"features": (start, stop)})
+
+    pieces = [
+        up("q_nope", query_up, 0, nope, nope + rope),
+        up("q_rope", query_up, nope, None, nope + rope),
+        up("k_nope", key_value_up, 0, nope, nope + v),
+        up("v", key_value_up, nope, None, nope + v),
+        Piece("kv_down", key_value_down, "in features", select={"features": (0, -rope)}),
+        Piece("k_rope", key_value_down, "in features", select={"features": (-rope, None)}),
+    ]
+    if query_down is not None:
+        pieces.append(Piece("q_down", query_down, "in features"))
+    if out is not None:
+        pieces.append(Piece("o", out, None, sizes={"features": v, **told}))
+    for role, norm in (("q_gain", query_norm), ("kv_gain", key_value_norm)):
+        if norm is not None:
+            pieces.append(Piece(role, f"{norm}/scale", "features"))
+    return Layout("mla", tuple(pieces), block=block)
+
+
+def fused_qkv(
+    heads: int,
+    kv_heads: int | None = None,
+    *,
+    kernel: str = "qkv",
+    axes: str = "in (part heads features)",
+    out: str | None = "out",
+    block: str | None = None,
+) -> Layout:
+    """One kernel for queries, keys and values.
+
+    | kernel | `axes` |
+    | --- | --- |
+    | `[in, 3*heads*features]`, all queries, all keys, all values | `"in (part heads features)"` |
+    | `[in, heads*3*features]`, the three of each head together | `"in (heads part features)"` |
+    | `[3*heads*features, in]`, as in Hugging Face's Flax GPT-2 | `"(part heads features) in"` |
+    | `[in, 3, heads, features]` | `"in part heads features"` |
+    | `[3, heads, in, features]` | `"part heads in features"` |
+    | `[in, 3*heads, features]` | `"in (part heads) features"` |
+
+    With fewer key heads the fused axis has `(heads + 2*kv_heads)*features` entries: all queries,
+    all keys, all values; or, where `heads` comes before `part`, for each key head its queries, the
+    key and the value.
+
+    Args:
+      heads: Number of query heads.
+      kv_heads: Number of key heads, if fewer; then `part` and `heads` must share an axis.
+      kernel: The fused projection inside the block.
+      axes: How its axes lie; leading axes in front of these are stack axes.
+      out: The projection back from the heads, or None to leave it to Muon's general routing. Its
+        axes are those of `kernel`, turned around: `[heads*features, out]`, where `kernel` is
+        transposed `[out, heads*features]`, or `[heads, features, out]`.
+      block: Glob over block paths, to take only some of the model's attention blocks.
+
+    Raises:
+      ValueError: Counts that do not go together, or axes without `part` and `heads`.
+    """
+    _check(heads=heads, kv_heads=kv_heads, kind="fused_qkv")
+    if not re.search(r"\b(part heads|heads part)\b", axes):
+        raise ValueError(
+            f"layouts.fused_qkv: axes={axes!r} must have 'part' (query, key or value) next to "
+            "'heads', such as 'in (part heads features)' or 'part heads in features'."
+        )
+    if kv_heads in (None, heads):
+        ends, fused, sizes = range(4), "part", {"part": 3, "heads": heads}
+    elif "(part heads" in axes:
+        ends, fused = (0, heads, heads + kv_heads, heads + 2 * kv_heads), "slots"
+        axes, sizes = axes.replace("part heads", fused), {fused: ends[-1]}
+    elif "(heads part" in axes:
+        group, fused = heads // kv_heads, "slots"
+        ends = (0, group, group + 1, group + 2)
+        axes, sizes = (
+            axes.replace("heads part", f"groups {fused}"),
+            {"groups": kv_heads, fused: ends[-1]},
+        )
+    else:
+        raise ValueError(
+            f"layouts.fused_qkv: {heads} query and {kv_heads} key heads cannot share a kernel "
+            f"whose parts have an axis of their own, axes={axes!r}."
+        )
+    pieces = [
+        Piece(role, kernel, axes, sizes=sizes, select={fused: (start, stop)})
+        for role, (start, stop) in zip(("q", "k", "v"), itertools.pairwise(ends), strict=True)
+    ]
+    if out is not None:
+        pieces.append(Piece("o", out, _turned_around(axes), sizes={"heads": heads}))
+    return Layout("fused_qkv", tuple(pieces), shared_keys=True, block=block)
+
+
+def _turned_around(axes: str) -> str:
+    """The axes of the projection back from the heads."""
+    if not re.search(r"\([^)]*features\)", axes):
+        return "heads features out"
+    return "out (heads features)" if axes.endswith(" in") else "(heads features) out"
+
+
+def ignore(block: str) -> Layout:
+    """Attention to be left alone: no clip, no QuacK, Muon by its general routing.
+
+    For use beside other layouts, `[layouts.mha(block="decoder/*"), layouts.ignore("encoder/*")]`.
+
+    Args:
+      block: Glob over block paths.
+    """
+    return Layout("ignore", (), block=block)
+
+
+def _separate(query, key, value, out, heads, kv_heads) -> tuple[Piece, ...]:
+    """One projection each; flat when the query heads are told."""
+
+    def piece(role, projection, count):
+        sizes = {"heads": count} if count else {}
+        if role == "o":
+            axes = "(heads features) out" if heads else "heads features out"
+        else:
+            axes = "in (heads features)" if heads else "in heads features"
+        return Piece(role, projection, axes, sizes=sizes)
+
+    named = (("q", query, heads), ("k", key, kv_heads), ("v", value, kv_heads), ("o", out, heads))
+    return tuple(piece(*each) for each in named if each[1] is not None)
+
+
+def _check(*, kind: str = "mha", **counts: int | None) -> None:
+    kind = "gqa" if "kv_heads" in counts and kind == "mha" else kind
+    for name, count in counts.items():
+        if count is not None:
+            check_count(f"layouts.{kind}: {name}", count)
+    heads, kv_heads = counts.get("heads"), counts.get("kv_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise ValueError(
+            f"layouts.{kind}: {heads} query heads cannot share {kv_heads} key heads evenly; heads "
+            "must be a multiple of kv_heads."
+        )

@@ -1,0 +1,121 @@
+"""What stands around the projections: norms behind them, adapters, attention nobody described."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from muonclip_jax._core.paths import Path
+from muonclip_jax._layouts.pieces import KEY_ROLES, QUERY_ROLES, Part
+
+Shapes = Mapping[Path, tuple[int, ...]]
+
+_QK_NORM = re.compile(
+    r"^_?((q|k|query|key)\w*(_ln|norm|_gamma)(_?(scale|weight|w))?|(ln|norm)_(q|k|query|key))$"
+)
+_QK_BIAS = re.compile(r"^(q|k|qkv|kv|query|key)\w*bias$|^b(q|k|qkv)$|^bias_(q|k|qkv|query|key)$")
+
+# Modules or parameters that, together in one module, give attention away.
+_ATTENTION = (
+    ("query", "key"),
+    ("q_proj", "k_proj"),
+    ("wq", "wk"),
+    ("q", "k"),
+    ("wq_b", "wkv_b"),
+    ("wq", "wkv_b"),
+    ("q_b_proj", "kv_b_proj"),
+    ("w_uq", "w_ukv"),
+    ("w_q", "w_k"),
+    ("to_q", "to_k"),
+    ("q_einsum", "kv_einsum"),
+    ("q_einsum", "k_einsum"),
+    ("qkv_einsum",),
+    ("qkv_proj",),
+    ("qkv",),
+    ("query_key_value",),
+    ("c_attn",),
+)
+
+
+def qk_norms(
+    block: Path, parts: Sequence[Part], shapes: Shapes, stack_axis: int = 0
+) -> Iterator[Path]:
+    """Scales of norms behind the projections: known by their names, or because they are as
+    long as all heads, one head or a piece of one, where a norm in front of a projection is
+    as long as its input."""
+    projections = [part for part in parts if part.role in QUERY_ROLES + KEY_ROLES]
+    depth = len(projections[0].stack)
+    per_head = {(part.heads, part.sizes["features"]) for part in projections}
+    inputs = {part.ins for part in projections}
+    outputs = {part.features for part in projections}
+    outputs |= {part.heads * part.features for part in projections}
+    outputs |= {part.sizes["features"] for part in projections}
+    latent = any(part.role == "k_nope" for part in projections)
+    own_modules = {block, *(part.kernel[:-1] for part in projections)}
+    own = {path for part in parts for path in (part.kernel, part.bias)}
+    for path, shape in shapes.items():
+        module = path[:-1]
+        if path[: len(block)] != block or path in own:
+            continue
+        if module in own_modules:
+            if _QK_NORM.search(path[-1]):
+                yield path
+        elif any(name.startswith("WeightNorm") for name in module[len(block) :]):
+            yield path
+        elif path[-1] not in ("kernel", "bias") and len(shape) >= depth:
+            place = min(stack_axis, len(shape) - depth)
+            lengths = shape[:place] + shape[place + depth :]
+            # MLA's latent norms are in front, and some are called q_norm.
+            in_front = latent and len(lengths) == 1 and lengths[0] in inputs
+            behind = lengths in per_head or (len(lengths) == 1 and lengths[0] in outputs - inputs)
+            if behind or (_QK_NORM.search(module[-1]) and not in_front):
+                yield path
+
+
+def unnamed_biases(block: Path, parts: Sequence[Part], shapes: Shapes) -> list[Path]:
+    """Parameters beside the kernels that are called as biases of queries or keys are."""
+    modules = {block, *(part.kernel[:-1] for part in parts)}
+    named = {path for part in parts for path in (part.kernel, part.bias)}
+    return [
+        path
+        for path in shapes
+        if path[:-1] in modules and path not in named and _QK_BIAS.search(path[-1])
+    ]
+
+
+def norm_lengths(block: Path, shapes: Shapes, stack_axis: int = 0) -> set[int]:
+    """How long the scales are in the nearest module around the block that has any."""
+    for end in reversed(range(len(block))):
+        found = [
+            shape
+            for path, shape in shapes.items()
+            if path[-1] == "scale" and shape and path[:end] == block[:end]
+            and path[: len(block)] != block
+        ]  # fmt: skip
+        if found:
+            return {shape[0] if stack_axis else shape[-1] for shape in found}
+    return set()
+
+
+def other_parameters(block: Path, kernel: Path, shapes: Shapes) -> list[Path]:
+    """Parameters in the kernel's own module other than its bias: adapters, usually."""
+    module = kernel[:-1]
+    if module == block:
+        return []
+    return [
+        path
+        for path in shapes
+        if path[: len(module)] == module and path != kernel and path[-1] != "bias"
+    ]
+
+
+def looks_like_attention(shapes: Shapes) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Modules with children that are called as projections to queries and keys are."""
+    children: dict[Path, set[str]] = {}
+    for path, shape in shapes.items():
+        if len(shape) >= 2:
+            for depth in (1, 2)[: len(path)]:
+                children.setdefault(path[:-depth], set()).add(path[-depth])
+    for module, names in children.items():
+        for pair in _ATTENTION:
+            if names.issuperset(pair):
+                yield module, pair
+                break

@@ -1,0 +1,199 @@
+"""Newton–Schulz on one device: [..., n, m] → a nearly semi-orthogonal matrix of the same shape.
+
+Leading axes are a batch and stay one: every product is a single batched matmul.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from muonclip_jax._orthogonalize.gram import gram_newton_schulz
+from muonclip_jax._orthogonalize.methods import (
+    DENSE,
+    Method,
+    MethodName,
+    check_method,
+    on_each_backend,
+)
+from muonclip_jax._orthogonalize.normalization import in_range, rescaled_rows
+from muonclip_jax._orthogonalize.products import concatenate, matmul
+from muonclip_jax._orthogonalize.schedules import Schedule, polar_express
+from muonclip_jax._orthogonalize.standard import standard
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def orthogonalize(
+    x: ArrayLike,
+    schedule: Schedule = polar_express(steps=5),  # noqa: B008 (immutable)
+    *,
+    method: MethodName | Method = "auto",
+    dtype: DTypeLike | None = jnp.bfloat16,
+) -> jax.Array:
+    """Replaces the singular values of each matrix by nearly 1: U S Vᵀ → nearly U Vᵀ.
+
+    The result does not depend on the scale of `x`, except that entries below the smallest normal
+    number may count as zero. Zero singular values stay zero, and so does a zero matrix. A NaN or
+    Inf makes its own matrix all NaN and leaves the rest of the batch alone. Differentiable; the
+    gradient is finite at zero too.
+
+    Cost: at most 2n³ + 4n²m FLOPs for each step and matrix, n ≤ m being its sides; less where
+    `method` is "gram" or computes symmetric products by half. `schedules.aol()` adds 2n²m.
+
+    Args:
+        x: Matrices [..., n, m] in bfloat16, float16, float32 or float64, real, not empty.
+        schedule: The polynomial steps, from `schedules`.
+        method: How they are computed: "standard", "gram" (`Method`), or "auto", which chooses by
+            shape, dtype and the backend it is compiled for. In 16 bits "gram" needs margins
+            (`gram.segments`): the smallest singular values grow by a sixth less with the default
+            schedule in bfloat16. A `Method` also says by which products.
+        dtype: What the factors of the matmuls are rounded to, one of the four dtypes; None for
+            that of `x`. Sums and the normalization are float32 at least, and float32 is full
+            float32 on TPU and GPU as well.
+
+    Returns:
+        An array with the shape and dtype of `x`. How near 1 the singular values are is
+        `schedule.worst_error()` plus rounding of `dtype`.
+
+    Raises:
+        TypeError: If `schedule` is not a `Schedule`, `method` none of the above, or a dtype is not
+            one of the four or not enabled.
+        ValueError: If `x` has fewer than two axes or one of length zero, or if `schedule` leaves
+            no margin for rounding in `dtype` (`Schedule.escape`).
+
+    Source: the iteration is Björck and Bowie's, as used by Jordan et al.,
+    https://kellerjordan.github.io/posts/muon/; on Gram matrices, Dao-AILab's, see `gram`.
+    """
+    x = jnp.asarray(x)
+    check_method("orthogonalize", method)
+    return _orthogonalize(x, schedule, check(x, schedule, dtype), method)
+
+
+def orthogonality_error(x: ArrayLike) -> jax.Array:
+    """How far each matrix is from semi-orthogonal: ‖OOᵀ − I‖_F / √n, n its smaller side.
+
+    Zero for a semi-orthogonal matrix, 1 for zero. Costs one Gram product, 2n²m FLOPs.
+
+    Args:
+        x: Matrices [..., n, m], as for `orthogonalize`.
+
+    Returns:
+        Array [...], float32 (float64 if `x` is).
+
+    Raises:
+        TypeError, ValueError: As `orthogonalize` for `x`.
+    """
+    x = jnp.asarray(x)
+    _check_matrices("orthogonality_error", x)
+    x = wide(x)
+    square = matmul(x, x.mT, DENSE)
+    n = square.shape[-1]
+    return jnp.linalg.norm(square - jnp.eye(n, dtype=square.dtype), axis=(-2, -1)) / n**0.5
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "dtype", "method"))
+def _orthogonalize(
+    x: jax.Array, schedule: Schedule, dtype: jnp.dtype, method: MethodName | Method
+) -> jax.Array:
+    run = functools.partial(iterate, schedule=schedule)
+    result = on_each_backend(run, in_range(wide(x), dtype), method, dtype)
+    return (result if result.shape == x.shape else result.mT).astype(x.dtype)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """At most as many rows as columns, so that XXᵀ is the smaller Gram matrix. One transpose
+    here is cheaper than contracting columns at every step, which CPUs do slowly in bfloat16."""
+    return x.mT if x.shape[-2] > x.shape[-1] else x
+
+
+def iterate(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
+    """The schedule's norm and steps.
+
+    Args:
+      x: Matrices `[..., n, m]`, n <= m, as `in_range` gives them.
+      schedule: The norm and the steps.
+      method: The iteration.
+    """
+    run = gram_newton_schulz if method.iteration == "gram" else standard
+    return run(rescaled_rows(x, schedule, method), schedule, method)
+
+
+def iterate_stack(
+    x: jax.Array, schedule: Schedule, dtype: jnp.dtype, method: MethodName | Method
+) -> jax.Array:
+    """Wide matrices `[k, n, m]` orthogonalized, in `dtype`."""
+
+    def run(x, method):
+        def some(x):
+            return iterate(in_range(x, dtype), schedule, method)
+
+        return in_slices(some, x, method.entries_at_once)
+
+    return on_each_backend(run, x, method, dtype)
+
+
+def in_slices(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int) -> jax.Array:
+    """`run` on as many matrices of a stack `[k, n, m]` at a time as have so many entries."""
+    size = max(1, entries // (x.shape[1] * x.shape[2]))
+    if len(x) <= size:
+        return run(x)
+    whole, rest = jnp.split(x, [len(x) // size * size])
+    done = lax.map(run, whole.reshape(-1, size, *x.shape[1:])).reshape(whole.shape)
+    return concatenate([done, run(rest)], 0) if len(rest) else done
+
+
+def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """With zeros at the end of an axis, up to a multiple of a length."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths) if missing else x
+
+
+def check(x: Any, schedule: Schedule, dtype: DTypeLike | None) -> jnp.dtype:
+    """Raises what `orthogonalize` raises; returns the iteration's dtype. Looks at the shape and
+    dtype of `x` only."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"orthogonalize: schedule={schedule!r} is not a Schedule; pass for example "
+            'schedules.polar_express(steps=5), or Schedule("mine", ((a, b, c), ...))'
+        )
+    _check_matrices("orthogonalize", x)
+    dtype = _supported("orthogonalize", "dtype", x.dtype if dtype is None else dtype)
+    if escape := schedule.escape(rounding=float(jnp.finfo(dtype).eps)):
+        raise ValueError(
+            f"orthogonalize: schedule {schedule.name!r} has no margin for rounding in {dtype}, "
+            f"with which some matrices blow up: {escape}. Give it a larger safety factor "
+            "(1.01 suits bfloat16), or run it in a dtype that rounds less"
+        )
+    return dtype
+
+
+def _check_matrices(owner: str, x: Any) -> None:
+    _supported(owner, "x", x.dtype)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{owner}: x has shape {x.shape}, but matrices [..., n, m] are needed; reshape it, "
+            "or leave vectors and scalars to another optimizer"
+        )
+    if 0 in x.shape:
+        raise ValueError(f"{owner}: x has shape {x.shape}, with an axis of length zero")
+
+
+def _supported(owner: str, argument: str, dtype: DTypeLike) -> jnp.dtype:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in _DTYPES:
+        raise TypeError(f"{owner}: {argument} is {name}; cast it to one of {', '.join(_DTYPES)}")
+    if jax.dtypes.canonicalize_dtype(name) != name:
+        raise TypeError(
+            f"{owner}: {argument} is {name}, which JAX would silently run as float32; call "
+            'jax.config.update("jax_enable_x64", True) first'
+        )
+    return jnp.dtype(name)

@@ -1,0 +1,1 @@
+"""Which parameters Muon takes, and as which matrices."""

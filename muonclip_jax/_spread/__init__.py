@@ -1,0 +1,1 @@
+"""Orthogonalization of many parameters on a mesh."""

@@ -1,0 +1,1 @@
+"""Updates → updates: the links of the chain."""

@@ -1,0 +1,75 @@
+"""How large an orthogonalized update is, by the shape of its matrix."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from muonclip_jax._core import paths
+from muonclip_jax._layouts.blocks import entries
+from muonclip_jax._parameters import matrices, routing
+
+Rule = Literal["match_adam", "jordan", "unit_rms_norm", "spectral", "none"]
+
+# For Flax kernels [in, out]. PyTorch code writes [out, in]: its "rows" are our `out`.
+_RULES: dict[str, Callable[[int, int], float]] = {
+    "match_adam": lambda ins, outs: 0.2 * math.sqrt(max(ins, outs)),
+    "jordan": lambda ins, outs: math.sqrt(max(1.0, outs / ins)),
+    "unit_rms_norm": lambda ins, outs: math.sqrt(outs / ins),
+    "spectral": lambda ins, outs: math.sqrt(max(ins, outs)),
+    "none": lambda ins, outs: 1.0,
+}
+
+
+def scale_by_update_rms(
+    rule: Rule | Callable[[int, int], float] = "match_adam",
+    *,
+    dimension_numbers: routing.DimensionNumbers | None = None,
+) -> optax.GradientTransformation:
+    """Scales orthogonalized updates `[in, out]` by a factor of their shape.
+
+    | rule | factor | source |
+    | --- | --- | --- |
+    | `"match_adam"` | `0.2 * sqrt(max(in, out))`: an update RMS of 0.2, as Adam's, so Adam's learning rate and decay carry over | Moonlight, arXiv 2502.16982; `match_rms_adamw` in torch.optim.Muon |
+    | `"jordan"` | `sqrt(max(1, out/in))` | K. Jordan et al. 2024; `original` in torch.optim.Muon; the default of optax.contrib.muon |
+    | `"unit_rms_norm"` | `sqrt(out/in)`: unit RMS→RMS operator norm | Bernstein & Newhouse, arXiv 2409.20325; Dion, arXiv 2504.05295 |
+    | `"spectral"` | `sqrt(max(in, out))` | Scion, arXiv 2502.07529; Megatron's `spectral`, often times 0.2 |
+    | `"none"` | 1 | |
+
+    Args:
+      rule: One of the names above, or a function of `(in, out)`, both ints.
+      dimension_numbers: As for `scale_by_muon`; give both the same.
+
+    Raises:
+      ValueError: An unknown rule when built; at init and update, as `scale_by_muon`.
+    """  # noqa: E501
+    if not callable(rule) and rule not in _RULES:
+        raise ValueError(f"Unknown update rule {rule!r}; choose from {list(_RULES)} or a function.")
+    factor = rule if callable(rule) else _RULES[rule]
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        routing.resolve_matrices(dimension_numbers, params)
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        del params
+        specs = routing.resolve_matrices(dimension_numbers, updates)
+
+        def scale(path, u):
+            return u * _multiplier(factor, u, specs[path])
+
+        return paths.map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _multiplier(factor: Callable[[int, int], float], u: jax.Array, spec: matrices.Spec) -> Any:
+    """A Python float, which keeps the dtype, or an array in it that broadcasts against u."""
+    factors = [float(factor(ins, outs)) for _, ins, outs in matrices.shapes(u.shape, spec)]
+    if isinstance(spec, MuonDimensionNumbers):
+        return factors[0]
+    pieces = zip(factors, map(entries, spec.parts), strict=True)
+    return sum(f * entries_of_it for f, entries_of_it in pieces).astype(u.dtype)

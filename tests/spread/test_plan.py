@@ -1,0 +1,121 @@
+"""Plans: who works on what, what it costs, and that the costs are those of the compiled program."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+import muonclip_jax as mc
+from benchmarks.compiled import collectives, dots, flops, totals
+from muonclip_jax._spread.plan import Stack, choose
+
+POD = (("fsdp", 64), ("tp", 8))
+STEPS = 5
+
+
+def test_few_large_matrices_are_shared_by_teams():
+    """61 matrices on 512 devices: 64 teams of 8, of which 61 have work."""
+    plan = choose(Stack(61, 7168, 18432, POD, ("rows", "cols")), STEPS)
+    assert (plan.devices_per_matrix, plan.matrices_per_device) == (8, 1)
+    assert plan.ratio_to_even_share == pytest.approx(64 / 61)
+
+
+def test_many_matrices_are_whole():
+    """4608 experts on 512 devices: nine each, and nothing but there and back."""
+    plan = choose(Stack(4 * 384 * 3, 2048, 7168, POD, ("stack", "cols")), STEPS)
+    assert (plan.devices_per_matrix, plan.matrices_per_device) == (1, 9)
+    assert plan.ratio_to_even_share == 1
+    assert plan.bytes_sent == 2 * 9 * 2048 * 7168 * 2  # there and back, in bfloat16
+    assert plan.collectives == 3  # and one to tell the largest entries
+
+
+def test_part_of_an_axis_can_be_a_team():
+    """A mesh of one axis: FSDP, as most have it."""
+    plan = choose(Stack(61, 7168, 18432, (("fsdp", 512),), ("rows",)), STEPS)
+    assert plan.devices_per_matrix == 8
+    assert [(f.size, f.there) for f in plan.factors] == [(64, "stack"), (8, "cols")]
+
+
+def test_small_copies_stay():
+    plan = choose(Stack(8, 64, 64, (("data", 8),), ("copies",)), STEPS)
+    assert (plan.collectives, plan.matrices_per_device, plan.ratio_to_even_share) == (0, 8, 8)
+
+
+def test_one_device():
+    plan = choose(Stack(3, 64, 128), STEPS)
+    assert (plan.factors, plan.devices_per_matrix, plan.matrices_per_device) == ((), 1, 3)
+    assert (plan.bytes_sent, plan.collectives, plan.ratio_to_even_share) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "places", list(itertools.product(("stack", "rows", "cols", "copies"), repeat=2))
+)
+@pytest.mark.parametrize("count", [4, 24, 100])
+def test_every_device_has_work_or_a_reason(places, count):
+    """Whatever the plan, the matrices all have a place, and teams are whole."""
+    mesh = (("a", 4), ("b", 6))
+    held = math.prod(n for (_, n), place in zip(mesh, places, strict=True) if place == "stack")
+    stack = Stack(count * held, 720, 1440, mesh, places)
+    for devices in (1, 2, 3, 4, 6, 8, 12, 24):
+        plan = choose(stack, STEPS, devices)
+        repeated = math.prod(f.size for f in plan.factors if f.there == "copies")
+        teams = 24 // devices // repeated
+        assert plan.matrices_per_device * teams >= stack.count
+        assert plan.matrices_per_device <= -(-count // teams) * held
+        assert plan.ratio_to_even_share >= 1
+
+
+def test_forced_by_shape():
+    stack = Stack(61, 7168, 18432, POD, ("rows", "cols"))
+    for shape in ((7168, 18432), (18432, 7168)):
+        assert choose(stack, STEPS, {shape: 32}).devices_per_matrix == 32
+    assert choose(stack, STEPS, {(1, 2): 32}).devices_per_matrix == 8
+
+
+@pytest.mark.parametrize("devices_per_matrix", [1, 2, 8])
+def test_costs_are_those_of_the_compiled_program(devices_per_matrix):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P(None, "fsdp", "tp"))
+    grads = {"w": jax.ShapeDtypeStruct((8, 256, 512), jnp.float32, sharding=sharding)}
+    options = {
+        "dimension_numbers": {"w": MuonDimensionNumbers(-2, -1)},
+        "shardings": sharding,
+        "devices_per_matrix": devices_per_matrix,
+        "dtype": "float32",
+    }
+    tx = mc.scale_by_muon(method=mc.Method("standard"), **options)
+    compiled = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads)).compile()
+    (stack,) = mc.describe(grads, **options).stacks
+    assert flops(dots(compiled)) == stack.flops
+    found = totals(collectives(compiled))
+    small = found.pop("all-reduce")  # of norms, which the plan does not count
+    assert small.bytes < 0.01 * stack.bytes_sent
+    assert sum(total.bytes for total in found.values()) == stack.bytes_sent
+
+
+def test_describe_prints_the_plan(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    shape = jax.ShapeDtypeStruct((8192, 28672), jnp.float32)
+    params = {f"layer_{i}": {"mlp": {"kernel": shape}} for i in range(3)}
+    rows = mc.describe(params, shardings=NamedSharding(mesh, P("fsdp", "tp")))
+    (stack,) = rows.stacks
+    assert (stack.count, stack.split) == (3, {"fsdp": "rows", "tp": "cols"})
+    assert stack.devices_per_matrix == 2 and stack.matrices_per_device == 1
+    text = str(rows)
+    assert "3 × [8192, 28672]" in text and "fsdp: rows, tp: cols" in text and "1.33" in text
+    assert "devices" not in str(mc.describe(params))  # one device: no plan to print
+
+
+def test_describe_tells_what_nobody_knows(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        rows = mc.describe({"mlp": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}})
+    assert "fsdp: unknown, tp: unknown" in str(rows)
+    assert rows.stacks[0].ratio_to_even_share == 8
