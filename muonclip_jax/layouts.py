@@ -3,7 +3,8 @@
 from muonclip_jax._layouts.blocks import Block, Layout, Layouts, find_blocks
 from muonclip_jax._layouts.find import find_layout
 from muonclip_jax._layouts.kinds import fused_qkv, gqa, ignore, mha, mla
-from muonclip_jax._layouts.pieces import Part, Piece, Role
+from muonclip_jax._layouts.pieces import Part, Piece
+from muonclip_jax._layouts.roles import Role
 
 __all__ = [
     "Block",

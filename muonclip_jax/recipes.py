@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import optax
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.maxima import AxisName
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
-from muonclip_jax._layouts.pieces import Role
+from muonclip_jax._layouts.roles import Role
 from muonclip_jax._orthogonalize import schedules
 from muonclip_jax._orthogonalize.methods import Method, MethodName
 from muonclip_jax._orthogonalize.schedules import Schedule
 from muonclip_jax._parameters import routing
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.muon import scale_by_muon
-from muonclip_jax._transforms.qk_clip import AxisName, Scope, qk_clip
+from muonclip_jax._transforms.qk_clip import Scope, qk_clip
 from muonclip_jax._transforms.quack import Norm, QuackRule, scale_by_quack
 from muonclip_jax._transforms.update_rms import Rule, scale_by_update_rms
 

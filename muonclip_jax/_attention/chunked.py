@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax._attention.call import Call
-from muonclip_jax._attention.max_logits import largest
 from muonclip_jax._attention.tiles import (
     Operands,
     Plan,
@@ -23,8 +22,9 @@ from muonclip_jax._attention.tiles import (
     raw_logits,
     tile_bounds,
     tile_of,
-    wide,
 )
+from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._core.maxima import largest
 
 
 def attend(call: Call) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +88,7 @@ def _forward(plan: Plan, x: Operands):
         )
         return plan.queries.put(rows, new, ij[0]), None
 
-    zero = jnp.zeros_like(x.query[..., :1], wide(x.query))
+    zero = jnp.zeros_like(x.query[..., :1], accumulation_dtype(x.query.dtype))
     nothing = _Rows(
         out=jnp.repeat(zero, x.value.shape[-1], -1),
         total=zero,
@@ -116,7 +116,7 @@ def _shift(peak: jax.Array) -> jax.Array:
 
 def _backward(plan: Plan, saved: _Residuals, cotangents) -> tuple[Operands]:
     x, d_out = saved.operands, cotangents[0]  # the maxima carry no gradient
-    accumulated = wide(x.query)
+    accumulated = accumulation_dtype(x.query.dtype)
     slope = jnp.sum(d_out.astype(accumulated) * saved.out.astype(accumulated), -1, keepdims=True)
     row_values = (d_out, saved.shift, saved.inverse, slope)
     # [..., K, H or V, G, T]: the gradients of keys and values are made transposed, because XLA on

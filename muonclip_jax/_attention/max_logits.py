@@ -73,12 +73,6 @@ def read_max_logits(intermediates: Mapping[Any, Any]) -> dict[paths.Path, jax.Ar
     return blocks
 
 
-def largest(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-    """The maximum, NaN where there is one, -inf of nothing. (XLA's maximum on CPU drops NaNs from
-    rows of 32 and more.)"""
-    return jnp.where(jnp.isnan(x).any(axis), jnp.nan, x.max(axis, initial=-jnp.inf))
-
-
 def _maximum(path: paths.Path, sown: Any) -> jax.Array:
     """One array of what a Variable, a box, or the tuple of several calls holds."""
     values = jax.tree.leaves(sown)

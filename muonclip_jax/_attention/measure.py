@@ -6,8 +6,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._attention import call as arguments
-from muonclip_jax._attention.max_logits import largest
-from muonclip_jax._attention.tiles import Operands, Plan, cut, hide, raw_logits, tile_of, wide
+from muonclip_jax._attention.tiles import Operands, Plan, cut, hide, raw_logits, tile_of
+from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._core.maxima import largest
 
 
 def measure_max_logits(
@@ -96,7 +97,7 @@ def measure_max_logits(
             precision=precision,
         )
     )
-    nothing = jnp.full_like(operands.query[..., 0, 0], -jnp.inf, wide(query))
+    nothing = jnp.full_like(operands.query[..., 0, 0], -jnp.inf, accumulation_dtype(query.dtype))
     if every == 1:
         highest = _look(plan, operands, nothing)
     else:

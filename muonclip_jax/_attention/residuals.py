@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._attention.call import floating
-from muonclip_jax._attention.max_logits import largest
+from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._core.maxima import largest
 
 
 def max_logits_from_residuals(
@@ -80,7 +81,7 @@ def max_logits_bound(logsumexp: jax.typing.ArrayLike, *, heads_axis: int = -1) -
     logsumexp = floating("logsumexp", logsumexp)
     if logsumexp.ndim < 2:
         raise ValueError(f"logsumexp must be [..., rows, heads], found {logsumexp.shape}.")
-    wide = logsumexp.astype(jnp.promote_types(logsumexp.dtype, jnp.float32))
+    wide = logsumexp.astype(accumulation_dtype(logsumexp.dtype))
     rounding = float(jnp.finfo(logsumexp.dtype).eps) * jnp.abs(wide)
     return _per_head(jnp.where(sees(logsumexp), wide + rounding, -jnp.inf), heads_axis)
 
@@ -91,6 +92,6 @@ def sees(rows: jax.Array) -> jax.Array:
 
 
 def _per_head(rows: jax.Array, heads_axis: int) -> jax.Array:
-    rows = jax.lax.stop_gradient(rows.astype(jnp.promote_types(rows.dtype, jnp.float32)))
+    rows = jax.lax.stop_gradient(rows.astype(accumulation_dtype(rows.dtype)))
     heads_last = jnp.moveaxis(jnp.where(sees(rows), rows, -jnp.inf), heads_axis, -1)
     return largest(heads_last, tuple(range(heads_last.ndim - 1)))

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from muonclip_jax._attention.call import Call
+from muonclip_jax._core.dtypes import accumulation_dtype
 
 # Logits in a tile, unless the caller says: in float32 8 MB, which a CPU's cache holds; and how long
 # its sides may be. Found by `python -m benchmarks.attention --chunk-sizes 128 256 512`.
@@ -91,12 +92,12 @@ class Plan:
 
     def matmul(self, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(
-            subscripts, a, b, precision=self.precision, preferred_element_type=wide(a)
+            subscripts,
+            a,
+            b,
+            precision=self.precision,
+            preferred_element_type=accumulation_dtype(a.dtype),
         )
-
-
-def wide(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 class Operands(NamedTuple):
@@ -162,7 +163,7 @@ def tile_of(plan: Plan, x: Operands, i, j) -> Operands:
         query=plan.queries.take(x.query, i),
         key=plan.keys.take(x.key, j),
         value=plan.keys.take(x.value, j),
-        bias=None if bias is None else bias.astype(wide(x.query)),
+        bias=None if bias is None else bias.astype(accumulation_dtype(x.query.dtype)),
         mask=_visible(plan, bias, mask, i, j),
         dropout_rng=None if rng is None else jax.random.fold_in(rng, i * plan.keys.count + j),
     )

@@ -1,22 +1,29 @@
-"""In which precision products are computed: the one place that says so, for XLA and for kernels."""
+"""In which precision sums and products are computed: the one place that says so."""
 
-from typing import Any
+from typing import TypedDict
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """What products of factors of this dtype are summed in, and given as."""
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """What numbers of this dtype are summed in: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def of_product(dtype: jnp.dtype) -> dict[str, Any]:
-    """Arguments of `jnp.matmul` and `lax.dot_general` for factors of this dtype. XLA's default
-    precision rounds float32 factors to bfloat16 on TPU and to TF32 on GPU; 16-bit factors lose
-    nothing by it."""
-    total = accumulator(dtype)
-    exact = dtype == total
+class ProductOptions(TypedDict):
+    """Arguments of `jnp.matmul` and `lax.dot_general`."""
+
+    precision: lax.Precision
+    preferred_element_type: jnp.dtype
+
+
+def of_product(dtype: DTypeLike) -> ProductOptions:
+    """How factors of this dtype are multiplied. XLA's default precision rounds float32 factors to
+    bfloat16 on TPU and to TF32 on GPU; 16-bit factors lose nothing by it."""
+    total = accumulation_dtype(dtype)
+    exact = jnp.dtype(dtype) == total
     return {
         "precision": lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
         "preferred_element_type": total,

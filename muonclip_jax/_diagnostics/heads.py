@@ -7,8 +7,10 @@ from jax.sharding import PartitionSpec
 
 from muonclip_jax._core.meshes import in_auto_axes
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.blocks import Layouts, find_blocks, leaves_of
-from muonclip_jax._layouts.pieces import GAIN_ROLES, Part, Role
+from muonclip_jax._layouts.blocks import Layouts, find_blocks
+from muonclip_jax._layouts.leaves import leaves_of
+from muonclip_jax._layouts.pieces import Part
+from muonclip_jax._layouts.roles import GAIN_ROLES, Role
 
 PerRole = dict[Role, jax.Array]
 

@@ -27,8 +27,9 @@ from muonclip_jax._diagnostics.measures import (
     participation_ratio,
     spectral_norm,
 )
-from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks, leaves_of, module_path
-from muonclip_jax._layouts.pieces import KEY_ROLES, QUERY_ROLES, Role
+from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks, module_path
+from muonclip_jax._layouts.leaves import leaves_of
+from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role
 from muonclip_jax._transforms.qk_clip import QKClipState, fit_maxima, qk_clip_state
 
 _ROLES = (*QUERY_ROLES, *KEY_ROLES, "k_rope", "q_down", "kv_down")

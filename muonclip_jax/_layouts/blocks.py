@@ -1,7 +1,7 @@
 """Layouts and the attention blocks that they find in a parameter tree."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -14,12 +14,12 @@ from optax import MaskedNode
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.pieces import (
+from muonclip_jax._layouts.pieces import Part, Piece
+from muonclip_jax._layouts.roles import (
+    EQUAL_LENGTHS,
     GAIN_ROLES,
     KEY_ROLES,
     QUERY_ROLES,
-    Part,
-    Piece,
     Role,
 )
 from muonclip_jax._layouts.surroundings import (
@@ -291,23 +291,6 @@ def multipliers(
     }
 
 
-def leaves_of(blocks: Sequence[Block], roles: Collection[Role], tree: Any) -> dict[Path, Any]:
-    """Kernels, biases and gains of the parts with these roles, in a tree like the parameters.
-
-    Raises:
-      ValueError: One is not there.
-    """
-    parts = [part for block in blocks for part in block.parts if part.role in roles]
-    leaves = dict(paths.leaves(tree))
-    wanted = dict.fromkeys(path for part in parts for path in (part.kernel, part.bias) if path)
-    for path in wanted:
-        if path not in leaves:
-            raise ValueError(
-                f"{paths.show(path)} is among the parameters but not the updates; give trees alike."
-            )
-    return {path: leaves[path] for path in wanted}
-
-
 def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
     """Every attention block of `params` that the layout, or one of several, describes.
 
@@ -491,30 +474,12 @@ def _check_input(block: Block, shapes: Shapes) -> None:
         )
 
 
-# Lengths that attention itself makes equal: a wrong size in a layout rarely fits them all.
-_EQUAL = (
-    ("q_nope", "heads", "q_rope", "heads"),
-    ("q", "heads", "q_rope", "heads"),
-    ("q_nope", "heads", "k_nope", "heads"),
-    ("k", "heads", "v", "heads"),
-    ("k_nope", "heads", "v", "heads"),
-    ("q", "heads", "o", "heads"),
-    ("q_nope", "heads", "o", "heads"),
-    ("q", "heads", "gate", "heads"),
-    ("v", "features", "o", "features"),
-    ("v", "features", "gate", "features"),
-    ("q_rope", "features", "k_rope", "features"),
-    ("q_down", "features", "q_nope", "ins"),
-    ("kv_down", "features", "k_nope", "ins"),
-    ("q_gain", "features", "q_nope", "ins"),
-    ("kv_gain", "features", "k_nope", "ins"),
-)
 _IN_WORDS = {"heads": "heads", "features": "features", "ins": "input features"}
 
 
 def _check_lengths(block: Block) -> None:
     """Raises ValueError when two pieces do not go together."""
-    for one_role, one_length, other_role, other_length in _EQUAL:
+    for one_role, one_length, other_role, other_length in EQUAL_LENGTHS:
         one, other = block.part(one_role), block.part(other_role)
         if one is None or other is None:
             continue

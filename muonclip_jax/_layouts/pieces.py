@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from muonclip_jax._core import paths
 from muonclip_jax._core.meshes import mesh_axes
 from muonclip_jax._core.paths import Path
-
-Role = Literal[
-    "q", "k", "v", "o", "gate",
-    "q_nope", "q_rope", "k_nope", "k_rope",
-    "q_down", "kv_down", "q_gain", "kv_gain",
-]  # fmt: skip
-
-QUERY_ROLES = ("q", "q_nope", "q_rope")
-KEY_ROLES = ("k", "k_nope")
-GAIN_ROLES = ("q_gain", "kv_gain")
+from muonclip_jax._layouts.roles import GAIN_ROLES, Role
 
 _STACK = "stack"
 _IN_GAIN = "in of a gain"

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.pieces import KEY_ROLES, QUERY_ROLES, Part
+from muonclip_jax._layouts.pieces import Part
+from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES
 
 Shapes = Mapping[Path, tuple[int, ...]]
 

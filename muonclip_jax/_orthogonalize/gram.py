@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax._core.dtypes import accumulator
+from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.normalization import scale_at
 from muonclip_jax._orthogonalize.products import (
@@ -98,7 +98,7 @@ def gram_newton_schulz(x: jax.Array, schedule: Schedule, method: Method) -> jax.
     first = True
     # Segments of one length compile once.
     for _, group in itertools.groupby(segments(schedule, x.dtype), key=len):
-        equal = jnp.asarray(list(group), accumulator(x.dtype))
+        equal = jnp.asarray(list(group), accumulation_dtype(x.dtype))
         x, _ = lax.scan(run, x, (equal, first & (jnp.arange(len(equal)) == 0)))
         first = False
     return x
@@ -113,7 +113,7 @@ def _segment(
     scale = scale_at(first, square, schedule)
     r = each(lambda block: scale**2 * block, square)
     a, z, r_rounded = _polynomial(r, coefficients[0], x.dtype, method)
-    s, q = a, rounded(z, accumulator(x.dtype))
+    s, q = a, rounded(z, accumulation_dtype(x.dtype))
     if len(coefficients) > 1:
         r = _next(r_rounded, a, z, method)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax._core.dtypes import accumulator
+from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.products import Symmetric, gram, joined, sum_of_squares, trace
 from muonclip_jax._orthogonalize.schedules import Schedule
@@ -25,7 +25,7 @@ def in_range(x: jax.Array, dtype: jnp.dtype, team: Team = ALONE) -> jax.Array:
       dtype: Of the iteration.
       team: Those with the other parts.
     """
-    x = x.astype(jnp.promote_types(accumulator(x.dtype), dtype))
+    x = x.astype(jnp.promote_types(accumulation_dtype(x.dtype), dtype))
     largest = team.largest(lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)))
     # Bounded, for the power to be a normal number: XLA may take others for zero.
     limit = -jnp.finfo(x.dtype).minexp

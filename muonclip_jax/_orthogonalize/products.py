@@ -51,7 +51,7 @@ def symmetric(left: jax.Array, right: jax.Array, method: Method) -> Symmetric:
 
 @jax.custom_jvp
 def _by_kernel(left: jax.Array, right: jax.Array) -> jax.Array:
-    total = precision.accumulator(left.dtype)
+    total = precision.accumulation_dtype(left.dtype)
 
     def run(product):
         return lambda left, right: product(left, right.mT, out_dtype=total)
@@ -114,7 +114,9 @@ def sum_of_squares(x: Symmetric) -> jax.Array:
     if isinstance(x, tuple):
         a, b, c = x
         return sum_of_squares(a) + 2 * sum_of_squares(b) + sum_of_squares(c)
-    return jnp.sum(jnp.square(x.astype(precision.accumulator(x.dtype))), (-2, -1), keepdims=True)
+    return jnp.sum(
+        jnp.square(x.astype(precision.accumulation_dtype(x.dtype))), (-2, -1), keepdims=True
+    )
 
 
 def rounded(x: Symmetric, dtype: jnp.dtype) -> Symmetric:

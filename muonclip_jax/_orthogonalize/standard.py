@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax._core.dtypes import accumulator
+from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.normalization import scale_at
 from muonclip_jax._orthogonalize.products import (
@@ -46,6 +46,6 @@ def standard(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
         return (scale * (a * x + matmul(joined(polynomial), x, method))).astype(x.dtype), None
 
     # A scan costs as much as an unrolled loop at run time and compiles once for all steps.
-    coefficients = jnp.asarray(schedule.coefficients, accumulator(x.dtype))
+    coefficients = jnp.asarray(schedule.coefficients, accumulation_dtype(x.dtype))
     first = jnp.arange(len(coefficients)) == 0
     return lax.scan(step, x, (coefficients, first))[0]

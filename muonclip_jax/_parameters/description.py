@@ -21,7 +21,7 @@ from muonclip_jax._core.meshes import mesh_of
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
-from muonclip_jax._layouts.pieces import Role
+from muonclip_jax._layouts.roles import Role
 from muonclip_jax._orthogonalize import schedules
 from muonclip_jax._orthogonalize.schedules import Schedule
 from muonclip_jax._parameters import matrices, routing

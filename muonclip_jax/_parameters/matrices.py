@@ -16,7 +16,8 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import entries
-from muonclip_jax._layouts.pieces import Part, Role
+from muonclip_jax._layouts.pieces import Part
+from muonclip_jax._layouts.roles import Role
 from muonclip_jax._spread.stacks import Matrices
 
 

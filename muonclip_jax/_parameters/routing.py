@@ -14,7 +14,7 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, find_blocks, module_path
 from muonclip_jax._layouts.find import is_flax_attention
-from muonclip_jax._layouts.pieces import GAIN_ROLES, Role
+from muonclip_jax._layouts.roles import GAIN_ROLES, Role
 from muonclip_jax._parameters import matrices
 from muonclip_jax._parameters.matrices import HeadMatrices, Spec, role_and_family
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax._core.dtypes import accumulator
+from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._orthogonalize.methods import DENSE
 from muonclip_jax._orthogonalize.normalization import inverse_norm, nonzero
 from muonclip_jax._orthogonalize.products import matmul, sum_of_squares
@@ -30,7 +30,7 @@ def iterate(x: jax.Array, schedule: Schedule, team: Team) -> jax.Array:
     square = _rows_of_gram(x, team)
     measured = x if schedule.normalization == "frobenius" else square
     scale = inverse_norm(team.sum(sum_of_squares(measured)), schedule)
-    coefficients = jnp.asarray(schedule.coefficients, accumulator(x.dtype))
+    coefficients = jnp.asarray(schedule.coefficients, accumulation_dtype(x.dtype))
     # The first step by itself: only there all tell each other about the norm.
     x = _step(x, square, scale, coefficients[0], team)
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from muonclip_jax._attention.max_logits import read_max_logits
 from muonclip_jax._core import paths
+from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.meshes import in_auto_axes
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.states import find_state
@@ -188,7 +189,7 @@ def _check_options(tx, every, accumulator_dtype):
 
 
 def _zeros(dtype: jax.typing.DTypeLike | None, param: jax.Array) -> jax.Array:
-    return jnp.zeros_like(param, dtype=_at_least_float32(param.dtype) if dtype is None else dtype)
+    return jnp.zeros_like(param, dtype=accumulation_dtype(param.dtype) if dtype is None else dtype)
 
 
 def _mean(count: jax.Array, path: Path, mean: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -199,13 +200,9 @@ def _mean(count: jax.Array, path: Path, mean: jax.Array, gradient: jax.Array) ->
             f"accumulate got a gradient of shape {jnp.shape(gradient)} for {paths.show(path)} "
             f"{mean.shape}. Call tx.update once for each micro-batch, with its gradient alone."
         )
-    dtype = _at_least_float32(mean.dtype)
+    dtype = accumulation_dtype(mean.dtype)
     before, new = jnp.where(count == 0, 0, mean).astype(dtype), gradient.astype(dtype)
     return (before + (new - before) / (count + 1)).astype(mean.dtype)
-
-
-def _at_least_float32(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 # The maximum of the max logits

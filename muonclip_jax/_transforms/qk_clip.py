@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from muonclip_jax._attention.max_logits import largest, read_max_logits
+from muonclip_jax._attention.max_logits import read_max_logits
 from muonclip_jax._core import paths
+from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._core.maxima import AxisName, largest, largest_of_devices
 from muonclip_jax._core.meshes import in_auto_axes, specs_of
 from muonclip_jax._core.options import is_concrete_number
 from muonclip_jax._core.paths import Path
@@ -23,17 +25,17 @@ from muonclip_jax._layouts.blocks import (
     Layouts,
     as_layouts,
     find_blocks,
-    leaves_of,
     left_out,
     module_path,
     multipliers,
     outside_patterns,
     refuse_qk_norm,
 )
-from muonclip_jax._layouts.pieces import KEY_ROLES, QUERY_ROLES, Part, Role
+from muonclip_jax._layouts.leaves import leaves_of
+from muonclip_jax._layouts.pieces import Part
+from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role
 
 Scope = Literal["head", "layer"]
-AxisName = str | tuple[str, ...] | None
 
 _Leaves = Mapping[Path, jax.Array]
 _CLIPPED_ROLES: tuple[Role, ...] = QUERY_ROLES + KEY_ROLES
@@ -242,7 +244,7 @@ def clip_factor(
     Returns:
       γ in (0, 1], same shape, float32 or wider.
     """
-    maxima = max_logits.astype(_at_least_float32(max_logits.dtype))
+    maxima = max_logits.astype(accumulation_dtype(max_logits.dtype))
     threshold = jnp.asarray(threshold, maxima.dtype)
     exceeds = jnp.isfinite(maxima) & (maxima > threshold)
     gamma = jnp.where(exceeds, threshold / jnp.where(exceeds, maxima, 1), 1)
@@ -325,7 +327,7 @@ def _plan(
 ) -> _Plan:
     for option in ("axis_name", "heads_axis_name"):
         _check_bound(option, getattr(options, option))
-    maxima = _of_all_devices(
+    maxima = largest_of_devices(
         {
             b.name: functools.reduce(
                 jnp.maximum, (fit_maxima(b.name, b.shape, x) for x in sown[b.name])
@@ -356,15 +358,6 @@ def _check_bound(option: str, value: AxisName) -> None:
                 f"{option}={value!r}: no jax.shard_map or jax.pmap around this call has an axis "
                 f"{axis!r}. Under jax.jit leave {option} out: sharded arrays are whole there."
             ) from None
-
-
-def _of_all_devices(maxima: dict[str, jax.Array], axis_name: AxisName) -> dict[str, jax.Array]:
-    """The maximum over the axes, NaN where any device has one. (XLA's drops NaNs on CPU.)"""
-    if axis_name is None:
-        return maxima
-    is_nan = jax.tree.map(lambda s: jnp.isnan(s).astype(jnp.float32), maxima)
-    maxima, is_nan = jax.lax.pmax((maxima, is_nan), axis_name)
-    return jax.tree.map(lambda s, nan: jnp.where(nan > 0, jnp.nan, s), maxima, is_nan)
 
 
 def _pair(
@@ -454,13 +447,13 @@ def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Arr
 
     Written so that a multiplier of 1 gives the update back as it was.
     """
-    dtype = jnp.promote_types(_at_least_float32(param.dtype), update.dtype)
+    dtype = jnp.promote_types(accumulation_dtype(param.dtype), update.dtype)
     m, u, p = (x.astype(dtype) for x in (multiplier, update, param))
     return jnp.where(m == 1, u, m * u + (m - 1) * p).astype(update.dtype)
 
 
 def _multiple(param: jax.Array, multiplier: jax.Array) -> jax.Array:
-    dtype = _at_least_float32(param.dtype)
+    dtype = accumulation_dtype(param.dtype)
     return (param.astype(dtype) * multiplier.astype(dtype)).astype(param.dtype)
 
 
@@ -507,7 +500,3 @@ def _count(masks: Iterable[jax.Array]) -> jax.Array:
 
 def _float32(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
-def _at_least_float32(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)

@@ -28,11 +28,12 @@ from muonclip_jax._layouts.blocks import (
     Layouts,
     as_layouts,
     find_blocks,
-    leaves_of,
     multipliers,
     refuse_qk_norm,
 )
-from muonclip_jax._layouts.pieces import GAIN_ROLES, Part, Role
+from muonclip_jax._layouts.leaves import leaves_of
+from muonclip_jax._layouts.pieces import Part
+from muonclip_jax._layouts.roles import GAIN_ROLES, Role
 
 QuackRule = Literal["paper", "normalized_min", "latent_norm", "fixed"]
 Norm = Literal["frobenius", "spectral"]

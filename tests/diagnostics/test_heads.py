@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._layouts.pieces import GAIN_ROLES
+from muonclip_jax._layouts.roles import GAIN_ROLES
 from tests.layouts.test_layouts import STACKS, STORAGES, heads_by_hand, nested, stacked
 
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)

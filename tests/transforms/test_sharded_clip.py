@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import muonclip_jax as mc
 from benchmarks.compiled import collectives
 from muonclip_jax import layouts
-from muonclip_jax._layouts.pieces import GAIN_ROLES
+from muonclip_jax._layouts.roles import GAIN_ROLES
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
 

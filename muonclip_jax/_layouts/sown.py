@@ -1,0 +1,141 @@
+"""Where sown values meet attention blocks: whose value it is, and in which shape."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from muonclip_jax._core import paths
+from muonclip_jax._core.maxima import largest
+from muonclip_jax._core.paths import Path
+from muonclip_jax._layouts.blocks import (
+    Block,
+    Layouts,
+    left_out,
+    module_path,
+    outside_patterns,
+)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which modules sowed for which block.
+
+    Attributes:
+      modules: By the block's name, the paths of the modules in it that sowed.
+      strays: Modules that sowed and are in no block, though a layout's pattern admits them.
+    """
+
+    modules: dict[str, list[Path]]
+    strays: list[Path]
+
+
+def pair(layout: Layouts, blocks: Sequence[Block], params: Any, sown: Iterable[Path]) -> Pairing:
+    """For every module that sowed, its block: the innermost attention at its path or above it.
+
+    Where the layouts leave that attention out, by `ignore` or a `block` pattern, the value belongs
+    to nobody, also when another block stands around it:
+
+        layout   [mha(block="attn"), ignore("attn/inner")]
+        sown     attn            → block attn
+                 attn/core       → block attn, the innermost attention above it
+                 attn/inner      → nobody
+                 attn/inner/core → nobody
+
+    Args:
+      layout: The layouts.
+      blocks: The blocks that they find in `params`.
+      params: The parameters; only paths and shapes are read.
+      sown: The paths of the modules that sowed.
+    """
+    found = Pairing({block.name: [] for block in blocks}, [])
+    excluded = [module_path(path) for path in left_out(layout, params)]
+    for path in sown:
+        around = [block for block in blocks if _is_inside(path, module_path(block.path))]
+        block = max(around, key=lambda block: len(block.path), default=None)
+        depth = len(module_path(block.path)) if block else 0
+        if any(_is_inside(path, other) and len(other) >= depth for other in excluded):
+            continue
+        if block is not None:
+            found.modules[block.name].append(path)
+        elif not outside_patterns(layout, path):
+            found.strays.append(path)
+    _tell_recorder(found)
+    return found
+
+
+def fit(block: str, shape: tuple[int, ...], sown: jax.Array, signal: str) -> jax.Array:
+    """What a module of a block sowed, as `[stack..., heads]`, the block's shape: axes that its
+    kernels do not have (a batch, a vmapped call) are reduced by the maximum.
+
+    Args:
+      block: The block's name.
+      shape: The block's shape.
+      sown: The value.
+      signal: The name of what was sown, for messages.
+
+    Raises:
+      ValueError: It has other heads or another stack, or does not tell which axis is the stack.
+    """
+    *stack, heads = shape
+    depth, extra = len(stack), sown.ndim - len(shape)
+    after_stack = sown.shape[:depth] == shape[:-1]
+    before_stack = sown.shape[extra:-1] == shape[:-1] if extra >= 0 else False
+    if sown.shape[-1:] != (heads,) or extra < 0 or not (after_stack or before_stack):
+        raise ValueError(
+            f"{block} sowed {signal} of shape {sown.shape}, but its kernels have "
+            f"{heads} query heads{f' in stacked layers {shape[:-1]}' if depth else ''}: "
+            f"expected {shape}. "
+            "Sow one maximum per query head, and check the layout's heads= (flat kernels need it)."
+        )
+    if depth and extra and after_stack and before_stack:
+        raise ValueError(
+            f"{block} sowed {signal} of shape {sown.shape}: which axis is the stack "
+            f"{shape[:-1]} is ambiguous. Reduce the others first, here or where they are sown: "
+            f"jax.tree.map(lambda s: s.max(axis=...), read_{signal}(intermediates))."
+        )
+    axes = range(depth, depth + extra) if after_stack else range(extra)
+    return largest(sown, tuple(axes))
+
+
+@dataclass
+class Recorder:
+    """What was paired while it was listening: by the block's name, the modules that sowed."""
+
+    modules: dict[str, list[Path]] = field(default_factory=dict)
+
+
+_listening: ContextVar[Recorder | None] = ContextVar("listening", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[Recorder]:
+    """Tells `accumulate`, which cannot see into the chain that it wraps, what the links in it pair.
+
+    Pairing depends on paths alone, so it happens whenever a link's `update` is traced.
+    """
+    recorder = Recorder()
+    token = _listening.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _listening.reset(token)
+
+
+def _tell_recorder(found: Pairing) -> None:
+    recorder = _listening.get()
+    if recorder is not None:
+        for name, modules in found.modules.items():
+            recorder.modules.setdefault(name, []).extend(modules)
+
+
+def _is_inside(path: Path, module: Path) -> bool:
+    return path[: len(module)] == module
+
+
+def names(modules: Iterable[Path]) -> str:
+    """For messages."""
+    return ", ".join(map(paths.show, modules)) or "nothing"
