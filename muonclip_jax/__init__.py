@@ -2,7 +2,8 @@
 
 # ruff: noqa: RUF022 (data-flow order)
 from muonclip_jax import layouts, plots, schedules
-from muonclip_jax._attention.api import dot_product_attention
+from muonclip_jax._attention.attention import dot_product_attention
+from muonclip_jax._attention.flax import attention_fn
 from muonclip_jax._attention.max_logits import read_max_logits, sow_max_logits
 from muonclip_jax._attention.measure import measure_max_logits
 from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_residuals
@@ -63,6 +64,7 @@ __all__ = [
     "describe",
     # max logits
     "dot_product_attention",
+    "attention_fn",
     "measure_max_logits",
     "max_logits_from_residuals",
     "max_logits_bound",

@@ -18,7 +18,7 @@ class Model(nn.Module):
     def __call__(self, x):
         x = nn.Dense(16, name="mlp")(x)
         return nn.MultiHeadDotProductAttention(
-            4, attention_fn=mc.dot_product_attention)(x, sow_weights=True)
+            4, attention_fn=mc.attention_fn)(x, sow_weights=True)
 model, batch = Model(), jnp.ones((2, 5, 16))
 params = model.init(jax.random.key(0), batch)["params"]
 loss = lambda logits, batch: ((logits - batch) ** 2).mean()
@@ -30,7 +30,7 @@ import muonclip_jax as mc
 class Model(nnx.Module):
     def __init__(self, rngs):
         self.attn = nnx.MultiHeadAttention(
-            4, 16, decode=False, attention_fn=mc.dot_product_attention, rngs=rngs)
+            4, 16, decode=False, attention_fn=mc.attention_fn, rngs=rngs)
     def __call__(self, x):
         return self.attn(x, sow_weights=True)
 model, batch = Model(nnx.Rngs(0)), jnp.ones((2, 5, 16))

@@ -66,7 +66,7 @@ def linen_intermediates(sow_weights=True, mutable=("intermediates",), axes=("par
         @nn.compact
         def __call__(self, x):
             attention = nn.MultiHeadDotProductAttention(
-                2, attention_fn=mc.dot_product_attention, name="attn"
+                2, attention_fn=mc.attention_fn, name="attn"
             )
             scanned = nn.scan(
                 lambda module, x, _: (module(x, sow_weights=sow_weights), None),
@@ -89,7 +89,7 @@ def clip_linen(**wiring):
 
 def nnx_intermediates_without_capture_type():
     attention = nnx.MultiHeadAttention(
-        2, 4, decode=False, attention_fn=mc.dot_product_attention, rngs=nnx.Rngs(0)
+        2, 4, decode=False, attention_fn=mc.attention_fn, rngs=nnx.Rngs(0)
     )
     _, sown = nnx.capture(
         lambda module: module(jnp.ones((1, 3, 4)), sow_weights=True), nnx.BatchStat

@@ -81,16 +81,14 @@ def floating(name: str, x: ArrayLike) -> jax.Array:
     return x
 
 
-def boolean(mask: ArrayLike, numbers_attend: bool = False) -> jax.Array:
+def boolean(mask: ArrayLike) -> jax.Array:
     mask = jnp.asarray(mask)
-    if mask.dtype == bool:
-        return mask
-    if numbers_attend:
-        return mask != 0
-    raise TypeError(
-        f"mask must be boolean, True where a query attends, found {mask.dtype}: "
-        "pass mask.astype(bool) for ones and zeros, or an additive mask as `bias`."
-    )
+    if mask.dtype != bool:
+        raise TypeError(
+            f"mask must be boolean, True where a query attends, found {mask.dtype}: "
+            "pass mask.astype(bool) for ones and zeros, or an additive mask as `bias`."
+        )
+    return mask
 
 
 def compute_dtype(dtype: DTypeLike | None, *operands: jax.Array) -> jnp.dtype:
@@ -133,9 +131,10 @@ def checked_chunk_size(chunk_size: Any) -> int | None:
 def number(name: str, x: Any, above: float = -math.inf) -> float:
     if not isinstance(x, numbers.Real):
         raise TypeError(f"{name} must be a Python number, known when traced, found {x!r}.")
+    x = float(x)
     if not above < x < math.inf:
         raise ValueError(f"{name} must be finite and above {above}, found {x}.")
-    return float(x)
+    return x
 
 
 def logit_scale(scale: Any, query: jax.Array) -> float:
@@ -152,15 +151,8 @@ def window(local_window_size: Any) -> tuple[int, int] | None:
     return left, right
 
 
-def checked_dropout_rate(rate: Any, rng: jax.Array | None, deterministic: bool | None) -> float:
+def checked_dropout_rate(rate: Any) -> float:
     rate = number("dropout_rate", rate)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), found {rate}.")
-    if deterministic or not rate:
-        return 0.0
-    if rng is None:
-        raise ValueError(
-            f"dropout_rate={rate} needs dropout_rng=jax.random.key(...), "
-            "or deterministic=True to switch dropout off."
-        )
     return rate

@@ -102,6 +102,6 @@ def _nothing_sown(found: list[paths.Path]) -> str:
     return (
         f"No value named {MAX_LOGITS!r} in the intermediates; found {sowing.names(found)}. "
         "Did the blocks sow? Call sow_max_logits(self, max_logits) in each, or give Flax's "
-        "attention modules attention_fn=dot_product_attention and call them with "
+        "attention modules attention_fn=mc.attention_fn and call them with "
         "sow_weights=True. " + sowing.WAS_IT_COLLECTED
     )

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from muonclip_jax._attention import tokamax
-from muonclip_jax._attention.api import dot_product_attention
+from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.call import Call
 from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_residuals
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from muonclip_jax._attention.api import dot_product_attention
+from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.measure import measure_max_logits
 
 

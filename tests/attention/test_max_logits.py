@@ -1,7 +1,6 @@
 """Max logits on their way out of Flax models, Linen and NNX."""
 
 import functools
-import inspect
 import warnings
 
 import chex
@@ -13,7 +12,6 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from muonclip_jax._attention.api import dot_product_attention
 from muonclip_jax._attention.max_logits import MAX_LOGITS, read_max_logits, sow_max_logits
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 8))
@@ -250,75 +248,6 @@ def test_nnx_outside_of_capture_neither_warns_nor_stores():
     jax.jit(lambda x: model(x))(X)
     assert not nnx.state(model, nnx.Intermediate)
     assert not sow_max_logits(model.blocks[0], jnp.ones(4))
-
-
-# ---- Flax's own attention modules ----
-
-
-@pytest.mark.parametrize("module", [nn.MultiHeadDotProductAttention, nn.MultiHeadAttention])
-def test_linen_attention_unchanged_but_sown(module):
-    ours = module(num_heads=4, attention_fn=dot_product_attention)
-    flax = module(num_heads=4)
-    params = flax.init(jax.random.key(1), X)
-    mask = nn.make_causal_mask(X[..., 0])  # float32, as Flax makes it
-    out, state = ours.apply(params, X, mask=mask, sow_weights=True, mutable=["intermediates"])
-    # Averages in float32, of numbers of order one.
-    chex.assert_trees_all_close(out, flax.apply(params, X, mask=mask), atol=1e-5)
-    assert_close(read_max_logits(state), {(): masked_maxima(params["params"], mask)})
-
-
-def masked_maxima(params, mask):
-    query, key = (
-        np.einsum("btd,dnh->bnth", X, params[name]["kernel"]) + params[name]["bias"][:, None]
-        for name in ("query", "key")
-    )
-    logits = np.einsum("bnth,bnsh->bnts", query, key) / np.sqrt(query.shape[-1])
-    return np.where(mask, logits, -np.inf).max((0, 2, 3))
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_nnx_attention_unchanged_but_sown(kv_heads):
-    def build(**options):
-        return nnx.MultiHeadAttention(
-            4, 8, num_kv_heads=kv_heads, decode=False, rngs=nnx.Rngs(1), **options
-        )
-
-    ours, flax = build(attention_fn=dot_product_attention), build()
-    forward = nnx.capture(ours, nnx.Intermediate)
-    mask = nnx.make_causal_mask(X[..., 0])
-    out, state = forward(X, mask=mask, sow_weights=True)
-    # Averages in float32, of numbers of order one.
-    chex.assert_trees_all_close(out, flax(X, mask=mask), atol=1e-5)
-    params = {name: nnx.to_pure_dict(nnx.state(getattr(ours, name))) for name in ("query", "key")}
-    for leaf in ("kernel", "bias"):
-        params["key"][leaf] = np.repeat(params["key"][leaf], 4 // kv_heads, axis=-2)
-    assert_close(read_max_logits(state), {(): masked_maxima(params, mask)})
-    assert not forward(X)[1], "without sow_weights nothing is sown"
-
-
-@pytest.mark.skipif(
-    "is_causal" not in inspect.signature(nnx.MultiHeadAttention.__call__).parameters,
-    reason="Flax before 0.12.7 has no is_causal",
-)
-def test_nnx_attention_passes_is_causal():
-    attention = nnx.MultiHeadAttention(
-        4, 8, decode=False, attention_fn=dot_product_attention, rngs=nnx.Rngs(1)
-    )
-    masked = attention(X, mask=nnx.make_causal_mask(X[..., 0]))
-    # The same averages.
-    chex.assert_trees_all_close(attention(X, is_causal=True), masked, atol=1e-6)
-
-
-def test_flax_dropout_reaches_the_attention():
-    module = nn.MultiHeadAttention(
-        num_heads=4, dropout_rate=0.5, deterministic=False, attention_fn=dot_product_attention
-    )
-    params = module.init(jax.random.key(1), X)
-    first, again, other = (
-        module.apply(params, X, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 0, 1)
-    )
-    chex.assert_trees_all_equal(first, again)
-    assert np.abs(first - other).max() > 0.01
 
 
 # ---- what read_max_logits takes ----

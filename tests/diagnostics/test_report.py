@@ -124,7 +124,7 @@ def test_qk_norm_is_no_obstacle():
 
 def test_nnx():
     attention = nnx.MultiHeadAttention(
-        2, 8, attention_fn=mc.dot_product_attention, decode=False, rngs=nnx.Rngs(0)
+        2, 8, attention_fn=mc.attention_fn, decode=False, rngs=nnx.Rngs(0)
     )
     layout = mc.find_layout(nnx.state(attention, nnx.Param))
     optimizer = nnx.Optimizer(attention, mc.qk_clip(layout), wrt=nnx.Param)

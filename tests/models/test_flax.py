@@ -27,7 +27,7 @@ class LinenDecoder(linen.Module):
 
     def attend(self, name, x, memory, mask):
         attention = linen.MultiHeadDotProductAttention(
-            HEADS, attention_fn=mc.dot_product_attention, name=name
+            HEADS, attention_fn=mc.attention_fn, name=name
         )
         return x + attention(linen.LayerNorm()(x), memory, mask=mask, sow_weights=True)
 
@@ -40,7 +40,7 @@ class NnxLayer(nnx.Module):
             num_heads=HEADS,
             in_features=WIDTH,
             num_kv_heads=KV_HEADS,
-            attention_fn=mc.dot_product_attention,
+            attention_fn=mc.attention_fn,
             decode=False,
             rngs=rngs,
         )

@@ -36,7 +36,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x):
         attention = nn.MultiHeadDotProductAttention(
-            HEADS, use_bias=False, attention_fn=mc.dot_product_attention, name="attn"
+            HEADS, use_bias=False, attention_fn=mc.attention_fn, name="attn"
         )
         x = x + attention(nn.RMSNorm(name="attn_norm")(x), sow_weights=True)
         return x + nn.Dense(WIDTH, use_bias=False, name="mlp")(nn.RMSNorm(name="mlp_norm")(x))
@@ -152,7 +152,7 @@ def test_nnx():
                 WIDTH,
                 decode=False,
                 use_bias=False,
-                attention_fn=mc.dot_product_attention,
+                attention_fn=mc.attention_fn,
                 rngs=rngs,
             )
 

@@ -193,7 +193,7 @@ class Model(nn.Module):
             @nn.compact
             def __call__(self, x):
                 attention = nn.MultiHeadDotProductAttention(
-                    2, attention_fn=mc.dot_product_attention, name="attn"
+                    2, attention_fn=mc.attention_fn, name="attn"
                 )
                 return x + attention(nn.RMSNorm(name="norm")(x), sow_weights=True)
 

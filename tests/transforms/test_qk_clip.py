@@ -256,9 +256,7 @@ def test_float64_weights_clip_in_float64_by_float32_maxima():
 
 def test_clips_are_not_lost_with_float32_masters_of_a_bfloat16_model():
     """The documented cure: float32 parameters, bfloat16 computation."""
-    attention = nn.MultiHeadDotProductAttention(
-        4, dtype=jnp.bfloat16, attention_fn=mc.dot_product_attention
-    )
+    attention = nn.MultiHeadDotProductAttention(4, dtype=jnp.bfloat16, attention_fn=mc.attention_fn)
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
     params = attention.init(jax.random.key(1), x)["params"]
     _, sown = attention.apply({"params": params}, x, sow_weights=True, mutable=["intermediates"])
@@ -412,7 +410,7 @@ def linen_model_and_sown():
         @nn.compact
         def __call__(self, x):
             attention = nn.MultiHeadDotProductAttention(
-                4, attention_fn=mc.dot_product_attention, name="attn"
+                4, attention_fn=mc.attention_fn, name="attn"
             )
             return x + attention(x, sow_weights=True)
 
@@ -450,7 +448,7 @@ def test_nnx_optimizer_forwards_max_logits():
     class Layer(nnx.Module):
         def __init__(self, rngs):
             self.attn = nnx.MultiHeadAttention(
-                4, 16, decode=False, attention_fn=mc.dot_product_attention, rngs=rngs
+                4, 16, decode=False, attention_fn=mc.attention_fn, rngs=rngs
             )
 
         def __call__(self, x):

@@ -2,36 +2,18 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal
 
 import jax
-from flax import linen, nnx
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._attention import call as arguments
 from muonclip_jax._attention import chunked, logsumexp, tokamax
-from muonclip_jax._attention.max_logits import sow_max_logits
 
-Module = linen.Module | nnx.Module
 Implementation = Literal["auto", "chunked", "tokamax", "logsumexp"] | Callable[..., Any]
 
 
-class _Options(TypedDict, total=False):
-    is_causal: bool
-    local_window_size: int | tuple[int, int] | None
-    scale: float | None
-    soft_cap: float | None
-    implementation: Implementation
-    chunk_size: int | None
-    dropout_rng: jax.Array | None
-    dropout_rate: float
-    broadcast_dropout: bool
-    dtype: DTypeLike | None
-    precision: lax.PrecisionLike
-
-
-@overload
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -39,61 +21,18 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    deterministic: None = None,
-    module: None = None,
-    **options: Unpack[_Options],
-) -> tuple[jax.Array, jax.Array]: ...
-
-
-@overload
-def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    deterministic: bool,
-    module: Module | None = None,
-    **options: Unpack[_Options],
-) -> jax.Array: ...
-
-
-@overload
-def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    deterministic: bool | None = None,
-    module: Module,
-    **options: Unpack[_Options],
-) -> jax.Array: ...
-
-
-def dot_product_attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    *,
-    is_causal=False,
-    local_window_size=None,
-    scale=None,
-    soft_cap=None,
-    implementation="auto",
-    chunk_size=None,
-    dropout_rng=None,
-    dropout_rate=0.0,
-    broadcast_dropout=True,
-    deterministic=None,
-    dtype=None,
-    precision=None,
-    module=None,
-):
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    implementation: Implementation = "auto",
+    chunk_size: int | None = None,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    broadcast_dropout: bool = True,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array]:
     """Attention and, per query head, the largest logit that entered its softmax.
 
     `softmax(soft_cap(scale · q kᵀ) + bias) v` over the visible keys. Rotary embeddings
@@ -105,11 +44,7 @@ def dot_product_attention(
     scales: the soft cap and the bias come after. They are what QK-Clip compares with its
     threshold, and carry no gradient.
 
-    It is an `attention_fn` for Flax's attention modules, Linen and NNX: called as they
-    call it (with `deterministic`) or with `module`, it returns the output alone, and sows
-    the maxima into `module`, which the modules pass when called with `sow_weights=True`.
-    Attention weights are never formed, and so not sown; the `*_einsum_cls` hooks
-    of the Linen module do not apply.
+    Flax's attention modules call `attention_fn` instead, the same for them.
 
     Who computes it is `implementation`:
 
@@ -143,8 +78,7 @@ def dot_product_attention(
         half the lowest one of its dtype (−inf, `finfo.min`) hides the position, as a mask
         does; −1e9 does not, and the position counts in the maxima. The gradient with
         respect to a bias is accumulated in one float32 array of the bias's own shape.
-      mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends. Called
-        the Flax way, numbers are taken as Flax's mask helpers give them: non-zero attends.
+      mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends.
       is_causal: query i sees keys 0 … i.
       local_window_size: `(left, right)` or one int for both, as `jax.nn.dot_product_attention`.
       scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
@@ -152,22 +86,19 @@ def dot_product_attention(
       implementation: see above.
       chunk_size: the largest number of queries and of keys in a tile of the chunked form, which
         it asks for; by default 128 to 512, the fewer the more batch entries and heads there are.
-      dropout_rng: key for dropout on the probabilities. The pattern depends on
-        `chunk_size`.
-      dropout_rate: probability of dropping, in [0, 1).
+      dropout_rng: key for dropout on the probabilities, needed by a rate above 0. The
+        pattern depends on `chunk_size`.
+      dropout_rate: probability of dropping, in [0, 1); 0 for no dropout.
       broadcast_dropout: one dropout pattern for all batch entries and heads.
-      deterministic: True switches dropout off; see above for what giving it means.
       dtype: dtype of the matrix products and the output; by default the operands' common
         one, and the query's for the output. Products accumulate, and the softmax is
         taken, in float32 (float64 for float64).
       precision: of the matrix products, as in `jax.lax.dot_general`.
-      module: a Linen or NNX module to sow the maxima into.
 
     Returns:
       `(out, max_logits)`: `[..., T, N, V]`, and `[N]` in float32 (float64 for float64).
       The maxima are over batch and all visible pairs: −inf for a head that sees nothing,
-      NaN where a visible logit is NaN. Only `out` when called the Flax way or with
-      `module`.
+      NaN where a visible logit is NaN.
 
     Raises:
       ValueError: shapes that do not fit, a number out of its range, or an option that the
@@ -175,7 +106,6 @@ def dot_product_attention(
       TypeError: a dtype or type that does not fit.
       ImportError: `implementation="tokamax"` without the package.
     """
-    flax_call = deterministic is not None
     given = {"query": query, "key": key, "value": value}
     query, key, value = (arguments.floating(name, x) for name, x in given.items())
     arguments.check_operands(query, key, value)
@@ -184,8 +114,13 @@ def dot_product_attention(
     if bias is not None:
         bias = arguments.per_weight("bias", arguments.floating("bias", bias), query, key)
     if mask is not None:
-        mask = arguments.per_weight("mask", arguments.boolean(mask, flax_call), query, key)
-    dropout_rate = arguments.checked_dropout_rate(dropout_rate, dropout_rng, deterministic)
+        mask = arguments.per_weight("mask", arguments.boolean(mask), query, key)
+    dropout_rate = arguments.checked_dropout_rate(dropout_rate)
+    if dropout_rate and dropout_rng is None:
+        raise ValueError(
+            f"dropout_rate={dropout_rate} needs dropout_rng=jax.random.key(...); give 0, or "
+            "attention_fn deterministic=True, to switch dropout off."
+        )
     call = arguments.Call(
         query=query.astype(compute_dtype),
         key=key.astype(compute_dtype),
@@ -203,10 +138,7 @@ def dot_product_attention(
         precision=precision,
     )
     out, max_logits = _attend(call, implementation)
-    out = out.astype(out_dtype)
-    if module is not None:
-        sow_max_logits(module, max_logits)
-    return out if flax_call or module is not None else (out, max_logits)
+    return out.astype(out_dtype), max_logits
 
 
 def _attend(call: arguments.Call, implementation: Implementation) -> tuple[jax.Array, jax.Array]:
