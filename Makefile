@@ -13,7 +13,7 @@ EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-models test-tpu test-lowest docs lint clean
+.PHONY: help train compare bench methods overhead test test-all budgets test-models test-tpu test-lowest docs lint clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,14 +41,22 @@ methods: $(VENV)/.train-$(JAX)  ## which method of orthogonalization is the fast
 study-%: $(VENV)/.train-$(JAX)  ## what a source claims, tested: clip, rank, spectrum, quack
 	$(BIN)/python -m studies.$* $(ARGS)
 
-test: $(VENV)/.test-$(JAX)  ## the whole test suite
+test: $(VENV)/.test-$(JAX)  ## the tests, but for the slow ones
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test-$(JAX)  ## every test
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+budgets: $(VENV)/.test-$(JAX)  ## FLOPs, bytes and operations of compiled programs against a file
+	$(BIN)/python -m benchmarks.budgets $(ARGS)
 
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	$(BIN)/mkdocs build --strict
 
-lint: $(VENV)/.dev-$(JAX)  ## ruff
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/.dev-$(JAX)  ## ruff and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 test-models:  ## the tests on models from Gemma, Tunix, Transformers and (Python >= 3.12) MaxText
 	$(MAKE) .venv-models/.models-cpu VENV=.venv-models JAX=cpu
@@ -66,7 +74,7 @@ test-tpu:  ## compiles for TPU pods what they would run; needs no TPU, but libtp
 test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	mkdir -p .venv-lowest
 	$(PYTHON) tests/lowest_versions.py > .venv-lowest/constraints.txt
-	$(MAKE) test VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
+	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
 	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu bench site
