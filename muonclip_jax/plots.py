@@ -7,7 +7,7 @@ Each takes numbers by block, as the other diagnostics give them, and returns a `
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 INK, FAINT, WARNING = "#1f2933", "#9aa5b1", "#dc2626"
-STYLE = {
+STYLE: "dict[RcKeyType, Any]" = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,

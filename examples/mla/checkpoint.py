@@ -25,7 +25,7 @@ class Checkpoints:
     Orbax writes into a temporary folder and renames it when all is there, so what an interrupted
     save leaves behind is never listed. One checkpoint holds the parameters, the optimizer's state
     (with the clip state), the position in the data, and `about`: settings and fingerprints. Several
-    processes save and restore together, each its part of the arrays.
+    processes save and restore at the same time, each its part of the arrays.
     """
 
     def __init__(self, run_dir: Path):
@@ -44,17 +44,20 @@ class Checkpoints:
         Raises:
           InputError: It has none.
         """
-        found = cls(run_dir) if (run_dir / FOLDER).is_dir() else None
-        if found is None or found.latest is None:
-            raise InputError(
-                f"{run_dir}: no complete checkpoint to resume; start a run without --resume"
-            )
-        return found
+        if (run_dir / FOLDER).is_dir():
+            found = cls(run_dir)
+            if found._manager.latest_step() is not None:
+                return found
+        raise InputError(
+            f"{run_dir}: no complete checkpoint to resume; start a run without --resume"
+        )
 
     @property
-    def latest(self) -> int | None:
-        """The newest complete checkpoint's step, if there is one."""
-        return self._manager.latest_step()
+    def latest(self) -> int:
+        """The step of the newest complete checkpoint; there must be one (see `existing`)."""
+        step = self._manager.latest_step()
+        assert step is not None
+        return step
 
     def save(
         self,
@@ -89,8 +92,8 @@ class Checkpoints:
         Raises:
           InputError: The checkpoint does not read, or holds another model.
         """
-        here = nnx.state((model, optimizer))
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, here)
+        state = nnx.state((model, optimizer))
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         saved = self._restore(
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
         )

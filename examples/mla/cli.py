@@ -44,13 +44,12 @@ def parse(
       InputError: A flag that does not exist, or a value that does not parse or fit.
     """
     with _tyro_errors(), one_line_errors():
-        default = tyro.MISSING_NONPROP if default is None else default
         return tyro.cli(
             settings,
             args=args,
             prog=prog,
             description=description,
-            default=default,
+            default=tyro.MISSING_NONPROP if default is None else default,
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from examples.mla import cli, figures, metrics
 from examples.mla.cli import InputError
-from examples.mla.devices import Devices, is_first, together
+from examples.mla.devices import Devices, in_every_process, is_first
 from examples.mla.metrics import Row, select
 from examples.mla.page import page, picture, section, table
 from examples.mla.settings import UNCLIPPED, Settings, new_run_dir
@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def read_settings(args: Sequence[str] | None) -> Settings:
     """Starts JAX on the devices that the flags name, and reads the flags of both runs."""
     cli.peek(Devices, args).start()
-    return together(lambda: _read_settings(args), alike=Settings.to_json)
+    return in_every_process(lambda: _read_settings(args), alike=Settings.to_json)
 
 
 def _read_settings(args: Sequence[str] | None) -> Settings:
@@ -65,7 +65,7 @@ def compare(settings: Settings) -> int:
             f"--optimizer {settings.optimizer} does not clip; give the one that does, "
             f"{' or '.join(UNCLIPPED)}: it is compared with itself without the clip"
         )
-    folder, console = together(lambda: new_run_dir(settings.run_dir)), cli.console()
+    folder, console = in_every_process(lambda: new_run_dir(settings.run_dir)), cli.console()
     names = (settings.optimizer, UNCLIPPED[settings.optimizer])
     for name in names:
         console.rule(name)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Literal, cast
 
 import grain
 import numpy as np
@@ -210,8 +211,7 @@ def training_batches(
     Raises:
       InputError: Less than one batch of text.
     """
-    _check_enough(text, "training", text.train, context, batch)
-    source = grain.MapDataset.source(windows(text.train, context))
+    source = _windows_of(text, "training", context, batch)
     batches = source.shuffle(seed=seed).repeat().batch(batch, drop_remainder=True)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
@@ -225,21 +225,25 @@ def validation_batches(
     Raises:
       InputError: Less than one batch of text.
     """
-    _check_enough(text, "validation", text.valid, context, batch)
-    source = grain.MapDataset.source(windows(text.valid, context))
+    source = _windows_of(text, "validation", context, batch)
     batches = source.shuffle(seed=0).batch(batch, drop_remainder=True)
-    return [batches[i] for i in range(min(count, len(batches)))]
+    first = (batches[i] for i in range(min(count, len(batches))))
+    return [batch for batch in first if batch is not None]  # none is: nothing was filtered out
 
 
-def _check_enough(
-    text: TokenizedText, part: str, tokens: np.ndarray, context: int, batch: int
-) -> None:
+def _windows_of(
+    text: TokenizedText, part: Literal["training", "validation"], context: int, batch: int
+) -> grain.MapDataset[np.ndarray]:
+    """The windows of one part of the text, of which there must be at least one batch."""
+    tokens = text.train if part == "training" else text.valid
     needed = batch * context + 1
     if len(tokens) < needed:
         raise InputError(
             f"{text.corpus.source}: too little {part} text, {len(tokens)} tokens where one batch "
             f"takes {needed}; give more with --data, or lower --batch-size or --context-length"
         )
+    # An array does for Grain, which asks for a length and `[i]`; its types say less.
+    return grain.MapDataset.source(cast(Sequence[np.ndarray], windows(tokens, context)))
 
 
 def _read(path: Path) -> list[str]:

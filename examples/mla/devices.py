@@ -40,27 +40,26 @@ class Devices:
         self.axes  # noqa: B018 (raises)
         if self.simulate_devices is not None and self.simulate_devices < 1:
             raise ValueError(f"--simulate-devices must be at least 1, got {self.simulate_devices}")
-        meeting = (self.coordinator, self.processes, self.process)
-        if None in meeting and any(value is not None for value in meeting):
-            raise ValueError("--coordinator, --processes and --process belong together; give all")
-        if self.coordinator is not None:
-            self._check_meeting()
+        if self.coordinator is not None and self.processes is not None and self.process is not None:
+            self._check_meeting(self.coordinator, self.processes, self.process)
+        elif (self.coordinator, self.processes, self.process) != (None, None, None):
+            raise ValueError(
+                "--coordinator, --processes and --process go with one another; give all three"
+            )
         if self.several and not self.axes:
             raise ValueError(
                 "several processes train one model on a mesh of all their devices; say which with "
                 "--mesh, such as --mesh fsdp=8"
             )
 
-    def _check_meeting(self):
+    def _check_meeting(self, coordinator: str, processes: int, process: int) -> None:
         if self.distributed:
             raise ValueError("--distributed finds the coordinator by itself; leave one of them out")
-        host, _, port = self.coordinator.rpartition(":")
+        host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal():
-            raise ValueError(f"--coordinator {self.coordinator}: not HOST:PORT")
-        if not 0 <= self.process < self.processes:
-            raise ValueError(
-                f"--process {self.process} of --processes {self.processes}: they count from 0"
-            )
+            raise ValueError(f"--coordinator {coordinator}: not HOST:PORT")
+        if not 0 <= process < processes:
+            raise ValueError(f"--process {process} of --processes {processes}: they count from 0")
 
     @property
     def axes(self) -> dict[str, int]:
@@ -114,7 +113,7 @@ class Devices:
             jax.distributed.initialize(self.coordinator, self.processes, self.process)
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"the processes did not come together: {' '.join(str(error).split())} (where JAX "
+                f"the processes did not meet: {' '.join(str(error).split())} (where JAX "
                 "finds no cluster, give --coordinator, --processes and --process)"
             ) from error
 
@@ -144,12 +143,14 @@ def describe() -> str:
 
 
 def is_first() -> bool:
-    """Whether this process prints, and writes what is not written together."""
+    """Whether this process prints, and writes what only one process writes."""
     return jax.process_index() == 0
 
 
-def together(make: Callable[[], Made], alike: Callable[[Made], object] = lambda _: None) -> Made:
-    """Calls `make` in every process. Where it fails in one it fails in all: none is left waiting
+def in_every_process(
+    make: Callable[[], Made], alike: Callable[[Made], object] = lambda _: None
+) -> Made:
+    """Calls `make` in every process. If it fails in one, it fails in all, so that no process waits
     for another that has gone.
 
     Args:
@@ -161,15 +162,17 @@ def together(make: Callable[[], Made], alike: Callable[[Made], object] = lambda 
     """
     if not jax.distributed.is_initialized():
         return make()
-    error, digest = None, bytes(32)
+
+    def gathered(digest: bytes) -> np.ndarray:  # one row a process
+        return multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+
     try:
         made = make()
         digest = hashlib.sha256(repr(alike(made)).encode()).digest()
-    except (InputError, OSError) as failure:
-        error = failure
-    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    if error is not None:
-        raise error
+    except (InputError, OSError):
+        gathered(bytes(32))  # zeros: this process failed
+        raise
+    digests = gathered(digest)
     if not digests.any(axis=1).all():
         raise InputError("another process cannot start; its own output says why")
     if (digests != digests[0]).any():

@@ -21,7 +21,7 @@ SERIES = ("#2563eb", "#d97706", "#059669")
 def loss(runs: Mapping[str, Sequence[Row]]) -> Figure:
     """Label → rows: the running mean of the training loss, with the raw one behind it, and the
     loss of the held-out files as dots."""
-    with _axes(height=3.8) as axes:
+    with _axes(height=3.8) as (figure, axes):
         for (label, rows), color in zip(runs.items(), SERIES, strict=False):
             steps, evals = select(rows, "step"), select(rows, "eval")
             x, y = thin(column(steps, "step")), column(steps, "loss")
@@ -32,12 +32,12 @@ def loss(runs: Mapping[str, Sequence[Row]]) -> Figure:
             axes.plot(*dots, "o", ms=5, mfc="white", color=color, label=name)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
-    return axes.figure
+    return figure
 
 
 def peaks(runs: Mapping[str, Sequence[Row]], threshold: float) -> Figure:
     """Label → rows: the largest max logit of any head over steps, with τ and 3τ."""
-    with _axes(height=3.8) as axes:
+    with _axes(height=3.8) as (figure, axes):
         for (label, rows), color in zip(runs.items(), SERIES, strict=False):
             steps = select(rows, "step")
             axes.plot(*curve(steps, peak(steps)), color=color, lw=1.2, label=label)
@@ -47,7 +47,7 @@ def peaks(runs: Mapping[str, Sequence[Row]], threshold: float) -> Figure:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.legend()
-    return axes.figure
+    return figure
 
 
 def max_logits(steps: Sequence[Row], threshold: float) -> Figure:
@@ -71,7 +71,7 @@ def clip_factors(steps: Sequence[Row]) -> Figure:
     blocks = per_head(steps, "gamma")
     heads = [thin(head, np.nanmin) for gamma in blocks.values() for head in gamma.T]
     edges = np.cumsum([0] + [gamma.shape[1] for gamma in blocks.values()])
-    with _axes(height=1.2 + 0.16 * len(heads)) as axes:
+    with _axes(height=1.2 + 0.16 * len(heads)) as (figure, axes):
         axes.grid(visible=False)
         image = axes.imshow(
             np.stack(heads),
@@ -85,20 +85,20 @@ def clip_factors(steps: Sequence[Row]) -> Figure:
         axes.set_yticks((edges[:-1] + edges[1:]) / 2, blocks)
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel="step")
-        axes.figure.colorbar(image, label="γ")
-    return axes.figure
+        figure.colorbar(image, label="γ")
+    return figure
 
 
 def participation_ratio(evals: Sequence[Row]) -> Figure:
     """The participation ratio of each block's keys over steps."""
     blocks = list(evals[0]["participation_ratio"])
-    with _axes(height=3.2) as axes:
+    with _axes(height=3.2) as (figure, axes):
         for block, color in zip(blocks, plots.shades(len(blocks)), strict=True):
             ratio = np.array([row["participation_ratio"][block] for row in evals], np.float64)
             axes.plot(column(evals, "step"), ratio, "o-", ms=4, color=color, label=block)
         axes.set(xlabel="step", ylabel="participation ratio")
         axes.legend()
-    return axes.figure
+    return figure
 
 
 def curve(steps: Sequence[Row], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +122,7 @@ def running_mean(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
 
 
 @contextmanager
-def _axes(height: float) -> Iterator[Axes]:
+def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
     with rc_context(STYLE):
-        yield Figure(figsize=(9, height), layout="constrained").subplots()
+        figure = Figure(figsize=(9, height), layout="constrained")
+        yield figure, figure.subplots()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -20,9 +21,9 @@ BATCH_AXES = ("data", "fsdp")
 Tree = TypeVar("Tree")
 
 
-def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices, or of these. Its axes are Auto: the compiler spreads what nobody
-    says how to."""
+def make_mesh(axes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
+    """A mesh of all devices, or of `devices`. Its axes are Auto: the compiler decides where arrays
+    lie that nobody has placed."""
     auto = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), auto, devices=devices)
 
@@ -32,11 +33,11 @@ def batch_spec(mesh: Mapping[str, int]) -> PartitionSpec:
     return PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh))
 
 
-def spread(batch: np.ndarray) -> np.ndarray | jax.Array:
+def spread(batch: np.ndarray) -> jax.Array:
     """A global batch that every process holds: each device gets its part."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        return batch
+        return jnp.asarray(batch)
     sharding = NamedSharding(mesh, batch_spec(mesh.shape))
     return jax.make_array_from_callback(batch.shape, sharding, lambda part: batch[part])
 
@@ -62,7 +63,7 @@ def replicate(tree: Tree) -> Tree:
 
 
 def largest(number: int) -> jax.Array:
-    """The largest number that any process gives, as a promise; all processes call this together."""
+    """The largest number that any process gives, as a promise; all processes must call this."""
     mesh = jax.sharding.get_mesh()
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     each = np.full(mesh.size, number, np.int32)

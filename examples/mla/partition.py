@@ -50,7 +50,7 @@ def spec(
         return PartitionSpec()
     return PartitionSpec(
         *(
-            name if name in mesh and parts % mesh[name] == 0 else None
+            name if name is not None and name in mesh and parts % mesh[name] == 0 else None
             for name, parts in rules(config)[path[-2]]
         )
     )

@@ -118,8 +118,8 @@ class Settings:
             )
         if self.optimizer == "quack" and self.model.qk_norm != "none":
             raise ValueError(
-                f"--qk-norm {self.model.qk_norm} takes the norms that QuacK looks at out of the "
-                "logits; take --qk-norm none, or --optimizer muon"
+                f"--qk-norm {self.model.qk_norm} takes the norms that QuacK controls out of "
+                "the logits; take --qk-norm none, or --optimizer muon"
             )
         if self.context_length > self.model.max_length:
             raise ValueError(
@@ -133,6 +133,13 @@ class Settings:
             )
         if self.devices.several and self.run_dir is None:
             raise ValueError("several processes need a --run-dir, in a place that all of them see")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, once it is decided (`new_run_dir`, `newest_run_dir`)."""
+        if self.run_dir is None:
+            raise ValueError("this run has no folder yet: set run_dir")
+        return self.run_dir
 
     @property
     def warmup_steps(self) -> int:
@@ -181,11 +188,11 @@ def check_same(settings: Settings, saved: Settings, checkpoint: Path) -> None:
         run = {name: value for name, value in asdict(s).items() if name not in FREE_ON_RESUME}
         return run | run.pop("model")
 
-    there = fixed(saved)
+    of_checkpoint = fixed(saved)
     differing = [
-        f"{flag(name)} {value} (there {there[name]})"
+        f"{flag(name)} {value} (checkpoint: {of_checkpoint[name]})"
         for name, value in fixed(settings).items()
-        if value != there[name]
+        if value != of_checkpoint[name]
     ]
     if differing:
         raise InputError(

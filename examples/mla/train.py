@@ -25,7 +25,7 @@ from examples.mla.data import (
     training_batches,
     validation_batches,
 )
-from examples.mla.devices import Devices, describe, is_first, together
+from examples.mla.devices import Devices, describe, in_every_process, is_first
 from examples.mla.mesh import spread
 from examples.mla.model import generate
 from examples.mla.recorder import Recorder
@@ -42,13 +42,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def read_settings(args: Sequence[str] | None) -> Settings:
     """Starts JAX on the devices that the flags name, and reads all flags; with `--resume`, those
-    of the run that are not given are the checkpoint's. Several processes do this together.
+    of the run that are not given are the checkpoint's. If there are several processes, all must
+    call this.
 
     Raises:
       InputError: Flags that are wrong, or do not fit the devices or the run to resume.
     """
     cli.peek(Devices, args).start()
-    return together(lambda: _read_settings(args), alike=Settings.to_json)
+    return in_every_process(lambda: _read_settings(args), alike=Settings.to_json)
 
 
 def _read_settings(args: Sequence[str] | None) -> Settings:
@@ -96,7 +97,7 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.text = together(self._text, alike=lambda text: text.fingerprints)
+        self.text = in_every_process(self._text, alike=lambda text: text.fingerprints)
         size = {"context": settings.context_length, "batch": settings.batch_size}
         self.batches = training_batches(self.text, seed=settings.seed, **size)
         held_out = validation_batches(self.text, count=settings.eval_batches, **size)
@@ -108,7 +109,7 @@ class Run:
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.settings.run_dir)
+        return Checkpoints(self.settings.folder)
 
     def start(self) -> int:
         """Makes the folder; returns the step it is at, 0.
@@ -116,8 +117,8 @@ class Run:
         Raises:
           InputError: Not every process sees it.
         """
-        together(self._make_folder)
-        together(self._check_folder)
+        in_every_process(self._make_folder)
+        in_every_process(self._check_folder)
         return self._record_start(0)
 
     def resume(self) -> int:
@@ -126,7 +127,7 @@ class Run:
         Raises:
           InputError: It is of other text, or beyond `--steps`, or does not read.
         """
-        step, folder = self.checkpoints.latest, self.settings.run_dir
+        step, folder = self.checkpoints.latest, self.settings.folder
         self.text.check_same(self.checkpoints.about()["text"], folder)
         if step > self.settings.steps:
             raise InputError(f"{folder} is at step {step} already, beyond --steps; raise --steps")
@@ -175,7 +176,7 @@ class Run:
             metrics.write(file, {**end, "sample": sample})
         if not is_first():
             return
-        rows = metrics.read(settings.run_dir)
+        rows = metrics.read(settings.folder)
         table = Table(title=f"{settings.optimizer}, {settings.model.attention}", show_header=False)
         for label, value in metrics.summary(rows):
             table.add_row(label, value)
@@ -183,10 +184,10 @@ class Run:
         console.rule("sample")
         console.print(settings.prompt + rows[-1]["sample"], markup=False, highlight=False)
         console.rule()
-        console.print(f"report: {report.build(settings.run_dir)}", soft_wrap=True)
+        console.print(f"report: {report.build(settings.folder)}", soft_wrap=True)
 
     def _evaluate(self, step: int, recorder: Recorder) -> None:
-        losses = []
+        losses, keys = [], {}
         for batch in self.held_out:
             loss, keys = validate(self.model, batch)
             losses.append(loss)
@@ -213,12 +214,12 @@ class Run:
 
     def _make_folder(self) -> None:
         if is_first():
-            self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+            self.settings.folder.mkdir(parents=True, exist_ok=True)
 
     def _check_folder(self) -> None:
-        if not self.settings.run_dir.is_dir():
+        if not self.settings.folder.is_dir():
             raise InputError(
-                f"{self.settings.run_dir}: process 0 made this folder, and process "
+                f"{self.settings.folder}: process 0 made this folder, and process "
                 f"{jax.process_index()} does not see it; give a --run-dir that all processes share"
             )
 
@@ -237,7 +238,7 @@ class Run:
         length = min(settings.sample_tokens, self.config.max_length - len(self.prompt))
         tokens = generate(
             self.model,
-            self.prompt,
+            jnp.asarray(self.prompt),
             length,
             settings.temperature,
             jax.random.key(settings.seed),
@@ -264,7 +265,7 @@ class Run:
         return step
 
     def _metrics_file(self) -> TextIO:
-        path = self.settings.run_dir / metrics.FILE if is_first() else os.devnull
+        path = self.settings.folder / metrics.FILE if is_first() else os.devnull
         return open(path, "a", encoding="utf-8")
 
 

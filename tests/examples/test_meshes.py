@@ -244,7 +244,10 @@ WRONG = {
     ),
     "no devices": (["--simulate-devices", "0"], "--simulate-devices must be at least 1, got 0"),
     "too late": (["--simulate-devices", "4"], "--simulate-devices 4 comes too late, JAX has star"),
-    "not all": (MEETING[:2], "--coordinator, --processes and --process belong together; give all"),
+    "not all": (
+        MEETING[:2],
+        "--coordinator, --processes and --process go with one another; give all three",
+    ),
     "no address": (["--coordinator", "here", *MEETING[2:]], "--coordinator here: not HOST:PORT"),
     "count": ([*MEETING, "--process", "2"], "--process 2 of --processes 2: they count from 0"),
     "both": (
@@ -254,7 +257,7 @@ WRONG = {
     "no mesh": (["--distributed"], "say which with --mesh, such as --mesh fsdp=8"),
     "JAX started": (
         [*MEETING, "--mesh", "fsdp=8"],
-        "the processes did not come together: jax.distributed.initialize() must be called before",
+        "the processes did not meet: jax.distributed.initialize() must be called before",
     ),
 }
 

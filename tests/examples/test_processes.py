@@ -12,7 +12,7 @@ import pytest
 
 from examples.mla import devices, metrics
 from examples.mla.cli import InputError
-from examples.mla.devices import together
+from examples.mla.devices import in_every_process
 from examples.mla.metrics import select
 
 LIMIT = 300  # seconds that nothing here comes near
@@ -131,12 +131,12 @@ def test_what_fails_in_one_process_fails_in_all(monkeypatch):
         raise InputError("no such file")
 
     of_two(None)
-    assert together(lambda: 3, alike=str) == 3
+    assert in_every_process(lambda: 3, alike=str) == 3
     of_two(np.zeros(32, np.uint8))
     with pytest.raises(InputError, match="another process cannot start; its own output says why"):
-        together(lambda: 3)
+        in_every_process(lambda: 3)
     with pytest.raises(InputError, match="no such file"):
-        together(fail)
+        in_every_process(fail)
     of_two(np.ones(32, np.uint8))
     with pytest.raises(InputError, match="the processes have different flags or text; give all of"):
-        together(lambda: 3)
+        in_every_process(lambda: 3)

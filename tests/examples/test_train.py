@@ -233,9 +233,15 @@ def test_wrong_flags_get_one_line_and_write_nothing(flags, tmp_path, capsys, cha
 
 
 WRONG_RESUMES = {
-    "width": (["--d-model", "32"], "is of another model or run: --d-model 32 (there 16); leave"),
-    "vocabulary": (["--tokenizer", "bpe", "--vocab-size", "300"], "--tokenizer bpe (there bytes)"),
-    "optimizer": (["--optimizer", "muon"], "--optimizer muon (there muonclip)"),
+    "width": (
+        ["--d-model", "32"],
+        "is of another model or run: --d-model 32 (checkpoint: 16); leave",
+    ),
+    "vocabulary": (
+        ["--tokenizer", "bpe", "--vocab-size", "300"],
+        "--tokenizer bpe (checkpoint: bytes)",
+    ),
+    "optimizer": (["--optimizer", "muon"], "--optimizer muon (checkpoint: muonclip)"),
     "fewer steps": (["--steps", "5"], "is at step 6 already, beyond --steps; raise --steps"),
     "steps": (["--steps", "0"], "--steps must be at least 1"),
     "text": (["--data", __file__], "its text is not the one that"),
