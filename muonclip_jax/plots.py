@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
+__all__ = ["curves", "head_map", "spectra"]
+
 INK, FAINT, WARNING = "#1f2933", "#9aa5b1", "#dc2626"
 STYLE: "dict[RcKeyType, Any]" = {
     "text.color": INK,

@@ -60,7 +60,7 @@ def attention_fn(
       >>> from functools import partial
       >>> attention_fn = partial(mc.attention_fn, soft_cap=50.0)
       >>> model, x = nn.MultiHeadAttention(num_heads=4, attention_fn=attention_fn), jnp.ones((5, 8))
-      >>> _, sown = model.init_with_output(jax.random.key(0), x, sow_weights=True)
+      >>> _, sown = model.init_with_output(jax.random.key(0), x, sow_weights=True, mutable=True)
       >>> mc.read_max_logits(sown)[()].shape
       (4,)
     """
