@@ -62,7 +62,10 @@ class Training:
         self.params = parameters(options)
         self.gradient = jax.tree.map(jnp.cos, self.params)
         muonclip = mc.muonclip(
-            1e-3, layout=mc.layouts.mha(), threshold=THRESHOLD, dtype=options.dtype
+            1e-3,
+            layout=mc.layouts.mha(),
+            threshold=THRESHOLD,
+            newton_schulz=mc.NewtonSchulz(dtype=options.dtype),
         )
         tx = WRAPPERS[name](muonclip, every)
         self.state = tx.init(self.params)

@@ -23,7 +23,7 @@ from rich.table import Table
 import muonclip_jax as mc
 from benchmarks import pictures, timing
 from muonclip_jax._orthogonalize.methods import Method
-from muonclip_jax._spread.stacks import Matrices, orthogonalize_all
+from muonclip_jax._spread.stacks import MatrixArray, orthogonalize_all
 
 SHAPES = {
     "cpu": (
@@ -106,8 +106,8 @@ def compare(shape: tuple[int, int, int], dtype: str, options: Options) -> list[d
     def run(method: Method | Literal["auto"]) -> Any:
         @jax.jit
         def orthogonalized(x):
-            schedule = mc.schedules.polar_express()
-            return orthogonalize_all([Matrices(x)], schedule, dtype=dtype, method=method)
+            how = mc.NewtonSchulz(dtype=dtype, method=method)
+            return orthogonalize_all([MatrixArray(x)], how)
 
         return functools.partial(orthogonalized, x)
 

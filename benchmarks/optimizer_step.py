@@ -80,7 +80,11 @@ class Entry(NamedTuple):
 def entries() -> dict[Label, Entry]:
     """Those of JAX."""
     schedule = mc.schedules.polar_express()
-    ours = functools.partial(mc.muon, LEARNING_RATE, schedule=schedule, weight_decay=WEIGHT_DECAY)
+
+    def ours(dtype):
+        how = mc.NewtonSchulz(schedule, dtype)
+        return mc.muon(LEARNING_RATE, newton_schulz=how, weight_decay=WEIGHT_DECAY)
+
     theirs = functools.partial(
         optax.contrib.muon,
         LEARNING_RATE,
@@ -91,8 +95,8 @@ def entries() -> dict[Label, Entry]:
         muon_weight_dimension_numbers=_kernels,
     )
     return {
-        OURS: Entry("ours", "bfloat16", schedule.name, ours(dtype="bfloat16")),
-        "ours-float32": Entry("ours", "float32", schedule.name, ours(dtype="float32")),
+        OURS: Entry("ours", "bfloat16", schedule.name, ours("bfloat16")),
+        "ours-float32": Entry("ours", "float32", schedule.name, ours("float32")),
         OPTAX: Entry("optax", "float32", "jordan", theirs()),
         # Its iteration has the dtype of its momentum, which is the wider of these two.
         "optax-bfloat16": Entry(

@@ -85,8 +85,9 @@ def chains(options: Options) -> dict[str, optax.GradientTransformationExtraArgs]
     size = options.width // options.heads
     mla = mc.layouts.mla(size // 2, size // 2, size)
     layout = mc.layouts.mha() if options.attention == "mha" else mla
-    muon = mc.muon(1e-3, layout=layout, dtype=options.dtype)
-    quack = mc.quack(1e-3, layout=layout, dtype=options.dtype)
+    how = mc.NewtonSchulz(dtype=options.dtype)
+    muon = mc.muon(1e-3, layout=layout, newton_schulz=how)
+    quack = mc.quack(1e-3, layout=layout, newton_schulz=how)
     clip = mc.qk_clip(layout)
     return {
         "muon": muon,

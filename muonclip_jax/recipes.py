@@ -13,9 +13,7 @@ from muonclip_jax._core.maxima import AxisName
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._layouts.roles import Role
-from muonclip_jax._orthogonalize import schedules
-from muonclip_jax._orthogonalize.methods import Method, MethodName
-from muonclip_jax._orthogonalize.schedules import Schedule
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import routing
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.muon import scale_by_muon
@@ -32,7 +30,7 @@ def muon(
     other: optax.GradientTransformation = _ADAM,
     momentum: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
-    schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
     weight_decay: jax.typing.ArrayLike = 0.1,
     weight_decay_mask: Any | None = None,
@@ -40,9 +38,7 @@ def muon(
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
-    dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
-    method: MethodName | Method = "auto",
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +58,7 @@ def muon(
         without learning rate or decay of its own, since both follow in the chain.
       momentum: μ of `scale_by_muon`.
       nesterov: As in `scale_by_muon`.
-      schedule: The Newton–Schulz polynomials.
+      newton_schulz: How to orthogonalize, as in `scale_by_muon`.
       update_rms: The rule of `scale_by_update_rms`.
       weight_decay: λ: each step subtracts `η λ W`.
       weight_decay_mask: Tree of bools or function to one; None decays all but biases, norm
@@ -76,9 +72,7 @@ def muon(
         one, or a function from the parameters to one. None is `muon_dimension_numbers`. `describe`
         prints the outcome. Under `optax.inject_hyperparams`, which takes every function for a
         schedule, name it in `static_args`.
-      dtype: The dtype of the Newton–Schulz iteration.
       mu_dtype: The dtype of Muon's momentum.
-      method: How the Newton–Schulz steps are computed, as in `orthogonalize`.
       shardings: How the parameters are split over a mesh with Auto axes, as in `scale_by_muon`.
       devices_per_matrix: How many devices hold one matrix together while it is orthogonalized, as
         in `scale_by_muon`; None chooses. `describe` prints the outcome.
@@ -92,15 +86,13 @@ def muon(
             other=other,
             momentum=momentum,
             nesterov=nesterov,
-            schedule=schedule,
+            newton_schulz=newton_schulz,
             update_rms=update_rms,
             layout=layout,
             per_head=per_head,
             rules=rules,
             dimension_numbers=dimension_numbers,
-            dtype=dtype,
             mu_dtype=mu_dtype,
-            method=method,
             shardings=shardings,
             devices_per_matrix=devices_per_matrix,
         ),
@@ -192,9 +184,9 @@ def quack(
       weight_decay_mask: As in `muon`.
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
         QuacK). The paper does not say; by default all weights decay alike.
-      **muon_options: `other`, `momentum`, `nesterov`, `schedule`, `update_rms`, `per_head`,
-        `rules`, `dimension_numbers`, `dtype`, `mu_dtype`, `method`, `shardings` and
-        `devices_per_matrix` of `muon`. (`optax.inject_hyperparams` cannot see through these: inject
+      **muon_options: `other`, `momentum`, `nesterov`, `newton_schulz`, `update_rms`, `per_head`,
+        `rules`, `dimension_numbers`, `mu_dtype`, `shardings` and `devices_per_matrix` of `muon`.
+        (`optax.inject_hyperparams` cannot see through these: inject
         `scale_by_quack`, and chain it.)
 
     Raises:
@@ -224,15 +216,13 @@ def _muon_or_other(
     other: optax.GradientTransformation = _ADAM,
     momentum: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
-    schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
     layout: Layouts | None = None,
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
-    dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
-    method: MethodName | Method = "auto",
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -245,11 +235,9 @@ def _muon_or_other(
             scale_by_muon(
                 momentum,
                 nesterov,
-                schedule,
+                newton_schulz,
                 dimension_numbers=numbers,
-                dtype=dtype,
                 mu_dtype=mu_dtype,
-                method=method,
                 shardings=shardings,
                 devices_per_matrix=devices_per_matrix,
             ),

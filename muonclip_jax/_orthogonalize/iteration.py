@@ -5,7 +5,6 @@ Leading axes are a batch and stay one: every product is a single batched matmul.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +16,13 @@ from muonclip_jax._orthogonalize.methods import (
     DENSE,
     Method,
     MethodName,
-    check_method,
     on_each_backend,
 )
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_matrices
 from muonclip_jax._orthogonalize.normalization import in_range, rescaled_rows
 from muonclip_jax._orthogonalize.products import concatenate, matmul
 from muonclip_jax._orthogonalize.schedules import Schedule, polar_express
 from muonclip_jax._orthogonalize.standard import standard
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def orthogonalize(
@@ -70,8 +67,7 @@ def orthogonalize(
     https://kellerjordan.github.io/posts/muon/; on Gram matrices, Dao-AILab's, see `gram`.
     """
     x = jnp.asarray(x)
-    check_method("orthogonalize", method)
-    return _orthogonalize(x, schedule, check(x, schedule, dtype), method)
+    return _orthogonalize(x, NewtonSchulz(schedule, dtype, method).for_matrices(x))
 
 
 def orthogonality_error(x: ArrayLike) -> jax.Array:
@@ -89,19 +85,18 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
         TypeError, ValueError: As `orthogonalize` for `x`.
     """
     x = jnp.asarray(x)
-    _check_matrices("orthogonality_error", x)
+    check_matrices("orthogonality_error", x)
     x = wide(x)
     square = matmul(x, x.mT, DENSE)
     n = square.shape[-1]
     return jnp.linalg.norm(square - jnp.eye(n, dtype=square.dtype), axis=(-2, -1)) / n**0.5
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "dtype", "method"))
-def _orthogonalize(
-    x: jax.Array, schedule: Schedule, dtype: jnp.dtype, method: MethodName | Method
-) -> jax.Array:
-    run = functools.partial(iterate, schedule=schedule)
-    result = on_each_backend(run, in_range(wide(x), dtype), method, dtype)
+@functools.partial(jax.jit, static_argnames="how")
+def _orthogonalize(x: jax.Array, how: NewtonSchulz) -> jax.Array:
+    run = functools.partial(iterate, schedule=how.schedule)
+    dtype = jnp.dtype(how.dtype)
+    result = on_each_backend(run, in_range(wide(x), dtype), how.method, dtype)
     return (result if result.shape == x.shape else result.mT).astype(x.dtype)
 
 
@@ -123,18 +118,17 @@ def iterate(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
     return run(rescaled_rows(x, schedule, method), schedule, method)
 
 
-def iterate_stack(
-    x: jax.Array, schedule: Schedule, dtype: jnp.dtype, method: MethodName | Method
-) -> jax.Array:
-    """Wide matrices `[k, n, m]` orthogonalized, in `dtype`."""
+def iterate_stack(x: jax.Array, how: NewtonSchulz) -> jax.Array:
+    """Wide matrices `[k, n, m]` orthogonalized, in `how.dtype`."""
+    dtype = jnp.dtype(how.dtype)
 
     def run(x, method):
         def some(x):
-            return iterate(in_range(x, dtype), schedule, method)
+            return iterate(in_range(x, dtype), how.schedule, method)
 
         return in_slices(some, x, method.entries_at_once)
 
-    return on_each_backend(run, x, method, dtype)
+    return on_each_backend(run, x, how.method, dtype)
 
 
 def in_slices(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int) -> jax.Array:
@@ -152,48 +146,3 @@ def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     missing = -x.shape[axis] % multiple
     widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths) if missing else x
-
-
-def check(x: Any, schedule: Schedule, dtype: DTypeLike | None) -> jnp.dtype:
-    """Raises what `orthogonalize` raises; returns the iteration's dtype. Looks at the shape and
-    dtype of `x` only."""
-    if not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"orthogonalize: schedule={schedule!r} is not a Schedule; pass for example "
-            'schedules.polar_express(steps=5), or Schedule("mine", ((a, b, c), ...))'
-        )
-    _check_matrices("orthogonalize", x)
-    dtype = _supported("orthogonalize", "dtype", x.dtype if dtype is None else dtype)
-    if escape := schedule.escape(rounding=float(jnp.finfo(dtype).eps)):
-        raise ValueError(
-            f"orthogonalize: schedule {schedule.name!r} has no margin for rounding in {dtype}, "
-            f"with which some matrices blow up: {escape}. Give it a larger safety factor "
-            "(1.01 suits bfloat16), or run it in a dtype that rounds less"
-        )
-    return dtype
-
-
-def _check_matrices(owner: str, x: Any) -> None:
-    _supported(owner, "x", x.dtype)
-    if x.ndim < 2:
-        raise ValueError(
-            f"{owner}: x has shape {x.shape}, but matrices [..., n, m] are needed; reshape it, "
-            "or leave vectors and scalars to another optimizer"
-        )
-    if 0 in x.shape:
-        raise ValueError(f"{owner}: x has shape {x.shape}, with an axis of length zero")
-
-
-def _supported(owner: str, argument: str, dtype: DTypeLike) -> jnp.dtype:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = repr(dtype)
-    if name not in _DTYPES:
-        raise TypeError(f"{owner}: {argument} is {name}; cast it to one of {', '.join(_DTYPES)}")
-    if jax.dtypes.canonicalize_dtype(name) != name:
-        raise TypeError(
-            f"{owner}: {argument} is {name}, which JAX would silently run as float32; call "
-            'jax.config.update("jax_enable_x64", True) first'
-        )
-    return jnp.dtype(name)

@@ -22,12 +22,11 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
 from muonclip_jax._layouts.roles import Role
-from muonclip_jax._orthogonalize import schedules
-from muonclip_jax._orthogonalize.schedules import Schedule
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import matrices, routing
 from muonclip_jax._parameters.matrices import HeadMatrices, Spec
 from muonclip_jax._spread.plan import DevicesPerMatrix, Plan
-from muonclip_jax._spread.stacks import Matrices, plans
+from muonclip_jax._spread.stacks import MatrixArray, plans
 
 _NUMBER = re.compile(r"\d+")
 
@@ -167,8 +166,7 @@ def describe(
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
-    schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008 (frozen)
-    dtype: jax.typing.DTypeLike | None = "bfloat16",
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> Description:
@@ -180,8 +178,7 @@ def describe(
       per_head: As given to the recipe.
       rules: As given to the recipe.
       dimension_numbers: As given to the recipe.
-      schedule: As given to the recipe.
-      dtype: As given to the recipe.
+      newton_schulz: As given to the recipe.
       shardings: As given to the recipe. Arrays on a mesh tell themselves here; on Auto meshes
         they cannot under `jax.jit`, and the recipe needs it.
       devices_per_matrix: As given to the recipe.
@@ -216,11 +213,11 @@ def describe(
         for batch in _matrices(leaf, specs[path], places[path])
     ]
     mesh = next((sharding.mesh for sharding in places.values() if sharding), mesh_of(params))
-    stacks = plans(batches, mesh, schedule, dtype, devices_per_matrix)
+    stacks = plans(batches, mesh, newton_schulz, devices_per_matrix)
     return Description(rows, map(_stack_row, (plan for plan, _ in stacks)))
 
 
-def _matrices(leaf: Any, spec: Spec, sharding: NamedSharding | None) -> list[Matrices]:
+def _matrices(leaf: Any, spec: Spec, sharding: NamedSharding | None) -> list[MatrixArray]:
     """`matrices.split` of an array's shape."""
     shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return jax.eval_shape(partial(matrices.split, spec=spec, sharding=sharding), shape)

@@ -18,7 +18,7 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import entries
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import Role
-from muonclip_jax._spread.stacks import Matrices
+from muonclip_jax._spread.stacks import MatrixArray
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def shapes(shape: tuple[int, ...], spec: Spec) -> tuple[tuple[int, int, int], ..
     return tuple(found)
 
 
-def split(x: Any, spec: Spec, sharding: NamedSharding | None = None) -> list[Matrices]:
+def split(x: Any, spec: Spec, sharding: NamedSharding | None = None) -> list[MatrixArray]:
     """The matrices in a parameter, those of each kind together, with where they are on the mesh.
 
     Args:
@@ -82,7 +82,7 @@ def split(x: Any, spec: Spec, sharding: NamedSharding | None = None) -> list[Mat
     if isinstance(spec, MuonDimensionNumbers):
         batch, ins, outs = axes(x.shape, spec)
         order = (*batch, *ins, *outs)
-        return [Matrices(x.transpose(order), len(ins), len(outs), _permuted(sharding, order))]
+        return [MatrixArray(x.transpose(order), len(ins), len(outs), _permuted(sharding, order))]
     return [_matrices_of(part, x, sharding, spec.together(part)) for part in spec.parts]
 
 
@@ -140,15 +140,15 @@ def is_spec(node: Any) -> bool:
     return node is None or isinstance(node, Spec)
 
 
-def _matrices_of(part: Part, x: Any, sharding: NamedSharding | None, together: bool) -> Matrices:
+def _matrices_of(part: Part, x: Any, sharding: NamedSharding | None, together: bool) -> MatrixArray:
     heads = part.take(x)  # [stack..., heads, in, features], of o [..., features, out]
     spec = None if sharding is None else part.split_of_heads(sharding)
     if not together:
-        return Matrices(heads, 1, 1, spec)
+        return MatrixArray(heads, 1, 1, spec)
     if part.role == "o":
-        return Matrices(heads, 2, 1, spec)
+        return MatrixArray(heads, 2, 1, spec)
     *stack, head, ins, features = spec if spec is not None else (None,) * heads.ndim
-    return Matrices(
+    return MatrixArray(
         heads.swapaxes(-3, -2), 1, 2, spec and PartitionSpec(*stack, ins, head, features)
     )
 

@@ -19,9 +19,9 @@ from jax import lax
 
 from muonclip_jax._orthogonalize.gram import with_margins
 from muonclip_jax._orthogonalize.iteration import in_slices, iterate_stack, pad
-from muonclip_jax._orthogonalize.methods import Method, MethodName, iteration_for
+from muonclip_jax._orthogonalize.methods import iteration_for
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.normalization import in_range
-from muonclip_jax._orthogonalize.schedules import Schedule
 from muonclip_jax._spread import iteration as in_team
 from muonclip_jax._spread.device_group import Team
 from muonclip_jax._spread.plan import Place, Plan
@@ -32,33 +32,27 @@ _ENTRIES_AT_ONCE = 2**24
 _AXES: tuple[Place, ...] = ("stack", "rows", "cols")
 
 
-def orthogonalize_spread(
-    x: jax.Array,
-    plan: Plan,
-    schedule: Schedule,
-    dtype: jnp.dtype,
-    method: MethodName | Method,
-) -> jax.Array:
+def orthogonalize_spread(x: jax.Array, plan: Plan, how: NewtonSchulz) -> jax.Array:
     """Orthogonalizes a stack whose matrices lie on several devices.
 
     Args:
       x: This device's share `[stack, rows, cols]`, as the parameters lie.
       plan: Where each matrix goes meanwhile.
-      schedule: The Newton–Schulz polynomials.
-      dtype: Of the iteration, and of what devices send each other.
-      method: How matrices are iterated on that one device holds; teams have one method.
+      how: The polynomials; the dtype, also of what devices send each other; the method, of matrices
+        that one device holds, teams have one method.
 
     Returns:
-      This device's share as it lay, in `dtype`.
+      This device's share as it lay, in `how.dtype`.
     """
+    schedule, dtype = how.schedule, jnp.dtype(how.dtype)
     split = [i for i, f in enumerate(plan.factors) if f.here in ("rows", "cols")]
     x = in_range(x, dtype, _team(plan, split))
     together = _team(plan, [i for i, f in enumerate(plan.factors) if f.there == "cols"])
     there = _there(x, plan)
     if together.size == 1:
-        done = iterate_stack(there, schedule, dtype, method)
+        done = iterate_stack(there, how)
     else:
-        if iteration_for(method, plan.stack.n, plan.stack.m) == "gram":
+        if iteration_for(how.method, plan.stack.n, plan.stack.m) == "gram":
             schedule = with_margins(schedule, dtype)  # for the numbers that one device gets
         run = functools.partial(in_team.iterate, schedule=schedule, team=together)
         done = in_slices(run, pad(there, 1, together.size), _ENTRIES_AT_ONCE)[:, : there.shape[1]]

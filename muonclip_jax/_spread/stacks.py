@@ -13,10 +13,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of
-from muonclip_jax._orthogonalize.iteration import check, iterate_stack, orthogonalize
-from muonclip_jax._orthogonalize.methods import Method, MethodName
+from muonclip_jax._orthogonalize.iteration import iterate_stack, orthogonalize
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.products import concatenate
-from muonclip_jax._orthogonalize.schedules import Schedule
 from muonclip_jax._spread.exchange import orthogonalize_spread
 from muonclip_jax._spread.plan import DevicesPerMatrix, Place, Plan, Stack, choose
 
@@ -31,7 +30,7 @@ _LARGEST_STACK = 2**27
     meta_fields=["rows", "cols", "spec"],
 )
 @dataclass(frozen=True)
-class Matrices:
+class MatrixArray:
     """Equal matrices of one parameter, `[batch..., rows..., cols...]`.
 
     Attributes:
@@ -89,62 +88,57 @@ class Matrices:
 
 
 def plans(
-    batches: Sequence[Matrices],
+    arrays: Sequence[MatrixArray],
     mesh: AbstractMesh | None,
-    schedule: Schedule,
-    dtype: Any,
+    how: NewtonSchulz,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> Iterator[tuple[Plan, list[int]]]:
-    """The stacks that `orthogonalize_all` makes: how each is spread, and which batches are in it.
+    """The stacks that `orthogonalize_all` makes: how each is spread, and which arrays are in it.
 
     Raises:
       TypeError, ValueError: As `orthogonalize`; as `choose`; a shape in `devices_per_matrix` that
         no batch has.
     """
-    for batch in batches:
-        check(batch.values, schedule, dtype)
+    dtypes = [jnp.dtype(how.for_matrices(batch.values).dtype) for batch in arrays]
     if isinstance(devices_per_matrix, Mapping):
-        _check_shapes(devices_per_matrix, batches)
-    steps = len(schedule.coefficients)
+        _check_shapes(devices_per_matrix, arrays)
+    steps = len(how.schedule.coefficients)
     free = () if mesh is None else free_axes(mesh)
     sizes = {axis: mesh.shape[axis] for axis in free if mesh.shape[axis] > 1}
     groups: dict[Any, list[int]] = {}
-    for i, batch in enumerate(batches):
-        kind = (*sorted(batch.shape[1:]), batch.here(sizes), _dtype(batch.values, dtype))
+    for i, batch in enumerate(arrays):
+        kind = (*sorted(batch.shape[1:]), batch.here(sizes), dtypes[i])
         # What nobody knows the place of stays by itself, where XLA has it.
         alone = i if sizes and batch.spec is None else None
         groups.setdefault((*kind, alone), []).append(i)
     for (n, m, here, item, alone), members in groups.items():
         if alone is not None:
             unknown = ("unknown",) * len(sizes)
-            stack = Stack(batches[alone].shape[0], n, m, tuple(sizes.items()), unknown)
+            stack = Stack(arrays[alone].shape[0], n, m, tuple(sizes.items()), unknown)
             yield Plan(stack, (), steps), members
             continue
-        for some in _limited(members, [batches[i] for i in members], math.prod(sizes.values())):
-            count = sum(batches[i].shape[0] for i in some)
+        for some in _limited(members, [arrays[i] for i in members], math.prod(sizes.values())):
+            count = sum(arrays[i].shape[0] for i in some)
             stack = Stack(count, n, m, tuple(sizes.items()), here, item.itemsize)
             yield choose(stack, steps, devices_per_matrix), some
 
 
 def orthogonalize_all(
-    batches: Sequence[Matrices],
-    schedule: Schedule,
+    arrays: Sequence[MatrixArray],
+    how: NewtonSchulz,
     *,
-    dtype: jax.typing.DTypeLike | None,
-    method: MethodName | Method = "auto",
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> list[jax.Array]:
     """`orthogonalize` for many parameters: those of one matrix shape make one stack.
 
     On a mesh every device orthogonalizes its share of each stack. Matrices go there and back in
-    one all-to-all each, in `dtype`; see `plan`.
+    one all-to-all each, in `how.dtype`; see `plan`.
 
     Args:
-      batches: The matrices. On a mesh `spec` is how they are split over it; what is split
+      arrays: The matrices. On a mesh `spec` is how they are split over it; what is split
         otherwise costs copies.
-      schedule: The Newton–Schulz polynomials.
-      dtype: As in `orthogonalize`.
-      method: As in `orthogonalize`, of the matrices that one device holds; teams have one method.
+      how: The polynomials, dtype and method. The method is that of the matrices that one device
+        holds; teams have one method.
       devices_per_matrix: As in `choose`.
 
     Returns:
@@ -154,14 +148,13 @@ def orthogonalize_all(
       TypeError, ValueError: As `orthogonalize` and `choose`.
     """
     results: dict[int, jax.Array] = {}
-    mesh = mesh_of([batch.values for batch in batches])
-    for plan, members in plans(batches, mesh, schedule, dtype, devices_per_matrix):
-        some = [batches[i] for i in members]
-        iteration = _dtype(some[0].values, dtype)
-        how = {"schedule": schedule, "dtype": iteration, "method": method}
-        run = functools.partial(_stack, batches=some, plan=plan, **how)
+    mesh = mesh_of([batch.values for batch in arrays])
+    for plan, members in plans(arrays, mesh, how, devices_per_matrix):
+        some = [arrays[i] for i in members]
+        this = how.for_matrices(some[0].values)
+        run = functools.partial(_stack, arrays=some, plan=plan, how=this)
         if "unknown" in plan.stack.here:
-            run = functools.partial(_by_xla, some[0], **how)
+            run = functools.partial(_by_xla, some[0], how=this)
         elif plan.factors:
             specs = tuple(batch.spec for batch in some)
             run = jax.shard_map(
@@ -173,31 +166,29 @@ def orthogonalize_all(
                 check_vma=False,
             )
         results |= zip(members, run(*(batch.values for batch in some)), strict=True)
-    return [results[i] for i in range(len(batches))]
+    return [results[i] for i in range(len(arrays))]
 
 
 def _stack(
     *values: jax.Array,
-    batches: Sequence[Matrices],
+    arrays: Sequence[MatrixArray],
     plan: Plan,
-    schedule: Schedule,
-    dtype: jnp.dtype,
-    method: MethodName | Method,
+    how: NewtonSchulz,
 ) -> tuple[jax.Array, ...]:
     """One stack, or a device's share of it."""
-    flat = [batch.flat(x) for batch, x in zip(batches, values, strict=True)]
+    flat = [batch.flat(x) for batch, x in zip(arrays, values, strict=True)]
     if plan.factors:
-        done = orthogonalize_spread(concatenate(flat, 0), plan, schedule, dtype, method)
+        done = orthogonalize_spread(concatenate(flat, 0), plan, how)
     else:
-        stack = concatenate([_compact(x, dtype) for x in flat], 0)
-        done = iterate_stack(stack, schedule, dtype, method)
+        stack = concatenate([_compact(x, jnp.dtype(how.dtype)) for x in flat], 0)
+        done = iterate_stack(stack, how)
     starts = list(map(jnp.uint32, [0, *itertools.accumulate(map(len, flat[:-1]))]))
     # On CPU every new kernel takes some 9 ms to compile. A slice at a constant place is one of its
     # own; at places that XLA cannot know, slices share one.
     starts = lax.platform_dependent(starts, cpu=_hidden, default=lambda starts: starts)
     sizes = map(len, flat)
     parts = [lax.dynamic_slice_in_dim(done, *part) for part in zip(starts, sizes, strict=True)]
-    return tuple(b.unflat(p, x) for b, p, x in zip(batches, parts, values, strict=True))
+    return tuple(b.unflat(p, x) for b, p, x in zip(arrays, parts, values, strict=True))
 
 
 def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
@@ -210,24 +201,19 @@ def _compact(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x
 
 
-def _by_xla(
-    batch: Matrices,
-    values: jax.Array,
-    schedule: Schedule,
-    dtype: jnp.dtype,
-    method: MethodName | Method,
-) -> tuple[jax.Array]:
+def _by_xla(batch: MatrixArray, values: jax.Array, how: NewtonSchulz) -> tuple[jax.Array]:
     """A parameter whose batch axes stay apart, since they may be split over a mesh."""
     leading = values.shape[: values.ndim - batch.rows - batch.cols]
     matrices = values.reshape(*leading, *batch.shape[1:])
-    return (orthogonalize(matrices, schedule, dtype=dtype, method=method).reshape(values.shape),)
+    done = orthogonalize(matrices, how.schedule, dtype=how.dtype, method=how.method)
+    return (done.reshape(values.shape),)
 
 
-def _limited(members: list[int], batches: list[Matrices], devices: int) -> Iterator[list[int]]:
+def _limited(members: list[int], arrays: list[MatrixArray], devices: int) -> Iterator[list[int]]:
     """The members in groups of at most `_LARGEST_STACK` entries a device, or one alone."""
     some: list[int] = []
     entries = 0
-    for member, batch in zip(members, batches, strict=True):
+    for member, batch in zip(members, arrays, strict=True):
         size = batch.values.size // devices
         if some and entries + size > _LARGEST_STACK:
             yield some
@@ -236,15 +222,11 @@ def _limited(members: list[int], batches: list[Matrices], devices: int) -> Itera
     yield some
 
 
-def _check_shapes(wanted: Mapping[tuple[int, int], int], batches: Sequence[Matrices]) -> None:
-    shapes = sorted({tuple(sorted(batch.shape[1:])) for batch in batches})
+def _check_shapes(wanted: Mapping[tuple[int, int], int], arrays: Sequence[MatrixArray]) -> None:
+    shapes = sorted({tuple(sorted(batch.shape[1:])) for batch in arrays})
     for shape in wanted:
         if tuple(sorted(shape)) not in shapes:
             raise ValueError(
                 f"devices_per_matrix names matrices {list(shape)}, and there are none; there are "
                 f"{', '.join(map(str, map(list, shapes)))}."
             )
-
-
-def _dtype(values: Any, dtype: Any) -> jnp.dtype:
-    return jnp.dtype(values.dtype if dtype is None else dtype)

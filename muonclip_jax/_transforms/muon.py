@@ -11,10 +11,7 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.meshes import in_auto_axes, mesh_of, specs_of
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings, placed, shardings_of
-from muonclip_jax._orthogonalize import schedules
-from muonclip_jax._orthogonalize.iteration import check
-from muonclip_jax._orthogonalize.methods import Method, MethodName, check_method
-from muonclip_jax._orthogonalize.schedules import Schedule
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import matrices, routing
 from muonclip_jax._spread.plan import DevicesPerMatrix, check_devices_per_matrix
 from muonclip_jax._spread.stacks import orthogonalize_all
@@ -35,13 +32,11 @@ class MuonState(NamedTuple):
 def scale_by_muon(
     momentum: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
-    schedule: Schedule = schedules.polar_express(steps=5),  # noqa: B008 (frozen)
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     *,
     dimension_numbers: routing.DimensionNumbers | None = None,
     bias_correction: bool = False,
-    dtype: jax.typing.DTypeLike | None = "bfloat16",
     mu_dtype: jax.typing.DTypeLike | None = None,
-    method: MethodName | Method = "auto",
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformation:
@@ -54,22 +49,23 @@ def scale_by_muon(
 
     Cost per matrix `[n, m]`, n <= m: at most `(4m/n + 2) n³` FLOPs for each of the schedule's
     steps; with the default schedule two thirds of them for m = 4n on accelerators, about half on
-    CPU (`method`).
+    CPU (`Method`).
     Matrices of one shape are orthogonalized together, as a stack. Memory: one momentum array per
     parameter, in the parameter's sharding.
 
     On a mesh every device orthogonalizes its share of each stack, which gets there and back with
-    one all-to-all each, in `dtype`. Where there are fewer matrices than devices, teams of devices
-    hold a matrix together, each some of its columns, and share all products evenly. `describe`
-    prints the plan. On meshes with Explicit axes this needs nothing; with Auto axes it needs
-    `shardings`, since inside `jax.jit` nothing else tells how parameters are split.
+    one all-to-all each, in the dtype of `newton_schulz`. Where there are fewer matrices than
+    devices, teams of devices hold a matrix together, each some of its columns, and share all
+    products evenly. `describe` prints the plan. On meshes with Explicit axes this needs nothing;
+    with Auto axes it needs `shardings`, since inside `jax.jit` nothing else tells how parameters
+    are split.
     Inside `jax.shard_map` and `jax.pmap` each device orthogonalizes what it has. Not for `jax.vmap`
     on a mesh: make the members a batch axis of the parameters instead.
 
     Args:
       momentum: μ in [0, 1).
       nesterov: Orthogonalize `G + μM` instead of `M`.
-      schedule: The Newton–Schulz polynomials.
+      newton_schulz: How to orthogonalize: the polynomials, the dtype and the method.
       dimension_numbers: Which axes are input and output of which parameter: a tree of
         `optax.contrib.MuonDimensionNumbers` (or a prefix of one), or a function from the
         parameters to one, such as `muon_dimension_numbers`, which can split attention's parameters
@@ -77,10 +73,7 @@ def scale_by_muon(
         are read as in `muon_dimension_numbers`.
       bias_correction: Weigh Nesterov's two terms as `optax.contrib.muon` does, `β M/(1-β^{t+1})`
         and `G/(1-β^t)`. Without Nesterov it changes nothing, since `msign` ignores scale.
-      dtype: The dtype of the iteration, see `orthogonalize`.
       mu_dtype: The dtype of the momentum; None keeps the parameter's.
-      method: How the steps are computed: "standard", "gram" or "auto", as in `orthogonalize`.
-        (Under `optax.inject_hyperparams` name it in `static_args`.)
       shardings: On meshes with Auto axes, how each parameter is split: a tree of `NamedSharding`
         (or, with `jax.set_mesh`, `PartitionSpec`) like the parameters, or a prefix of one, or a
         function from parameters to one; `jax.tree.map(lambda p: p.sharding, params)`. Momentum is
@@ -107,7 +100,11 @@ def scale_by_muon(
         )
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1) (0.95 is usual), got {momentum}.")
-    check_method("scale_by_muon", method)
+    if not isinstance(newton_schulz, NewtonSchulz):
+        raise TypeError(
+            f"scale_by_muon: newton_schulz={newton_schulz!r} is not a NewtonSchulz; pass for "
+            'example mc.NewtonSchulz(mc.schedules.polar_express(steps=5), dtype="bfloat16").'
+        )
     if devices_per_matrix is not None:
         check_devices_per_matrix(devices_per_matrix)
 
@@ -120,7 +117,7 @@ def scale_by_muon(
         del params
         specs = routing.resolve_matrices(dimension_numbers, updates)
         for gradient in jax.tree.leaves(updates):
-            check(gradient, schedule, dtype)
+            newton_schulz.for_matrices(gradient)
         known = shardings_of(updates, shardings)
         _warn_of_unknown(updates, known)
         accumulated = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
@@ -136,9 +133,7 @@ def scale_by_muon(
             }
             together = orthogonalize_all(
                 [batch for batches in split.values() for batch in batches],
-                schedule,
-                dtype=dtype,
-                method=method,
+                newton_schulz,
                 devices_per_matrix=devices_per_matrix,
             )
             done = iter(together)

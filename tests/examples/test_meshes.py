@@ -49,7 +49,9 @@ def trained(**axes):
     """Three steps on a mesh of these axes; made once, as a model's first step takes seconds."""
     with pytest.MonkeyPatch.context() as patch, on(axes):
         # bfloat16's rounding, 4e-3, would hide all but gross errors.
-        patch.setattr(mc, "muon", functools.partial(mc.muon, dtype="float32"))
+        patch.setattr(
+            mc, "muon", functools.partial(mc.muon, newton_schulz=mc.NewtonSchulz(dtype="float32"))
+        )
         model, optimizer = steps.create(SETTINGS, CONFIG)
         numbers = advance(model, optimizer, 1, 2, 3)
         return Trained(model, optimizer, numbers, values(model, optimizer))

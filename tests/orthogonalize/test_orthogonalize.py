@@ -14,6 +14,7 @@ from muonclip_jax._orthogonalize import schedules
 from muonclip_jax._orthogonalize.gram import segments, with_margins
 from muonclip_jax._orthogonalize.iteration import orthogonality_error, orthogonalize
 from muonclip_jax._orthogonalize.methods import Method
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.products import concatenate
 
 SCHEDULES = [
@@ -441,7 +442,7 @@ UNSAFE = schedules.cans(safety=1)
     ],
 )  # fmt: skip
 def test_a_wrong_input_says_what_is_wrong(arguments, error, message):
-    with pytest.raises(error, match=f"orthogonalize: .*{message}"):
+    with pytest.raises(error, match=f"(orthogonalize|NewtonSchulz): .*{message}"):
         orthogonalize(*arguments)
 
 
@@ -459,6 +460,34 @@ def test_a_wrong_input_says_what_is_wrong(arguments, error, message):
 def test_a_wrong_dtype_says_what_is_wrong(dtype, message):
     with pytest.raises(TypeError, match=message):
         orthogonalize(jnp.ones((3, 3)), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"schedule": "jordan"}, TypeError, "schedule='jordan' is not a Schedule; pass for"),
+        ({"schedule": schedules.jordan}, TypeError, "is not a Schedule; pass for"),
+        ({"dtype": "int8"}, TypeError, "dtype is int8; cast it to one of bfloat16, float16,"),
+        ({"dtype": 16}, TypeError, "dtype is 16; cast it to"),
+        ({"method": "newton"}, TypeError, 'method=\'newton\'; use "auto", "standard",'),
+        ({"schedule": UNSAFE}, ValueError, "no margin for rounding in bfloat16.*larger safety"),
+    ],
+)
+def test_a_wrong_newton_schulz_raises_when_built(fields, error, message):
+    with pytest.raises(error, match=f"NewtonSchulz: .*{message}"):
+        NewtonSchulz(**fields)
+
+
+def test_newton_schulz_is_a_static_argument():
+    spellings = [NewtonSchulz(dtype=dtype) for dtype in ("float32", jnp.float32, np.dtype("f4"))]
+    assert len({hash(how) for how in spellings}) == 1
+    assert len(set(spellings)) == 1 and spellings[0] != NewtonSchulz()
+
+
+def test_newton_schulz_says_what_is_not_enabled_when_used():
+    how = NewtonSchulz(dtype="float64")
+    with pytest.raises(TypeError, match=r"dtype is float64, which JAX would .*jax_enable_x64"):
+        how.for_matrices(jnp.ones((3, 3)))
 
 
 def test_a_schedule_without_margin_runs_where_rounding_is_small():

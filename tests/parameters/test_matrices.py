@@ -201,7 +201,8 @@ def polar(matrix):
 def muon_direction(layout, per_head, params, grads):
     """The first update of Muon without momentum: the orthogonalized gradient."""
     numbers = mc.muon_dimension_numbers(params, layout=layout, per_head=per_head)
-    tx = mc.scale_by_muon(0.0, schedule=SCHEDULE, dimension_numbers=numbers, dtype="float32")
+    how = mc.NewtonSchulz(SCHEDULE, "float32")
+    tx = mc.scale_by_muon(0.0, newton_schulz=how, dimension_numbers=numbers)
     return jax.jit(tx.update)(grads, tx.init(params))[0]
 
 

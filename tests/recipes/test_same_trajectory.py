@@ -289,7 +289,7 @@ def train(model, storage: Storage, threshold=2.0, **routing) -> Run:
             LEARNING_RATE,
             layout=layout,
             dimension_numbers=numbers,
-            dtype="float32",
+            newton_schulz=mc.NewtonSchulz(dtype="float32"),
             other=optax.identity(),  # Adam would make steps of gradients that are rounding only
         ),
         mc.qk_clip(layout, threshold),

@@ -86,9 +86,9 @@ def test_costs_are_those_of_the_compiled_program(devices_per_matrix):
         "dimension_numbers": {"w": MuonDimensionNumbers(-2, -1)},
         "shardings": sharding,
         "devices_per_matrix": devices_per_matrix,
-        "dtype": "float32",
+        "newton_schulz": mc.NewtonSchulz(dtype="float32", method=mc.Method("standard")),
     }
-    tx = mc.scale_by_muon(method=mc.Method("standard"), **options)
+    tx = mc.scale_by_muon(**options)
     compiled = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads)).compile()
     (stack,) = mc.describe(grads, **options).stacks
     assert flops(dots(compiled)) == stack.flops

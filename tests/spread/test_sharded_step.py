@@ -140,7 +140,12 @@ def nested(flat):
 def chain(shardings=None):
     return optax.chain(
         mc.quack(
-            1e-2, layout=LAYOUT, rules=RULES, dtype="float32", shardings=shardings, norm="frobenius"
+            1e-2,
+            layout=LAYOUT,
+            rules=RULES,
+            newton_schulz=mc.NewtonSchulz(dtype="float32"),
+            shardings=shardings,
+            norm="frobenius",
         ),
         mc.qk_clip(LAYOUT, THRESHOLD),
     )

@@ -76,6 +76,8 @@ SPECS = {
 # Float32 rounds at 6e-8, and a mesh sums in another order. Five steps grow that by their slope, 1e3
 # at most, where singular values are small, and the Gram iteration adds up three steps' (measured:
 # 1.3e-5 of entries up to 1).
+FLOAT32 = mc.NewtonSchulz(dtype="float32")
+FLOAT16 = mc.NewtonSchulz(dtype="float16")
 TOLERANCE = 3e-5
 
 
@@ -90,7 +92,7 @@ def gradients(dtype="float32"):
 
 
 def muon(**options):
-    options = {"dimension_numbers": NUMBERS, "dtype": "float32"} | options
+    options = {"dimension_numbers": NUMBERS, "newton_schulz": FLOAT32} | options
     return mc.scale_by_muon(**options)
 
 
@@ -168,7 +170,7 @@ def test_what_moves(spec, scanned, expected, axis_type):
     grads = jax.device_put({k: jnp.ones(shape) for k, shape in shapes.items()}, shardings)
     tx = mc.scale_by_muon(
         dimension_numbers=dict.fromkeys(shapes, MATRIX),
-        dtype="float32",
+        newton_schulz=FLOAT32,
         shardings=shardings,
         devices_per_matrix=1,
     )
@@ -179,7 +181,9 @@ def test_copies_share_large_work():
     """Each of eight devices orthogonalizes two of sixteen matrices, and all get the results."""
     sharding = NamedSharding(mesh_of(AxisType.Auto), P())
     matrices = {"w": jax.ShapeDtypeStruct((16, 1024, 1024), jnp.float32, sharding=sharding)}
-    tx = mc.scale_by_muon(dimension_numbers={"w": MATRIX}, dtype="float16", shardings=sharding)
+    tx = mc.scale_by_muon(
+        dimension_numbers={"w": MATRIX}, newton_schulz=FLOAT16, shardings=sharding
+    )
     state = jax.eval_shape(tx.init, matrices)
     assert moved(tx, matrices, state) == {"all-gather": (1, 16 * 1024 * 1024 * 2)}
     (stack,) = mc.describe(matrices, dimension_numbers={"w": MATRIX}, shardings=sharding).stacks
@@ -192,7 +196,7 @@ def test_teams_move_gram_matrices_only():
     grads = {"w": jax.device_put(jnp.ones((32, 64)), sharding)}
     schedule = mc.schedules.polar_express(steps=5)
     tx = mc.scale_by_muon(
-        dtype="float32", schedule=schedule, shardings=sharding, devices_per_matrix=8
+        newton_schulz=mc.NewtonSchulz(schedule, "float32"), shardings=sharding, devices_per_matrix=8
     )
     gram = 32 * 32 * 4
     assert moved(tx, grads, tx.init(grads)) == {
@@ -205,7 +209,7 @@ def test_teams_move_gram_matrices_only():
 def test_matrices_travel_in_the_dtype_of_the_iteration():
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
     grads = {str(i): jax.device_put(jnp.ones((32, 64)), sharding) for i in range(8)}
-    tx = mc.scale_by_muon(dtype="float16", shardings=sharding, devices_per_matrix=1)
+    tx = mc.scale_by_muon(newton_schulz=FLOAT16, shardings=sharding, devices_per_matrix=1)
     assert moved(tx, grads, tx.init(grads))["all-to-all"] == (2, PER_DEVICE)
 
 
@@ -214,9 +218,10 @@ def test_matrices_travel_in_the_dtype_of_the_iteration():
 def test_half_precision_as_on_one_device(dtype, scale):
     """Norms are taken before anything is rounded, so scale does not matter on the way either."""
     grads = {str(i): scale * gradients()["layers"][i] for i in range(3)}
-    expected, _ = mc.scale_by_muon(dtype=dtype).update(grads, mc.scale_by_muon().init(grads))
+    how = mc.NewtonSchulz(dtype=dtype)
+    expected, _ = mc.scale_by_muon(newton_schulz=how).update(grads, mc.scale_by_muon().init(grads))
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
-    tx = mc.scale_by_muon(dtype=dtype, shardings=sharding, devices_per_matrix=2)
+    tx = mc.scale_by_muon(newton_schulz=how, shardings=sharding, devices_per_matrix=2)
     grads = jax.device_put(grads, sharding)
     directions, _ = step(tx, grads, tx.init(grads))
     # Sums in another order round differently in few entries, by a spacing of the dtype each step.
@@ -237,16 +242,19 @@ def test_hard_matrices(devices_per_matrix):
         "healthy": gradients()["wide"],
     }
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
-    options = {"dtype": "float32", "schedule": mc.schedules.polar_express(steps=8)}
+    how = mc.NewtonSchulz(mc.schedules.polar_express(steps=8), "float32")
     tx = mc.scale_by_muon(
-        shardings=sharding, devices_per_matrix=devices_per_matrix, nesterov=False, **options
+        nesterov=False,
+        newton_schulz=how,
+        shardings=sharding,
+        devices_per_matrix=devices_per_matrix,
     )
     grads = jax.device_put(grads, sharding)
     directions, _ = step(tx, grads, tx.init(grads))
     assert not directions["zero"].any()
     np.testing.assert_allclose(directions["rank one"], outer / jnp.linalg.norm(outer), atol=1e-5)
     assert jnp.isnan(directions["nan"]).all() and jnp.isnan(directions["inf"]).all()
-    whole = mc.orthogonalize(gradients()["wide"], options["schedule"], dtype="float32")
+    whole = mc.orthogonalize(gradients()["wide"], how.schedule, dtype="float32")
     np.testing.assert_allclose(directions["healthy"], whole, atol=TOLERANCE)
 
 
@@ -258,7 +266,10 @@ def test_aol_in_teams(name, spec):
     grads = {"w": gradients()[name]}
     sharding = NamedSharding(mesh_of(AxisType.Auto), spec)
     tx = mc.scale_by_muon(
-        schedule=schedule, dtype="float32", nesterov=False, shardings=sharding, devices_per_matrix=4
+        nesterov=False,
+        newton_schulz=mc.NewtonSchulz(schedule, "float32"),
+        shardings=sharding,
+        devices_per_matrix=4,
     )
     on_devices = jax.device_put(grads, sharding)
     directions, _ = step(tx, on_devices, tx.init(on_devices))
@@ -274,7 +285,7 @@ def test_results_share_a_kernel(specs):
         sharding = NamedSharding(mesh_of(AxisType.Auto), specs)
         matrix = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=sharding)
         grads = {str(i): matrix for i in range(parameters)}
-        tx = mc.scale_by_muon(dtype="float32", shardings=sharding, devices_per_matrix=1)
+        tx = mc.scale_by_muon(newton_schulz=FLOAT32, shardings=sharding, devices_per_matrix=1)
         compiled = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads)).compile()
         return compiled.as_text().count(" slice(")
 
@@ -288,7 +299,7 @@ def test_arrays_at_hand_tell_themselves():
     """Outside of jit nothing has to be given, on Auto meshes either."""
     sharding = NamedSharding(mesh_of(AxisType.Auto), SPECS["both"]["wide"])
     grads = {"wide": jax.device_put(gradients()["wide"], sharding)}
-    tx = mc.scale_by_muon(dtype="float32", devices_per_matrix=1)
+    tx = mc.scale_by_muon(newton_schulz=FLOAT32, devices_per_matrix=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         directions, _ = tx.update(grads, tx.init(grads))
@@ -348,7 +359,7 @@ def test_in_shard_map_each_device_has_its_own():
     """Data parallel by hand: the same matrices, and work, on every device."""
     mesh = mesh_of(AxisType.Auto)
     grads = {"wide": gradients()["wide"]}
-    tx = mc.scale_by_muon(dtype="float32")
+    tx = mc.scale_by_muon(newton_schulz=FLOAT32)
     local = jax.shard_map(
         lambda g: tx.update(g, tx.init(g))[0],
         mesh=mesh,
@@ -369,7 +380,7 @@ def test_in_shard_map_over_some_axes(axis_type, spec):
     grads = {"w": gradients()["experts"][0, :4]}
     tx = mc.scale_by_muon(
         dimension_numbers=MATRIX,
-        dtype="float32",
+        newton_schulz=FLOAT32,
         nesterov=False,
         shardings=spec,
         devices_per_matrix=2,
@@ -394,9 +405,9 @@ def test_mixed_meshes_are_told_by_shardings():
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Explicit, AxisType.Auto))
     sharding = NamedSharding(mesh, P("fsdp", "tp"))
     grads = {str(i): jax.device_put(jnp.ones((32, 64)), sharding) for i in range(8)}
-    tx = mc.scale_by_muon(dtype="float32", shardings=sharding, devices_per_matrix=1)
+    tx = mc.scale_by_muon(newton_schulz=FLOAT32, shardings=sharding, devices_per_matrix=1)
     assert moved(tx, grads, tx.init(grads))["all-to-all"] == (2, 2 * PER_DEVICE)
-    untold = mc.scale_by_muon(dtype="float32")
+    untold = mc.scale_by_muon(newton_schulz=FLOAT32)
     with pytest.warns(UserWarning, match="Pass shardings="):
         jax.jit(untold.update).lower(grads, untold.init(grads))
 
@@ -406,7 +417,7 @@ def test_momentum_stays_on_mixed_meshes(spec):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Explicit, AxisType.Auto))
     sharding = NamedSharding(mesh, spec)
     grads = {"w": jax.device_put(jnp.ones((32, 64)), sharding)}
-    tx = mc.scale_by_muon(dtype="float32", shardings=sharding)
+    tx = mc.scale_by_muon(newton_schulz=FLOAT32, shardings=sharding)
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(grads)
         assert state.momentum["w"].sharding.is_equivalent_to(sharding, 2)

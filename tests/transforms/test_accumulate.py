@@ -78,7 +78,8 @@ def chain():
     # Adam divides by the gradient's size, and gradients that are rounding only by eps.
     other = optax.scale_by_adam(eps=1e-3)
     return optax.chain(
-        mc.quack(RATE, layout=layout, dtype="float32", other=other), mc.qk_clip(layout, THRESHOLD)
+        mc.quack(RATE, layout=layout, newton_schulz=mc.NewtonSchulz(dtype="float32"), other=other),
+        mc.qk_clip(layout, THRESHOLD),
     )
 
 
@@ -162,7 +163,14 @@ def test_nnx():
     def trained(batches, wrap):
         chex.clear_trace_counter()
         model = Block(nnx.Rngs(0))
-        tx = wrap(mc.muonclip(0.02, layout=mc.layouts.mha(), threshold=4.0, dtype="float32"))
+        tx = wrap(
+            mc.muonclip(
+                0.02,
+                layout=mc.layouts.mha(),
+                threshold=4.0,
+                newton_schulz=mc.NewtonSchulz(dtype="float32"),
+            )
+        )
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
         @nnx.jit
@@ -210,7 +218,9 @@ def sown(maxima=MAXIMA):
 
 
 def muonclip(**options):
-    return mc.muonclip(0.01, layout=mc.layouts.mha(), dtype="float32", **options)
+    return mc.muonclip(
+        0.01, layout=mc.layouts.mha(), newton_schulz=mc.NewtonSchulz(dtype="float32"), **options
+    )
 
 
 def counting(calls: list) -> optax.GradientTransformation:

@@ -122,7 +122,13 @@ def test_the_recipe_with_heads_spread_by_hand():
     mesh = jax.make_mesh((2, 4), ("data", "tp"), axis_types=(AxisType.Auto,) * 2)
     leaves = {"kernel": P(None, "tp"), "bias": P("tp")}
     heads = {"attn": {"query": leaves, "key": leaves}}
-    recipe = functools.partial(mc.muonclip, 0.1, layout=LAYOUT, scope="layer", dtype="float32")
+    recipe = functools.partial(
+        mc.muonclip,
+        0.1,
+        layout=LAYOUT,
+        scope="layer",
+        newton_schulz=mc.NewtonSchulz(dtype="float32"),
+    )
     tx = recipe(axis_name="data", heads_axis_name="tp")
     mapped = jax.shard_map(
         lambda u, p, maxima: update(tx, u, tx.init(p), p, maxima)[0],

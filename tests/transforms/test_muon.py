@@ -58,8 +58,7 @@ def test_twenty_steps_equal_optax(nesterov, bias_correction, rule, consistent_rm
         mc.scale_by_muon(
             nesterov=nesterov,
             bias_correction=bias_correction,
-            schedule=mc.schedules.jordan(),
-            dtype=jnp.float32,
+            newton_schulz=mc.NewtonSchulz(mc.schedules.jordan(), jnp.float32),
         ),
         mc.scale_by_update_rms(rule),
         optax.add_decayed_weights(0.1),
@@ -76,8 +75,7 @@ def test_first_step_is_the_polar_factor_times_its_scale():
     tx = mc.muon(
         1.0,
         weight_decay=0.0,
-        schedule=mc.schedules.deepseek_v4(),
-        dtype=jnp.float32,
+        newton_schulz=mc.NewtonSchulz(mc.schedules.deepseek_v4(), jnp.float32),
         dimension_numbers=MuonDimensionNumbers(),
     )
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -170,7 +168,7 @@ def test_dtypes_are_kept(dtype, mu_dtype):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_zero_gradients_give_zero_updates(dtype):
     params = {"w": jnp.zeros((8, 6), dtype)}
-    tx = mc.scale_by_muon(dtype=None)
+    tx = mc.scale_by_muon(newton_schulz=mc.NewtonSchulz(dtype=None))
     updates, state = tx.update(params, tx.init(params))
     chex.assert_trees_all_equal(updates, params)
     chex.assert_tree_all_finite(state)
@@ -268,7 +266,9 @@ def test_muonclip_splits_what_its_layout_describes():
     params = {"attn": flat}
 
     def update(**options):
-        tx = mc.muonclip(0.1, layout=layout, dtype="float32", **options)
+        tx = mc.muonclip(
+            0.1, layout=layout, newton_schulz=mc.NewtonSchulz(dtype="float32"), **options
+        )
         return tx.update(params, tx.init(params), params, max_logits=maxima)[0]
 
     chex.assert_trees_all_equal(update(), update(dimension_numbers=numbers))

@@ -35,9 +35,7 @@ def test_twenty_steps_equal_torch(rule, momentum, precision):
         mc.scale_by_muon(
             float(RECORD["momentum"]),
             nesterov=momentum == "nesterov",
-            schedule=mc.schedules.jordan(),
-            dtype=precision,
-            method="standard",
+            newton_schulz=mc.NewtonSchulz(mc.schedules.jordan(), precision, "standard"),
         ),
         mc.scale_by_update_rms(RULES[rule]),
         optax.add_decayed_weights(float(RECORD["weight_decay"])),
