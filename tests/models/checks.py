@@ -26,7 +26,8 @@ from muonclip_jax._parameters.description import Description
 
 OPTIONS = {
     "learning_rate": 1e-2,
-    "schedule": mc.schedules.polar_express(steps=1),  # of five only compiling takes longer
+    # One step: of five only compiling takes longer.
+    "newton_schulz": mc.NewtonSchulz(mc.schedules.polar_express(steps=1)),
 }
 
 

@@ -130,11 +130,15 @@ def test_batches_equal_separate_matrices():
     x = jax.random.normal(jax.random.key(0), (3, 8, 4, 6))  # [stack, in, heads, head_features]
     numbers = {"w": MuonDimensionNumbers(reduction_axis=1, output_axis=3)}
     tx = optax.chain(
-        mc.scale_by_muon(dimension_numbers=numbers, dtype=jnp.float32),
+        mc.scale_by_muon(
+            dimension_numbers=numbers, newton_schulz=mc.NewtonSchulz(dtype=jnp.float32)
+        ),
         mc.scale_by_update_rms(dimension_numbers=numbers),
     )
     batched, _ = tx.update({"w": x}, tx.init({"w": x}))
-    single = optax.chain(mc.scale_by_muon(dtype=jnp.float32), mc.scale_by_update_rms())
+    single = optax.chain(
+        mc.scale_by_muon(newton_schulz=mc.NewtonSchulz(dtype=jnp.float32)), mc.scale_by_update_rms()
+    )
     for layer in range(3):
         for head in range(4):
             w = {"w": x[layer, :, head]}
@@ -145,10 +149,12 @@ def test_batches_equal_separate_matrices():
 def test_several_axes_make_one_matrix():
     x = jax.random.normal(jax.random.key(0), (8, 4, 6))
     numbers = MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
-    tx = mc.scale_by_muon(dimension_numbers=numbers, dtype=jnp.float32)
+    tx = mc.scale_by_muon(
+        dimension_numbers=numbers, newton_schulz=mc.NewtonSchulz(dtype=jnp.float32)
+    )
     joint, _ = tx.update({"w": x}, tx.init({"w": x}))
     flat = {"w": x.reshape(8, 24)}
-    plain = mc.scale_by_muon(dtype=jnp.float32)
+    plain = mc.scale_by_muon(newton_schulz=mc.NewtonSchulz(dtype=jnp.float32))
     expected, _ = plain.update(flat, plain.init(flat))
     np.testing.assert_allclose(joint["w"].reshape(8, 24), expected["w"], atol=1e-6)
 
@@ -294,7 +300,7 @@ def test_inject_hyperparams_changes_nothing():
         "embed": {"embedding": jnp.ones((4, 3))},
         "mlp": {"kernel": jnp.diag(jnp.arange(3.0))},
     }
-    make = optax.inject_hyperparams(mc.muon, static_args=("schedule", "update_rms", "other"))
+    make = optax.inject_hyperparams(mc.muon, static_args=("update_rms", "other"))
     plain, injected = mc.muon(0.1), make(learning_rate=0.1)
     expected, _ = plain.update(params, plain.init(params), params)
     updates, state = injected.update(params, injected.init(params), params)
