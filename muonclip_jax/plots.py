@@ -92,7 +92,7 @@ def head_map(values: Mapping[str, ArrayLike], label: str) -> "Figure":
         cells, aspect="auto", interpolation="nearest", cmap=colors, vmin=low, vmax=high
     )
     axes.set_yticks(range(len(rows)), rows)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params("x", integer=True)
     axes.set(xlabel="head")
     figure.colorbar(image, label=label)
     return figure

@@ -3,14 +3,10 @@
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
-from muonclip_jax._core.meshes import in_auto_axes
-from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
-from muonclip_jax._layouts.leaves import leaves_of
-from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import GAIN_ROLES, Role
+from muonclip_jax._layouts.leaves import leaves_of, read_leaves
+from muonclip_jax._layouts.roles import ROLES, Role
 
 PerRole = dict[Role, jax.Array]
 
@@ -34,21 +30,20 @@ def head_matrices(tree: Any, layout: Layouts) -> dict[str, PerRole]:
 
     Raises:
       TypeError, ValueError: What `find_blocks` raises.
+
+    Example:
+      >>> params = {"attn": {name: jnp.ones((8, 4, 2)) for name in ("query", "key")}}
+      >>> heads = mc.head_matrices(params, mc.layouts.mha(value=None, out=None))
+      >>> heads["attn"]["q"].shape
+      (4, 8, 2)
     """
     blocks = find_blocks(layout, tree)
-    parts = {b.name: [part for part in b.parts if part.role not in GAIN_ROLES] for b in blocks}
-    leaves = leaves_of(blocks, {part.role for own in parts.values() for part in own}, tree)
-    kernels = {part.kernel: leaves[part.kernel] for own in parts.values() for part in own}
+    roles: set[Role] = {role for role, facts in ROLES.items() if facts.side != "gain"}
 
-    def per_block(fn):
-        return {name: {part.role: fn(part) for part in own} for name, own in parts.items()}
+    def of_parts(fn):
+        return {b.name: {p.role: fn(p) for p in b.parts if p.role in roles} for b in blocks}
 
-    def take(kernels):
-        return per_block(lambda part: part.take(kernels[part.kernel]))
-
-    return in_auto_axes(take, per_block(lambda part: _split(part, kernels)))(kernels)
-
-
-def _split(part: Part, kernels: dict[Path, jax.Array]) -> PartitionSpec:
-    """Over the Explicit axes of its mesh, if any."""
-    return part.split_of_heads(jax.typeof(kernels[part.kernel]).sharding)
+    kernels = leaves_of(blocks, roles, tree)
+    split = of_parts(lambda part: part.split_of_heads(jax.typeof(kernels[part.kernel]).sharding))
+    take = lambda leaves: of_parts(lambda part: part.take(leaves[part.kernel]))  # noqa: E731
+    return read_leaves(take, blocks, roles, tree, out_specs=split)

@@ -1,23 +1,22 @@
 """Every head in numbers: what the clip saw, what its kernels and its keys are like."""
 
-import functools
 import io
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
 from muonclip_jax._attention.max_logits import MAX_LOGITS, read_max_logits
-from muonclip_jax._core.dtypes import of_product
-from muonclip_jax._core.meshes import in_auto_axes
+from muonclip_jax._core.dtypes import accumulation_dtype, of_product
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import sown
 from muonclip_jax._diagnostics.activations import KEYS, read_activations
@@ -27,12 +26,14 @@ from muonclip_jax._diagnostics.measures import (
     participation_ratio,
     spectral_norm,
 )
-from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks, module_path
-from muonclip_jax._layouts.leaves import leaves_of
-from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role
-from muonclip_jax._transforms.qk_clip import QKClipState, fit_maxima, qk_clip_state
+from muonclip_jax._layouts import roles
+from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
+from muonclip_jax._layouts.leaves import Leaves, read_leaves
+from muonclip_jax._layouts.roles import QUERY_ROLES, ROLES, Role
+from muonclip_jax._layouts.sown import fit, pair
+from muonclip_jax._transforms.qk_clip import QKClipState, qk_clip_state
 
-_ROLES = (*QUERY_ROLES, *KEY_ROLES, "k_rope", "q_down", "kv_down")
+_READ_ROLES = (*QUERY_ROLES, *roles.KEY_ROLES, *roles.SHARED_KEY_ROLES, *roles.LATENT_ROLES)
 
 # A softmax over logits within ±0.1 weighs no key more than exp(0.2) = 1.2 times another.
 _SILENT = 0.1
@@ -51,7 +52,13 @@ class HeadReport(NamedTuple):
         `[stack..., heads]`; at most head_features.
       key_participation_ratios: Participation ratio (of singular values) of the keys over tokens,
         `[stack..., key heads]`; None unless keys were sown.
-      exploding: bool `[stack..., heads]`: the largest logit is above the threshold, NaN or +Inf.
+      above: bool `[stack..., heads]`: the largest logit is above the threshold. QK-Clip handles
+        such a head.
+      exploding: bool `[stack..., heads]`: QK-Clip does not hold the head. Its largest logit is NaN
+        or +Inf; or it is above the threshold, the last clip in `opt_state` clipped it (γ < 1), and
+        it is larger than the one which that clip saw. So it can only be told from maxima that
+        come after that clip: of the next step, with the state from before its update, or of an
+        evaluation. Without these, or without QK-Clip, it means NaN or +Inf.
       dead: bool `[stack..., heads]`: the head reads all its tokens alike. Its largest logit is
         within ±0.1, and so is whatever its kernels make of inputs of RMS 1,
         `‖W_q W_kᵀ‖₂ · in / sqrt(head_features) < 0.1`.
@@ -63,12 +70,13 @@ class HeadReport(NamedTuple):
     key_norms: jax.Array
     ranks: jax.Array
     key_participation_ratios: jax.Array | None
+    above: jax.Array
     exploding: jax.Array
     dead: jax.Array
 
 
 class _Quantity(NamedTuple):
-    """How the heads of a layer are shown: in a column, and as one scalar."""
+    """How the heads of a layer are shown: in a column of the table, and as one scalar."""
 
     field: str
     header: str
@@ -85,6 +93,7 @@ _QUANTITIES = (
     _Quantity("key_participation_ratios", "PR of keys", "key_participation_ratio", np.mean),
 )
 _FLAGS = (
+    _Quantity("above", "above", "above", np.sum),
     _Quantity("exploding", "exploding", "exploding", np.sum),
     _Quantity("dead", "dead", "dead", np.sum),
 )
@@ -105,8 +114,8 @@ class AttentionReport:
     def scalars(self) -> dict[str, float]:
         """Each layer in a few numbers, over its heads: `{"max_logit/layers/attn/3": 41.2, ...}`.
 
-        Largest max logit, smallest gamma, largest norms, mean rank and participation ratio, how
-        many heads explode or are dead. One transfer from the device.
+        Largest max logit, smallest gamma, largest norms, mean rank and participation ratio, and
+        how many heads are above the threshold, exploding and dead. One transfer from the device.
         """
         return {
             f"{quantity.name}/{layer}": float(quantity.reduce(values))
@@ -132,15 +141,15 @@ class AttentionReport:
 
     def __str__(self) -> str:
         width = shutil.get_terminal_size(fallback=(10_000, 24)).columns
-        console = Console(file=io.StringIO(), width=width, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()
+        text = io.StringIO()
+        Console(file=text, width=width, color_system=None).print(self)
+        return text.getvalue().rstrip()
 
     def _layers(self) -> Iterator[tuple[str, HeadReport]]:
         """Every layer by itself, on the host, `[heads]`."""
         for name, block in jax.device_get(self.blocks).items():
             for index, layer in layers(name, block.max_logits.shape[:-1]):
-                yield layer, HeadReport(*(None if x is None else x[index] for x in block))
+                yield layer, HeadReport._make(None if x is None else x[index] for x in block)
 
 
 def attention_report(
@@ -149,7 +158,7 @@ def attention_report(
     intermediates: Any,
     layout: Layouts,
     *,
-    threshold: jax.typing.ArrayLike = 100.0,
+    threshold: ArrayLike = 100.0,
 ) -> AttentionReport:
     """Every attention head in numbers: logits, clip, kernels, keys, and whether to worry.
 
@@ -170,11 +179,11 @@ def attention_report(
 
     Args:
       params: The parameters.
-      opt_state: The optimizer's state, for γ if there is a `qk_clip` in it; or None.
+      opt_state: The optimizer's state, for the last clip if there is a `qk_clip` in it; or None.
       intermediates: What the forward pass sowed: max logits (`sow_max_logits`), and keys, if it did
         (`sow_activations(self, keys=k)`). None, or without max logits: those of the last clip.
       layout: Where the heads are; several layouts as a list. A QK-norm is no obstacle.
-      threshold: The max logit above which a head explodes; QK-Clip's default.
+      threshold: The clip's, to say which heads are above it.
 
     Returns:
       An `AttentionReport`. On a mesh its arrays are replicated.
@@ -184,41 +193,69 @@ def attention_report(
         logits; keys that belong to no block or do not fit its heads.
     """
     blocks = find_blocks(layout, params)
-    clip = _clip_state(opt_state)
-    gamma = clip.gamma if clip else {}
-    given = (
-        leaves_of(blocks, _ROLES, params),
-        _max_logits(blocks, clip, intermediates),
-        {block.name: gamma.get(block.name) for block in blocks},
-        _keys(blocks, intermediates),
-        threshold,
+    clip = _last_clip(opt_state)
+    gamma, clipped = (clip.gamma, clip.max_logits) if clip else ({}, {})
+
+    def by_block(values: Mapping[Path, jax.Array]) -> dict[str, list[jax.Array]]:
+        modules = pair(layout, blocks, params, values).modules
+        return {name: [values[path] for path in paths] for name, paths in modules.items()}
+
+    if _has(intermediates, MAX_LOGITS) or clip is None:
+        maxima = by_block(read_max_logits(intermediates))
+    else:
+        maxima = {name: [values] for name, values in clipped.items()}
+    _check_maxima(blocks, maxima)
+    keys = by_block(read_activations(intermediates, KEYS)) if _has(intermediates, KEYS) else None
+    seen = {
+        b.name: _Seen(
+            maxima[b.name],
+            None if keys is None else _keys(b, keys[b.name]),
+            gamma.get(b.name),
+            clipped.get(b.name),
+        )
+        for b in blocks
+    }
+    if keys is not None and all(each.keys is None for each in seen.values()):
+        raise ValueError(
+            f"attention_report: the {KEYS} sown are in no block of the layout; it has "
+            f"{', '.join(seen)}."
+        )
+
+    def report(leaves, seen, threshold):
+        return {b.name: _head_report(b, leaves, seen[b.name], threshold) for b in blocks}
+
+    return AttentionReport(read_leaves(report, blocks, _READ_ROLES, params, seen, threshold))
+
+
+class _Seen(NamedTuple):
+    """What forward passes said of one block."""
+
+    maxima: list[jax.Array]  # of every module in it that sowed
+    keys: jax.Array | None
+    gamma: jax.Array | None  # of the last clip
+    clipped: jax.Array | None  # the maxima that this clip saw
+
+
+def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike) -> HeadReport:
+    read = (part for part in block.parts if part.role in _READ_ROLES)
+    numbers = _of_kernels({part.role: part.take(leaves[part.kernel]) for part in read})
+    maxima = reduce(
+        jnp.maximum, (fit(block.name, block.shape, each, MAX_LOGITS) for each in seen.maxima)
     )
-
-    def report(kernels, maxima, gamma, keys, threshold):
-        return {
-            b.name: _head_report(
-                b, kernels, maxima[b.name], gamma[b.name], keys.get(b.name), threshold
-            )
-            for b in blocks
-        }
-
-    return AttentionReport(in_auto_axes(report, PartitionSpec())(*given))
-
-
-def _head_report(block, kernels, maxima, gamma, keys, threshold) -> HeadReport:
-    roles = (part for part in block.parts if part.role in _ROLES)
-    numbers = _of_kernels({part.role: part.take(kernels[part.kernel]) for part in roles})
-    maxima = functools.reduce(
-        jnp.maximum, (fit_maxima(block.name, block.shape, each) for each in maxima)
-    )
+    above = maxima > threshold
+    exploding = jnp.isnan(maxima) | (maxima == jnp.inf)
+    if seen.gamma is not None and seen.clipped is not None:
+        rising = maxima.astype(seen.clipped.dtype) > seen.clipped
+        exploding |= above & (seen.gamma < 1) & rising
     return HeadReport(
         max_logits=maxima,
-        gamma=gamma,
+        gamma=seen.gamma,
         query_norms=numbers.query_norms,
         key_norms=numbers.key_norms,
         ranks=numbers.ranks,
-        key_participation_ratios=None if keys is None else participation_ratio(keys),
-        exploding=jnp.isnan(maxima) | (maxima > threshold),
+        key_participation_ratios=None if seen.keys is None else participation_ratio(seen.keys),
+        above=above,
+        exploding=exploding,
         dead=(jnp.abs(maxima) < _SILENT) & (numbers.reach < _SILENT),
     )
 
@@ -255,20 +292,30 @@ def _of_layer(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
 
 
 def query_key_matrices(pieces: Mapping[Role, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """W_q `[heads, in, features]` and W_k `[key heads, in, features]` of one layer's pieces."""
+    """W_q `[heads, in, features]` and W_k `[key heads, in, features]` of one layer's pieces.
 
-    def through(down, up):
-        return _matmul(pieces[down], pieces[up]) if down in pieces else pieces[up]
+    Example, MLA with q_down `[1, in, r]`, q_nope `[heads, r, n]`, q_rope `[heads, r, p]`:
 
-    queries = [through("q_down", role) for role in QUERY_ROLES if role in pieces]
-    keys = [through("kv_down", role) for role in KEY_ROLES if role in pieces]
-    if "k_rope" in pieces:  # all heads share it
-        keys.append(jnp.repeat(pieces["k_rope"], len(keys[0]), axis=0))
-    return jnp.concatenate(queries, axis=-1), jnp.concatenate(keys, axis=-1)
+        W_q = [q_down · q_nope | q_down · q_rope]    [heads, in, n + p]
+        W_k = [kv_down · k_nope | k_rope]            [heads, in, n + p], k_rope for every head
+    """
+
+    def through(role: Role) -> jax.Array:
+        down = ROLES[role].behind
+        return _matmul(pieces[down], pieces[role]) if down and down in pieces else pieces[role]
+
+    def side(names: Sequence[Role]) -> jax.Array:
+        heads = max(len(pieces[role]) for role in names)
+        maps = [through(role) for role in names]
+        return jnp.concatenate([jnp.repeat(x, heads // len(x), axis=0) for x in maps], axis=-1)
+
+    queries: list[Role] = [role for role in QUERY_ROLES if role in pieces]
+    keys: list[Role] = [key for role in queries if (key := ROLES[role].partner)]
+    return side(queries), side(keys)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, **of_product(jnp.promote_types(a.dtype, jnp.float32)))
+    return jnp.matmul(a, b, **of_product(accumulation_dtype(a.dtype)))
 
 
 def layers(block: str, stack: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -277,78 +324,46 @@ def layers(block: str, stack: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...]
         yield index, "/".join([block, *map(str, index)])
 
 
-def _clip_state(opt_state: Any) -> QKClipState | None:
+def _last_clip(opt_state: Any) -> QKClipState | None:
     is_clip = lambda node: isinstance(node, QKClipState)  # noqa: E731
-    if not any(map(is_clip, jax.tree.leaves(opt_state, is_leaf=is_clip))):
-        return None
-    return qk_clip_state(opt_state)
+    has_clip = any(map(is_clip, jax.tree.leaves(opt_state, is_leaf=is_clip)))
+    return qk_clip_state(opt_state) if has_clip else None
 
 
-def _max_logits(
-    blocks: Sequence[Block], clip: QKClipState | None, intermediates: Any
-) -> dict[str, list[jax.Array]]:
-    """Each block's, one array for every module in it that sowed: from the forward pass, else from
-    the last clip."""
-    read_before = isinstance(intermediates, Mapping) and any(
-        isinstance(key, tuple) for key in intermediates
-    )
-    if clip is None or read_before or _sowed(intermediates, MAX_LOGITS):
-        found = _by_block(blocks, read_max_logits(intermediates))
-    else:
-        found = {name: [maxima] for name, maxima in clip.max_logits.items()}
-    for block in blocks:
-        if not found.get(block.name):
-            raise ValueError(
-                f"attention_report: {block.name} has query and key kernels but no max logits; "
-                f"there are those of {', '.join(name for name in found if found[name]) or 'none'}. "
-                "Sow them in that module (sow_max_logits, or sow_weights=True for Flax's "
-                "attention), or leave the block out with the layout's block= pattern."
-            )
-    return found
-
-
-def _keys(blocks: Sequence[Block], intermediates: Any) -> dict[str, jax.Array]:
-    """Of the blocks that sowed any."""
-    if not _sowed(intermediates, KEYS):
-        return {}
-    found = _by_block(blocks, read_activations(intermediates, KEYS))
-    for block in blocks:
-        for keys in found[block.name]:
-            if keys.shape[:-2] not in (block.shape, (*block.stack, block.kv_heads)):
-                raise ValueError(
-                    f"attention_report: {block.name} sowed keys of shape {keys.shape} (heads "
-                    f"first), but its kernels have {block.kv_heads} key heads"
-                    f"{f' in stacked layers {block.stack}' if block.stack else ''}. Sow "
-                    "[batch, length, heads, features], in each layer."
-                )
-        if len(found[block.name]) > 1:
-            raise ValueError(
-                f"attention_report: {len(found[block.name])} modules in {block.name} sowed "
-                f"{KEYS}; sow once, under other names what else you want to read."
-            )
-    keys = {name: arrays[0] for name, arrays in found.items() if arrays}
-    if not keys:
-        raise ValueError(
-            f"attention_report: the {KEYS} sown are in no block of the layout; it has "
-            f"{', '.join(found)}."
-        )
-    return keys
-
-
-def _sowed(intermediates: Any, name: str) -> bool:
+def _has(intermediates: Any, name: str) -> bool:
+    """Whether something was sown under the name. What `read_max_logits` gave is max logits."""
+    if isinstance(intermediates, Mapping) and any(isinstance(key, tuple) for key in intermediates):
+        return name == MAX_LOGITS
     return any(path[-1:] == (name,) for path, _ in sown(intermediates))
 
 
-def _by_block(
-    blocks: Sequence[Block], values: Mapping[Path, jax.Array]
-) -> dict[str, list[jax.Array]]:
-    """What the modules of each block sowed; the innermost block around a module has it."""
-    found: dict[str, list[jax.Array]] = {block.name: [] for block in blocks}
-    for path, value in values.items():
-        around = [b for b in blocks if path[: len(module_path(b.path))] == module_path(b.path)]
-        if around:
-            found[max(around, key=lambda block: len(block.path)).name].append(value)
-    return found
+def _check_maxima(blocks: Sequence[Block], maxima: Mapping[str, list[jax.Array]]) -> None:
+    for block in blocks:
+        if not maxima.get(block.name):
+            raise ValueError(
+                f"attention_report: {block.name} has query and key kernels but no max logits; "
+                f"there are those of {', '.join(name for name, x in maxima.items() if x) or 'none'}"
+                ". Sow them in that module (sow_max_logits, or sow_weights=True for Flax's "
+                "attention), or leave the block out with the layout's block= pattern."
+            )
+
+
+def _keys(block: Block, sown: list[jax.Array]) -> jax.Array | None:
+    """`[stack..., key heads or heads, tokens, features]` of a block whose modules sowed any."""
+    for keys in sown:
+        if keys.shape[:-2] not in (block.shape, (*block.stack, block.kv_heads)):
+            raise ValueError(
+                f"attention_report: {block.name} sowed keys of shape {keys.shape} (heads "
+                f"first), but its kernels have {block.kv_heads} key heads"
+                f"{f' in stacked layers {block.stack}' if block.stack else ''}. Sow "
+                "[batch, length, heads, features], in each layer."
+            )
+    if len(sown) > 1:
+        raise ValueError(
+            f"attention_report: {len(sown)} modules in {block.name} sowed {KEYS}; sow once, "
+            "under other names what else you want to read."
+        )
+    return sown[0] if sown else None
 
 
 def _range(values: np.ndarray | None) -> str:

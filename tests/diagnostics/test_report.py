@@ -59,8 +59,8 @@ class ReportTest(chex.TestCase):
             chex.assert_trees_all_close(found.gamma, jnp.minimum(1, 10 / MAXIMA[name]), rtol=1e-6)
             chex.assert_shape([found.query_norms, found.ranks, found.dead], (*stack, HEADS))
             chex.assert_shape([found.key_norms, found.key_participation_ratios], (*stack, KV))
-            chex.assert_trees_all_equal(found.exploding, MAXIMA[name] > 10)
-            assert not found.dead.any()
+            chex.assert_trees_all_equal(found.above, MAXIMA[name] > 10)
+            assert not found.exploding.any() and not found.dead.any()
             keys = jnp.moveaxis(KEYS[name], -2, -4).reshape(*stack, KV, -1, F)
             # The same function in another program.
             chex.assert_trees_all_close(
@@ -143,19 +143,57 @@ def flags(maxima, scale_of_queries=1.0):
     params = {"first": {"query": queries, "key": block["key"]}}
     sown = {"first": {"max_logits": jnp.asarray(maxima, jnp.float32)}}
     report = mc.attention_report(params, None, sown, LAYOUT).blocks["first"]
-    return report.exploding.tolist(), report.dead.tolist()
+    return [flag.tolist() for flag in (report.above, report.exploding, report.dead)]
 
 
-def test_exploding():
-    assert flags([99, 101, 5, -500])[0] == [False, True, False, False]
+def test_above_and_not_finite():
+    assert flags([99, 101, 5, -500])[:2] == [[False, True, False, False], [False] * 4]
     # A head that saw no key has the maximum of nothing.
-    assert flags([jnp.nan, jnp.inf, -jnp.inf, 5])[0] == [True, True, False, False]
+    above, exploding, _ = flags([jnp.nan, jnp.inf, -jnp.inf, 5])
+    assert above == [False, True, False, False] and exploding == [True, True, False, False]
+
+
+def test_exploding_is_rising_although_clipped():
+    """The last clip saw 1, 20, 3, 4 and clipped the second."""
+    params = {"first": PARAMS["first"]}
+    sown = {"first": {"max_logits": MAXIMA["first"]}}
+    _, state = CLIP.update(params, CLIP.init(params), params, max_logits=sown)
+
+    def exploding(maxima, state=state, threshold=10.0):
+        read = {("first",): jnp.array(maxima)}
+        report = mc.attention_report(params, state, read, LAYOUT, threshold=threshold)
+        return report.blocks["first"].exploding.tolist()
+
+    second_only = [False, True, False, False]
+    assert exploding([2.0, 21.0, 30.0, 4.0]) == second_only
+    assert not any(exploding([2.0, 20.0, 3.0, 4.0])), "those of the clip itself do not rise"
+    assert not any(exploding([2.0, 19.0, 30.0, 4.0])), "it falls, the third was not clipped"
+    assert not any(exploding([2.0, 21.0, 3.0, 4.0], threshold=50.0)), "not above the threshold"
+    assert not any(exploding([2.0, 21.0, 3.0, 4.0], state=None)), "nobody clips"
+
+
+def test_the_clip_and_the_report_see_the_same_maxima():
+    """Of an attention that the layout ignores, though it stands inside another."""
+    params = {"attn": {**PARAMS["first"], "inner": PARAMS["first"]}}
+    layout = [mc.layouts.gqa(block="attn", value=None, out=None), mc.layouts.ignore("attn/inner")]
+    inner = {"max_logits": jnp.full(4, 500.0), "keys": KEYS["first"]}
+    sown = {"attn": {"max_logits": jnp.ones(4), "core": {"keys": KEYS["first"]}, "inner": inner}}
+    tx = mc.qk_clip(layout, 10.0)
+    _, state = tx.update(params, tx.init(params), params, max_logits=sown)
+    report = mc.attention_report(params, state, sown, layout).blocks
+    assert list(report) == ["attn"]
+    for maxima in (state.max_logits["attn"], report["attn"].max_logits):
+        chex.assert_trees_all_equal(maxima, jnp.ones(4))
+    own_keys = jnp.moveaxis(KEYS["first"], -2, 0).reshape(KV, -1, F)
+    found = report["attn"].key_participation_ratios
+    # The same function of the same numbers.
+    chex.assert_trees_all_close(found, mc.participation_ratio(own_keys), rtol=1e-6)
 
 
 def test_dead_needs_both_small_logits_and_small_kernels():
     tiny = [1, 1e-6, 1e-6, 0]
-    assert flags([0.05, 0.05, 5, 0], tiny) == ([False] * 4, [False, True, False, True])
-    assert flags([-jnp.inf, -0.05, jnp.nan, -5], 0)[1] == [False, True, False, False]
+    assert flags([0.05, 0.05, 5, 0], tiny) == [[False] * 4] * 2 + [[False, True, False, True]]
+    assert flags([-jnp.inf, -0.05, jnp.nan, -5], 0)[2] == [False, True, False, False]
 
 
 def test_dead_is_a_bound_on_what_inputs_of_rms_1_can_do():
@@ -163,8 +201,8 @@ def test_dead_is_a_bound_on_what_inputs_of_rms_1_can_do():
     norms = [np.linalg.norm(w_q[:, h] @ w_k[:, h // 2].T, 2) for h in range(HEADS)]
     just = 0.1 * np.sqrt(F) / (WIDTH * np.array(norms))
     # 1e-3 is more than float32 rounds and less than anything that would matter.
-    assert flags([0] * 4, just * 0.999)[1] == [True] * 4
-    assert flags([0] * 4, just * 1.001)[1] == [False] * 4
+    assert flags([0] * 4, just * 0.999)[2] == [True] * 4
+    assert flags([0] * 4, just * 1.001)[2] == [False] * 4
 
 
 def test_broken_kernels_break_their_own_head_only():
@@ -195,15 +233,16 @@ def test_table_has_a_line_a_layer_and_names_heads_to_look_at(monkeypatch):
     assert [row[0] for row in cells] == ["first", "rest/0", "rest/1"]
     assert [row[1] for row in cells] == ["1 … 20", "5 … 8", "9 … 40"]
     assert [row[2] for row in cells] == ["0.5 … 1", "1", "0.25 … 1"]
-    assert [row[-1] for row in cells] == ["exploding: 1", "", "exploding: 2, 3"]
+    assert [row[-1] for row in cells] == ["above: 1", "", "above: 2, 3"]
 
 
 def test_scalars_for_a_logger():
     report = mc.attention_report(PARAMS, after_a_step(), SOWN, LAYOUT, threshold=10.0)
     scalars = report.scalars()
-    assert len(scalars) == 3 * 8 and all(type(value) is float for value in scalars.values())
+    assert len(scalars) == 3 * 9 and all(type(value) is float for value in scalars.values())
     assert scalars["max_logit/rest/1"] == 40 and scalars["gamma/rest/1"] == 0.25
-    assert scalars["exploding/rest/1"] == 2 and scalars["dead/first"] == 0
+    assert scalars["above/rest/1"] == 2
+    assert scalars["exploding/rest/1"] == scalars["dead/first"] == 0
     ratios = report.blocks["rest"].key_participation_ratios
     # float32 roundings of a mean
     np.testing.assert_allclose(scalars["key_participation_ratio/rest/0"], ratios[0].mean(), 1e-6)
