@@ -49,7 +49,6 @@ WITHOUT = frozenset(
     effective_rank
     eigenvalue_participation_ratio
     find_layout
-    head_matrices
     layouts.Block
     layouts.Part
     layouts.Piece
