@@ -56,7 +56,7 @@ docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 lint: $(VENV)/.dev-$(JAX)  ## ruff and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test-models:  ## the tests on models from Gemma, Tunix, Transformers and (Python >= 3.12) MaxText
 	$(MAKE) .venv-models/.models-cpu VENV=.venv-models JAX=cpu

@@ -1,14 +1,19 @@
 """What Flax's attention modules call."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import linen
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._attention.attention import Implementation, dot_product_attention
 from muonclip_jax._attention.call import checked_dropout_rate
 from muonclip_jax._attention.max_logits import sow_max_logits
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 def attention_fn(
@@ -23,7 +28,7 @@ def attention_fn(
     deterministic: bool = False,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
-    module: linen.Module | nnx.Module | None = None,
+    module: "linen.Module | nnx.Module | None" = None,
     *,
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,

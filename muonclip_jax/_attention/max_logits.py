@@ -2,19 +2,22 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import linen
 
 from muonclip_jax._core import paths, sowing
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 MAX_LOGITS = "max_logits"
 """The name under which an attention block sows its max logits."""
 
 
-def sow_max_logits(module: linen.Module | nnx.Module, max_logits: jax.Array) -> bool:
+def sow_max_logits(module: "linen.Module | nnx.Module", max_logits: jax.Array) -> bool:
     """Sows a block's max logits, as `max_logits`, for `read_max_logits`.
 
     Called in the forward pass of the block that holds the q and k kernels: QK-Clip finds

@@ -2,19 +2,18 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from flax import linen, nnx
+from flax import linen
 
 from muonclip_jax._core import paths
 
+if TYPE_CHECKING:  # NNX takes as long to import as this package: only who uses it waits for it
+    from flax import nnx
+
 COLLECTION = "intermediates"
 """Linen's collection; NNX's variable type is `nnx.Intermediate`."""
-
-# Flax releases with this option can be told that `sow` outside of `nnx.capture` does nothing;
-# in those before it, `nnx.capture` marks the modules that collect with an attribute.
-_NNX_HAS_CAPTURE_NOOP = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
 
 WAS_IT_COLLECTED = (
     "Was it collected? Linen: model.apply(..., mutable=['intermediates']), and scanned layers "
@@ -25,7 +24,7 @@ WAS_IT_COLLECTED = (
 )
 
 
-def sow(module: linen.Module | nnx.Module, name: str, value: jax.Array, **reduction: Any) -> bool:
+def sow(module: "linen.Module | nnx.Module", name: str, value: jax.Array, **reduction: Any) -> bool:
     """Flax's `sow`, which stores nothing, and says so, where nothing collects.
 
     Args:
@@ -42,12 +41,16 @@ def sow(module: linen.Module | nnx.Module, name: str, value: jax.Array, **reduct
     """
     if isinstance(module, linen.Module):
         return module.sow(COLLECTION, name, value, **reduction)
+    from flax import nnx
+
     if not isinstance(module, nnx.Module):
         raise TypeError(
             "module must be a flax.linen.Module or flax.nnx.Module, found "
             f"{type(module).__name__}: pass the attention block, `self` in its own method."
         )
-    if _NNX_HAS_CAPTURE_NOOP:
+    # Flax releases with this option can be told that `sow` outside of `nnx.capture` does nothing;
+    # in those before it, `nnx.capture` marks the modules that collect with an attribute.
+    if "capture_noop" in inspect.signature(nnx.Module.sow).parameters:
         return module.sow(nnx.Intermediate, name, value, capture_noop=True, **reduction)
     if hasattr(module, "__captures__"):
         return module.sow(nnx.Intermediate, name, value, **reduction)

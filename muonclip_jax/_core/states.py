@@ -3,7 +3,6 @@
 from typing import Any, TypeVar
 
 import jax
-from flax import nnx
 
 State = TypeVar("State")
 
@@ -22,6 +21,8 @@ def find_state(opt_state: Any, kind: type[State], transformation: str) -> State:
             f"{transformation} in the chain (once, with a list of layouts for several kinds of "
             "attention)?"
         )
+    from flax import nnx  # slow to import, so not before it is needed
+
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     return jax.tree.map(
         lambda x: x.get_value() if is_variable(x) else x, found[0], is_leaf=is_variable

@@ -1,20 +1,23 @@
 """Queries and keys of a forward pass, head by head."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import linen
 from jax.sharding import PartitionSpec
 
 from muonclip_jax._core import paths, sowing
 from muonclip_jax._core.meshes import in_auto_axes, mesh_axes
 
+if TYPE_CHECKING:
+    from flax import nnx
+
 KEYS = "keys"
 """The name under which `attention_report` looks for keys."""
 
 
-def sow_activations(module: linen.Module | nnx.Module, **activations: jax.Array) -> bool:
+def sow_activations(module: "linen.Module | nnx.Module", **activations: jax.Array) -> bool:
     """Sows queries, keys or whatever has heads, for `read_activations`.
 
     `mc.sow_activations(self, keys=k)` in the attention block, where `k` is what the question is
