@@ -7,6 +7,7 @@ from muonclip_jax._attention.flax import attention_fn
 from muonclip_jax._attention.max_logits import read_max_logits, sow_max_logits
 from muonclip_jax._attention.measure import measure_max_logits
 from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_residuals
+from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._diagnostics.activations import read_activations, sow_activations
 from muonclip_jax._diagnostics.heads import head_matrices
 from muonclip_jax._diagnostics.measures import (
@@ -60,6 +61,7 @@ __all__ = [
     "quack",
     # which parameters, which heads
     "muon_dimension_numbers",
+    "MatrixPattern",
     "layouts",
     "Layout",
     "find_layout",

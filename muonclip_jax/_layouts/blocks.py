@@ -1,31 +1,22 @@
 """Layouts and the attention blocks that they find in a parameter tree."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from optax import MaskedNode
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.pieces import Part, Piece
-from muonclip_jax._layouts.roles import (
-    EQUAL_LENGTHS,
-    GAIN_ROLES,
-    KEY_ROLES,
-    QUERY_ROLES,
-    Role,
-)
+from muonclip_jax._layouts import checks
+from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
+from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role
 from muonclip_jax._layouts.surroundings import (
     Shapes,
     looks_like_attention,
-    norm_lengths,
     other_parameters,
     qk_norms,
     unnamed_biases,
@@ -52,7 +43,22 @@ class Layout:
         takes every module that has the query and key parameters.
       stack_axis: Where the axes of scanned or vmapped layers are in every parameter; MaxText and
         `nn.scan(variable_axes={"params": 1})` put them at 1.
-    """
+
+    Raises:
+      ValueError: No piece for queries or none for keys, or two pieces with one role.
+
+    Example:
+      >>> from muonclip_jax.layouts import Layout, Piece
+      >>> gemma = Layout("gemma", (
+      ...     Piece("q", "q_einsum/w", "heads in features"),
+      ...     Piece("k", "kv_einsum/w", "part heads in features", select={"part": 0}),
+      ...     Piece("v", "kv_einsum/w", "part heads in features", select={"part": 1}),
+      ... ), shared_keys=True)
+      >>> attn = {"q_einsum": {"w": jnp.ones((8, 64, 16))}, "kv_einsum": {"w": jnp.ones((2, 1, 64, 16))}}
+      >>> block, = mc.layouts.find_blocks(gemma, {"attn": attn})
+      >>> block.heads, block.kv_heads
+      (8, 1)
+    """  # noqa: E501
 
     name: str
     pieces: tuple[Piece, ...]
@@ -72,10 +78,6 @@ class Layout:
             )
         if twice := [role for role in roles if roles.count(role) > 1]:
             raise ValueError(f"{self}: two pieces have the role {twice[0]!r}; each has one.")
-
-    def blocks(self, params: Any) -> tuple["Block", ...]:
-        """Every attention block of `params` that this layout describes; see `find_blocks`."""
-        return find_blocks(self, params)
 
     def takes(self, block: Path) -> bool:
         """Whether the `block` pattern admits the module at this path."""
@@ -98,6 +100,9 @@ class Layout:
           block: The path.
           inside: The parameters of the module there.
           around: Those of the model.
+
+        Raises:
+          ValueError: A parameter that is not there or does not fit, with path, shape and fix.
         """
         parts = tuple(self._part(block, piece, inside) for piece in self.pieces)
         for part in parts:
@@ -114,13 +119,14 @@ class Layout:
                 f"{paths.show(bias)} {inside[bias]} looks like a bias of queries or keys, and no "
                 f'piece names it: Piece(..., bias="{"/".join(bias[len(block) :])}").'
             )
-        norms = tuple(self._norms(block, parts, inside))
-        own = [path for part in parts for path in (part.kernel, part.bias) if path]
+        norms = tuple(
+            path
+            for path in qk_norms(block, parts, inside, self.stack_axis)
+            if checks.norm_name(block, path) not in self.harmless_norms
+        )
+        own = [path for part in parts for path, _ in part.leaves]
         found = Block(block, self, parts, {path: inside[path] for path in (*own, *norms)}, norms)
-        self._check_heads(found)
-        _check_input(found, around)
-        _check_lengths(found)
-        _check_overlap(found)
+        checks.check_block(found, around)
         return found
 
     def _part(self, block: Path, piece: Piece, shapes: Shapes) -> Part:
@@ -129,9 +135,9 @@ class Layout:
             raise ValueError(
                 f"{paths.show(block)}: layouts.{self.name} expects {piece.parameter}, or "
                 f"{piece.parameter}/kernel, here (role {piece.role!r}) and there is none; the "
-                f"block has {_children(block, shapes)}. Correct its name in the layout (query=, "
-                "key=, value=, out=, kernel=; of mla key_value= and norms; value=None and out=None "
-                "leave those to Muon's general routing), or leave this block out with the "
+                f"block has {checks.inside_of(block, shapes)}. Correct its name in the layout "
+                "(query=, key=, value=, out=, kernel=; of mla key_value= and norms; value=None and "
+                "out=None leave those to Muon's general routing), or leave this block out with the "
                 "layout's block= pattern."
             )
         bias = self._bias(block, piece, kernel, shapes)
@@ -144,14 +150,8 @@ class Layout:
                 "gives. Merge adapters (LoRA) into the kernel first, or leave the block out with "
                 "the layout's block= pattern."
             )
-        part = piece.fit(kernel, shapes[kernel], bias, stack_axis=self.stack_axis)
-        if bias and shapes[bias] not in part.bias_shapes:
-            expected = " or ".join(map(str, dict.fromkeys(part.bias_shapes)))
-            raise ValueError(
-                f"{paths.show(bias)} of shape {shapes[bias]} is no bias of {paths.show(kernel)} "
-                f"{shapes[kernel]}: expected {expected}."
-            )
-        return part
+        with_shape = (bias, shapes[bias]) if bias else None
+        return piece.fit(kernel, shapes[kernel], with_shape, stack_axis=self.stack_axis)
 
     def _bias(self, block: Path, piece: Piece, kernel: Path, shapes: Shapes) -> Path | None:
         if piece.role == "o":  # its bias belongs to no head
@@ -163,35 +163,14 @@ class Layout:
         if told not in shapes:
             raise ValueError(
                 f"{paths.show(block)}: the bias {piece.bias} that {piece} names is not there; the "
-                f"block has {_children(block, shapes)}."
+                f"block has {checks.inside_of(block, shapes)}."
             )
         return told
-
-    def _norms(self, block: Path, parts: tuple[Part, ...], shapes: Shapes) -> Iterator[Path]:
-        for path in qk_norms(block, parts, shapes, self.stack_axis):
-            if _norm_name(block, path) not in self.harmless_norms:
-                yield path
-
-    def _check_heads(self, block: "Block") -> None:
-        query, key = block.part("q_nope") or block.queries[0], block.keys[0]
-        shown = [f"{paths.show(p.kernel)} {p.shape}" for p in (query, key)]
-        if query.heads % key.heads or (query.heads != key.heads and not self.shared_keys):
-            raise ValueError(
-                f"{block.name}: {query.heads} query heads ({shown[0]}) and {key.heads} key heads "
-                f"({shown[1]}) do not fit layouts.{self.name}. Use layouts.gqa() when several "
-                "query heads share a key head."
-            )
-        if query.features != key.features:
-            raise ValueError(
-                f"{block.name}: {shown[0]} has {query.features} features per head and {shown[1]} "
-                f"has {key.features}; they must agree. If query heads share key heads, use "
-                "layouts.gqa(kv_heads, heads=...)."
-            )
 
     def __str__(self) -> str:
         told = {}
         for piece in self.pieces:
-            told |= {f"{name} of {piece.parameter}": size for name, size in piece.sizes}
+            told |= {f"{name} of {piece.parameter}": n for name, n in dict(piece.sizes).items()}
         told |= {"block": self.block} if self.block else {}
         return f"layouts.{self.name}({', '.join(f'{k}={v}' for k, v in told.items())})"
 
@@ -210,6 +189,11 @@ class Block:
       parts: Its pieces, fitted to their parameters.
       shapes: The shape of every parameter of a part, of the biases and of `qk_norms`.
       qk_norms: Scales of norms that stand behind its projections.
+
+    Example:
+      >>> block = mc.layouts.find_blocks(layout, params)[0]
+      >>> block.name, block.shape  # one number a query head
+      ('attn', (4,))
     """
 
     path: Path
@@ -225,22 +209,27 @@ class Block:
 
     @property
     def stack(self) -> tuple[int, ...]:
+        """Lengths of the stack axes."""
         return self.parts[0].stack
 
     @property
     def queries(self) -> tuple[Part, ...]:
+        """The parts on the query side of the logits."""
         return tuple(part for part in self.parts if part.role in QUERY_ROLES)
 
     @property
     def keys(self) -> tuple[Part, ...]:
+        """The parts on the key side of which every key head has its own."""
         return tuple(part for part in self.parts if part.role in KEY_ROLES)
 
     @property
     def heads(self) -> int:
+        """Query heads."""
         return self.queries[0].heads
 
     @property
     def kv_heads(self) -> int:
+        """Key heads."""
         return self.keys[0].heads
 
     @property
@@ -260,6 +249,8 @@ class Block:
     def multipliers(self, factors: Mapping[Role, jax.Array]) -> dict[Path, jax.Array]:
         """Per-head factors as arrays that broadcast against the kernels and their biases.
 
+        For a kernel `[in, heads, features]` that is `[1, heads, features]`.
+
         Args:
           factors: For some roles, `[stack..., heads of that part]`. Everything else gets 1.
         """
@@ -267,16 +258,13 @@ class Block:
         for part in self.parts:
             if part.role not in factors:
                 continue
-            factor = factors[part.role][..., None, None]
-            row = multipliers.get(part.kernel, jnp.ones(part.row_shape, factor.dtype))
-            multipliers[part.kernel] = part.put(row, part.take(row) * factor)
-        for part in self.parts:
-            if part.kernel in multipliers and part.bias:
-                row = multipliers[part.kernel]
-                multipliers[part.bias] = part.as_bias(row, self.shapes[part.bias])
-            elif part.kernel in multipliers and part.role in GAIN_ROLES:
-                row = multipliers[part.kernel]
-                multipliers[part.kernel] = part.as_bias(row, self.shapes[part.kernel])
+            factor = factors[part.role]
+            for path, view in part.leaves:
+                row = shared_along_inputs(view)
+                before = multipliers.get(path, jnp.ones(row.shape, factor.dtype))
+                ones = [1 for _ in (*row.rows, *row.cols)]
+                each = factor.reshape(*(row.length((name,)) for name in row.batch), *ones)
+                multipliers[path] = row.put(before, row.take(before) * each)
         return multipliers
 
 
@@ -302,12 +290,19 @@ def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
       params: A parameter tree: Linen dict (with or without the outer `params`), NNX State,
         or any tree of arrays with the same module paths.
 
+    Returns:
+      The blocks, in the order of the layouts and of the tree.
+
     Raises:
       TypeError: `layout` is none.
       ValueError: A layout without a block, a block without one of its parameters, a shape that
         does not fit, a block that two layouts describe, or a module that looks like attention
         and that none describes (unless the only layout has a `block` pattern); each with path,
         shape and fix.
+
+    Example:
+      >>> [block.name for block in mc.layouts.find_blocks(layout, params)]
+      ['attn']
     """
     layouts = as_layouts(layout)
     shapes = paths.shapes(params)
@@ -326,13 +321,15 @@ def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
 def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     blocks: dict[Path, Block] = {}
     owners: dict[Path, Path] = {}  # parameter → its block
-    inside = _by_module(shapes)
+    inside: dict[Path, dict[Path, tuple[int, ...]]] = {}  # module, at any depth → its parameters
+    for path, shape in shapes.items():
+        for end in range(len(path)):
+            inside.setdefault(path[:end], {})[path] = shape
     for one in layouts:
-        if not one.pieces and not any(one.takes(path[:end]) for path in shapes
-                                      for end in range(len(path))):  # fmt: skip
+        if not one.pieces and not any(map(one.takes, inside)):
             raise ValueError(
                 f"{one}: no module matches {one.block!r}; correct the pattern, or leave the layout "
-                f"out. There are {some_kernels(shapes)}."
+                f"out. There are {checks.matrices_of(shapes)}."
             )
         found = [path for path in one.places(shapes) if not _ignored(layouts, path)]
         if one.pieces and not found:
@@ -359,17 +356,12 @@ def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     return tuple(blocks.values())
 
 
-def _by_module(shapes: Shapes) -> dict[Path, Shapes]:
-    """For every module, at any depth, the parameters inside it."""
-    modules: dict[Path, Shapes] = {}
-    for path, shape in shapes.items():
-        for end in range(len(path)):
-            modules.setdefault(path[:end], {})[path] = shape
-    return modules
-
-
 def as_layouts(layout: Layouts) -> tuple[Layout, ...]:
-    """One layout or several as a tuple."""
+    """One layout or several as a tuple.
+
+    Raises:
+      TypeError: It is none.
+    """
     layouts = (layout,) if isinstance(layout, Layout) else layout
     if not isinstance(layouts, Sequence) or not layouts or isinstance(layouts, str):
         layouts = (layouts,)
@@ -398,37 +390,9 @@ def outside_patterns(layout: Layouts, path: Path) -> bool:
     return not any(one.takes(path) for one in as_layouts(layout) if one.pieces)
 
 
-def refuse_qk_norm(blocks: Sequence[Block]) -> None:
-    """Raises ValueError when a norm behind a projection undoes what scaling its kernel does."""
-    for block in blocks:
-        for path in block.qk_norms:
-            raise ValueError(
-                f"{paths.show(path)} {block.shapes[path]} normalises queries or keys after their "
-                f"projection: scaling the kernels of {paths.show(block.path)} would change "
-                "nothing. QK-norm already bounds the logits: drop it, use mc.muon, which splits "
-                "heads behind a norm too, or leave the block out with the layout's block= pattern. "
-                "If this norm does something else, say so with "
-                "dataclasses.replace(layout, "
-                f"harmless_norms=({_norm_name(block.path, path)!r},))."
-            )
-
-
-def _norm_name(block: Path, scale: Path) -> str:
-    """A norm's module inside the block, or its scale where this is a parameter of the block."""
-    inside = scale[len(block) :]
-    return "/".join(inside[:-1] or inside)
-
-
 def module_path(block: Path) -> Path:
     """A block's path as `sow` knows it: without the `params` collection of a Linen tree."""
     return block[1:] if block[:1] == ("params",) else block
-
-
-def some_kernels(shapes: Shapes) -> str:
-    """The first matrices of a tree, for messages."""
-    matrices = [paths.show(p) for p, s in shapes.items() if len(s) >= 2 and p[-1] != "bias"]
-    more = f" and {len(matrices) - 8} more" if len(matrices) > 8 else ""
-    return (", ".join(matrices[:8]) or "none") + more
 
 
 def _ignored(layouts: Sequence[Layout], path: Path) -> bool:
@@ -446,76 +410,13 @@ def _nothing_found(layout: Layout, shapes: Shapes) -> str:
     )
     elsewhere = replace(layout, block=None).places(shapes)
     if elsewhere:
-        return (
-            f"{message} Modules that hold them: {', '.join(map(paths.show, elsewhere[:8]))}; "
-            "correct block=."
-        )
+        return f"{message} Modules that hold them: {checks.some(elsewhere)}; correct block=."
     return (
-        f"{message} Matrices in this tree: {some_kernels(shapes)}. Name the projections "
+        f"{message} Matrices in this tree: {checks.matrices_of(shapes)}. Name the projections "
         'in the layout: mha(query="q_proj", key="k_proj", value="v_proj", out="o_proj"), '
         "gqa(kv_heads, heads=..., query=...) for flat kernels, mla(..., query=...), "
         "fused_qkv(...), or Layout(name, pieces=(Piece(...), ...)) for any other."
     )
-
-
-def _check_input(block: Block, shapes: Shapes) -> None:
-    """Raises ValueError when no norm before the block is as long as its input. Without an output
-    projection nothing else would show that a stack of flat kernels was read as one with heads."""
-    if block.part("o") or block.latent:
-        return
-    lengths = norm_lengths(block.path, shapes, block.layout.stack_axis)
-    query = block.queries[0]
-    if lengths and query.ins not in lengths:
-        raise ValueError(
-            f"{paths.show(query.kernel)} of shape {query.shape} was read as {query.heads} heads of "
-            f"[in, features] = {list(query.matrix)} in stacked layers {query.stack}, but the norms "
-            f"around it are {' or '.join(map(str, sorted(lengths)))} long, not {query.ins}. Give "
-            "heads= for flat kernels, and only for those; or name out=, which settles it."
-        )
-
-
-_IN_WORDS = {"heads": "heads", "features": "features", "ins": "input features"}
-
-
-def _check_lengths(block: Block) -> None:
-    """Raises ValueError when two pieces do not go together."""
-    for one_role, one_length, other_role, other_length in EQUAL_LENGTHS:
-        one, other = block.part(one_role), block.part(other_role)
-        if one is None or other is None:
-            continue
-        lengths = getattr(one, one_length), getattr(other, other_length)
-        if lengths[0] != lengths[1]:
-            raise ValueError(
-                f"{block.name}: {one.role} has {lengths[0]} {_IN_WORDS[one_length]} "
-                f"({paths.show(one.kernel)} {one.shape}) and {other.role} {lengths[1]} "
-                f"{_IN_WORDS[other_length]} ({paths.show(other.kernel)} {other.shape}); they must "
-                "agree. Check the layout's sizes (heads, kv_heads; of mla nope, rope, v)."
-            )
-
-
-def _check_overlap(block: Block) -> None:
-    """Raises ValueError when two pieces share entries of a parameter."""
-    for kernel in dict.fromkeys(part.kernel for part in block.parts):
-        parts = [part for part in block.parts if part.kernel == kernel]
-        claimed = reduce(np.add, (entries(part) for part in parts))
-        if claimed.max() > 1:
-            raise ValueError(
-                f"{paths.show(kernel)} of shape {parts[0].shape}: the pieces "
-                f"{', '.join(part.role for part in parts)} overlap; correct their select=."
-            )
-
-
-def entries(part: Part) -> np.ndarray:
-    """1 for each entry of the parameter that belongs to the part, else 0. The axes of `in` and of
-    the stack have length 1: it broadcasts against the parameter."""
-    shape = tuple(
-        1 if axis[0].startswith("stack") else n
-        for axis, n in zip(part.axes, part.row_shape, strict=True)
-    )
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    claimed = np.zeros(numbers.size, int)
-    claimed[part.take(numbers).ravel()] = 1
-    return claimed.reshape(shape)
 
 
 def _check_all_covered(layouts: Sequence[Layout], kernels: Sequence[Path], shapes: Shapes) -> None:
@@ -530,12 +431,3 @@ def _check_all_covered(layouts: Sequence[Layout], kernels: Sequence[Path], shape
                 "each kind, with block= patterns that say which is whose, and pass them as a list; "
                 "layouts.ignore(block) leaves attention alone."
             )
-
-
-def _children(block: Path, shapes: Shapes) -> str:
-    inside = {
-        "/".join(path[len(block) :]): shape
-        for path, shape in shapes.items()
-        if path[: len(block)] == block
-    }
-    return ", ".join(f"{name} {shape}" for name, shape in inside.items())

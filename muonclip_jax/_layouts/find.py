@@ -4,7 +4,8 @@ from typing import Any
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.blocks import Layout, find_blocks, some_kernels
+from muonclip_jax._layouts.blocks import Layout, find_blocks
+from muonclip_jax._layouts.checks import matrices_of
 from muonclip_jax._layouts.kinds import gqa, mha
 from muonclip_jax._layouts.surroundings import Shapes
 
@@ -29,7 +30,7 @@ def find_layout(params: Any) -> Layout:
     if not blocks:
         raise ValueError(
             "find_layout: no Flax attention module (query, key, value and out kernels in one "
-            f"module) in these parameters. Matrices found: {some_kernels(shapes)}. Write "
+            f"module) in these parameters. Matrices found: {matrices_of(shapes)}. Write "
             "the layout: layouts.mha(query=..., key=...), layouts.gqa(...), "
             "layouts.fused_qkv(...), layouts.mla(nope, rope, v), or "
             "layouts.Layout(name, pieces=(layouts.Piece(...), ...))."

@@ -7,8 +7,9 @@ A projection is named by its path inside the attention block: a module with a `k
 import itertools
 import re
 
+from muonclip_jax._core.axes import check_count
 from muonclip_jax._layouts.blocks import Layout
-from muonclip_jax._layouts.pieces import Piece, check_count
+from muonclip_jax._layouts.pieces import Piece
 
 
 def mha(

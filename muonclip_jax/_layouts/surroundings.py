@@ -44,11 +44,11 @@ def qk_norms(
     as long as its input."""
     projections = [part for part in parts if part.role in QUERY_ROLES + KEY_ROLES]
     depth = len(projections[0].stack)
-    per_head = {(part.heads, part.sizes["features"]) for part in projections}
+    per_head = {(part.heads, part.view.sizes["features"]) for part in projections}
     inputs = {part.ins for part in projections}
     outputs = {part.features for part in projections}
     outputs |= {part.heads * part.features for part in projections}
-    outputs |= {part.sizes["features"] for part in projections}
+    outputs |= {part.view.sizes["features"] for part in projections}
     latent = any(part.role == "k_nope" for part in projections)
     own_modules = {block, *(part.kernel[:-1] for part in projections)}
     own = {path for part in parts for path in (part.kernel, part.bias)}

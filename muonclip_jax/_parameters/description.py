@@ -24,7 +24,7 @@ from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
 from muonclip_jax._layouts.roles import Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import matrices, routing
-from muonclip_jax._parameters.matrices import HeadMatrices, Spec
+from muonclip_jax._parameters.matrices import MatrixSpec
 from muonclip_jax._spread.plan import DevicesPerMatrix, Plan
 from muonclip_jax._spread.stacks import MatrixArray, plans
 
@@ -199,7 +199,7 @@ def describe(
             paths.show(path),
             tuple(leaf.shape),
             "other" if specs[path] is None else "muon",
-            _batches(tuple(leaf.shape), specs[path]),
+            _batches(specs[path]),
             tuple(attention.get(path, ())),
             path in norms,
         )
@@ -217,7 +217,7 @@ def describe(
     return Description(rows, map(_stack_row, (plan for plan, _ in stacks)))
 
 
-def _matrices(leaf: Any, spec: Spec, sharding: NamedSharding | None) -> list[MatrixArray]:
+def _matrices(leaf: Any, spec: MatrixSpec, sharding: NamedSharding | None) -> list[MatrixArray]:
     """`matrices.split` of an array's shape."""
     shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return jax.eval_shape(partial(matrices.split, spec=spec, sharding=sharding), shape)
@@ -269,11 +269,9 @@ def _attention(blocks: tuple[Block, ...]) -> dict[Path, list[AttentionPiece]]:
     return pieces
 
 
-def _batches(shape: tuple[int, ...], spec: Spec | None) -> tuple[MatrixBatch, ...]:
+def _batches(spec: MatrixSpec | None) -> tuple[MatrixBatch, ...]:
     if spec is None:
         return ()
-    roles = [part.role for part in spec.parts] if isinstance(spec, HeadMatrices) else [""]
     return tuple(
-        MatrixBatch(role, *each)
-        for role, each in zip(roles, matrices.shapes(shape, spec), strict=True)
+        MatrixBatch(role, *each) for role, each in zip(spec.roles, spec.shapes, strict=True)
     )

@@ -1,77 +1,118 @@
-"""A parameter as the matrices that Muon orthogonalizes.
+"""One parameter as the matrices that Muon orthogonalizes.
 
-Flax kernels are `[in, out]`: the reduction axis of a `MuonDimensionNumbers` is the input.
+There are three ways to say how a parameter is read: a pattern in einops notation, Optax's
+`MuonDimensionNumbers`, and the pieces of an attention layout. All become one thing, a `MatrixSpec`.
+
+    q_proj [64, 32], 4 heads, per head   one view   in (heads features) -> heads in features
+    the same, whole                      one view   in (heads features) -> in (heads features)
+    kv_up [16, 96], 4 heads              two views  k_nope: features 0:16, v: features 16:24
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.axes import MatrixPattern, View, stack_names
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.blocks import entries
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import Role
+from muonclip_jax._layouts.roles import Role, family
 from muonclip_jax._spread.stacks import MatrixArray
 
 
 @dataclass(frozen=True)
-class HeadMatrices:
-    """A parameter split by an attention layout: each piece is one matrix, or one for each head.
+class MatrixSpec:
+    """How one parameter is read as matrices.
 
     Attributes:
-      parts: The pieces of the parameter; together they are all of it.
-      per_head: Roles whose heads are matrices of their own, `[in, features]` (of `o`,
-        `[features, out]`); `q` and `k` are also MLA's parts of them. The heads of the others
-        stand side by side in one matrix, `[in, heads*features]`.
+      path: The parameter.
+      shape: Its shape.
+      views: Its kinds of matrices, which together are all of it.
+      roles: What each of them is to attention, `"q"` or `"k_nope"`; `""` outside of it.
     """
 
-    parts: tuple[Part, ...]
-    per_head: frozenset[Role]
+    path: Path
+    shape: tuple[int, ...]
+    views: tuple[View, ...]
+    roles: tuple[str, ...]
 
     @property
-    def kernel(self) -> Path:
-        return self.parts[0].kernel
-
-    def together(self, part: Part) -> bool:
-        """Whether all heads of the part make one matrix."""
-        return part.heads > 1 and not self.per_head & role_and_family(part.role)
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(count, in, out) of each kind of matrix."""
+        return tuple(view.matrices for view in self.views)
 
     def __repr__(self) -> str:
-        return f"HeadMatrices({', '.join(part.role for part in self.parts)})"
+        kinds = (
+            f"{role} {count} × [{ins}, {outs}]".lstrip()
+            for role, (count, ins, outs) in zip(self.roles, self.shapes, strict=True)
+        )
+        return f"MatrixSpec({paths.show(self.path)} {self.shape}: {', '.join(kinds)})"
 
 
-Spec = MuonDimensionNumbers | HeadMatrices
+Pattern = str | MatrixPattern | MuonDimensionNumbers | MatrixSpec
+"""One way of reading a parameter."""
 
 
-def role_and_family(role: Role) -> set[str]:
-    """`q_nope` belongs to the queries, `q`."""
-    return {role, role.split("_")[0]}
+def spec_of(
+    path: Path, shape: tuple[int, ...], how: Pattern | Sequence[Pattern] | None
+) -> MatrixSpec | None:
+    """How a parameter is read, whichever way somebody said it; None: not by Muon.
+
+    Raises:
+      TypeError: It is none of these.
+      ValueError: It does not fit the parameter, with path, shape and fix.
+    """
+    if how is None:
+        return None
+    if isinstance(how, MatrixSpec):
+        if (how.path, how.shape) != (path, shape):
+            raise ValueError(
+                f"{paths.show(path)} of shape {shape} cannot be read with {how!r}, which was made "
+                "for another parameter."
+            )
+        return how
+    several = not isinstance(how, MuonDimensionNumbers) and isinstance(how, list | tuple)
+    patterns: Sequence[Any] = how if several else [how]  # pyright: ignore (a list, or one)
+    views = tuple(_view(path, shape, pattern) for pattern in patterns)
+    spec = MatrixSpec(path, shape, views, ("",) * len(views))
+    _check_covered(spec, "its patterns", "Add a pattern, or correct their select=.")
+    return spec
 
 
-def shapes(shape: tuple[int, ...], spec: Spec) -> tuple[tuple[int, int, int], ...]:
-    """(count, in, out) of every kind of matrix in a parameter of this shape."""
-    if isinstance(spec, MuonDimensionNumbers):
-        return (tuple(math.prod(shape[axis] for axis in part) for part in axes(shape, spec)),)
-    found = []
-    for part in spec.parts:
-        ins, outs = part.matrix
-        count = math.prod(part.stack)
-        if spec.together(part):
-            wide = (ins * part.heads, outs) if part.role == "o" else (ins, outs * part.heads)
-            found.append((count, *wide))
-        else:
-            found.append((count * part.heads, ins, outs))
-    return tuple(found)
+def spec_of_parts(parts: Sequence[Part], per_head: Collection[Role]) -> MatrixSpec:
+    """How a parameter is read that a layout describes.
+
+    Args:
+      parts: The pieces of it.
+      per_head: Roles whose heads are matrices of their own, `[in, features]` (of `o`,
+        `[features, out]`); `q` and `k` are also MLA's parts of them. The heads of the others stand
+        side by side in one matrix, `[in, heads*features]`.
+
+    Raises:
+      ValueError: The pieces are not all of it.
+    """
+    views = tuple(
+        part.view if family(part.role) & set(per_head) else _heads_together(part) for part in parts
+    )
+    kernel = parts[0]
+    spec = MatrixSpec(kernel.kernel, kernel.shape, views, tuple(part.role for part in parts))
+    _check_covered(
+        spec,
+        f"the layout's pieces ({', '.join(spec.roles)})",
+        'Add the missing piece (role "v", "gate", ...), or give this parameter a routing rule.',
+    )
+    return spec
 
 
-def split(x: Any, spec: Spec, sharding: NamedSharding | None = None) -> list[MatrixArray]:
+def split(
+    x: jax.Array, spec: MatrixSpec, sharding: NamedSharding | None = None
+) -> list[MatrixArray]:
     """The matrices in a parameter, those of each kind together, with where they are on the mesh.
 
     Args:
@@ -79,86 +120,73 @@ def split(x: Any, spec: Spec, sharding: NamedSharding | None = None) -> list[Mat
       spec: How to read it.
       sharding: How it is split over a mesh, if it is.
     """
-    if isinstance(spec, MuonDimensionNumbers):
-        batch, ins, outs = axes(x.shape, spec)
-        order = (*batch, *ins, *outs)
-        return [MatrixArray(x.transpose(order), len(ins), len(outs), _permuted(sharding, order))]
-    return [_matrices_of(part, x, sharding, spec.together(part)) for part in spec.parts]
+    return [
+        MatrixArray(view.take(x), len(view.rows), len(view.cols), view.spec(sharding))
+        for view in spec.views
+    ]
 
 
-def join(x: jax.Array, values: Sequence[jax.Array], spec: Spec) -> jax.Array:
+def join(x: jax.Array, values: Sequence[jax.Array], spec: MatrixSpec) -> jax.Array:
     """The inverse of `split`: `x` with the values in place of its matrices."""
-    if isinstance(spec, MuonDimensionNumbers):
-        order = sum(axes(x.shape, spec), ())
-        return values[0].transpose([order.index(axis) for axis in range(x.ndim)])
-    for part, heads in zip(spec.parts, values, strict=True):
-        x = part.put(x, _heads_first(heads, part) if spec.together(part) else heads)
+    for view, matrices in zip(spec.views, values, strict=True):
+        x = view.put(x, matrices)
     return x
 
 
-def axes(shape: tuple[int, ...], spec: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
-    """(batch, in, out) axes of a parameter, counted from the front."""
+def is_pattern(node: Any) -> bool:
+    """Whether a node of a tree of dimension numbers is an entry: a pattern, or None."""
+    return node is None or isinstance(node, Pattern)
+
+
+def _view(path: Path, shape: tuple[int, ...], pattern: Any) -> View:
+    if isinstance(pattern, MuonDimensionNumbers):
+        return _view_of_axes(path, shape, pattern)
+    if isinstance(pattern, str):
+        pattern = MatrixPattern(pattern)
+    if not isinstance(pattern, MatrixPattern):
+        raise TypeError(
+            f"{paths.show(path)} of shape {shape} cannot be read with {pattern!r}: give a pattern "
+            'such as "experts in out", a muonclip_jax.MatrixPattern, an '
+            "optax.contrib.MuonDimensionNumbers, or None for the other optimizer."
+        )
+    return pattern.fit(path, shape)
+
+
+def _view_of_axes(path: Path, shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> View:
+    """Of Optax's dimension numbers: reduction axes are the rows, output axes the columns."""
     as_tuple = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)  # noqa: E731
-    ins, outs = (
-        tuple(axis % len(shape) for axis in as_tuple(part))
-        for part in (spec.reduction_axis, spec.output_axis)
-    )
-    return tuple(axis for axis in range(len(shape)) if axis not in ins + outs), ins, outs
-
-
-def check(path: Path, shape: tuple[int, ...], spec: Spec | None) -> None:
-    """Raises ValueError when `spec` does not fit a parameter of this shape."""
-    if spec is None:
-        return
-    if isinstance(spec, HeadMatrices):
-        if (spec.kernel, spec.parts[0].shape) != (path, shape):
-            raise ValueError(
-                f"{paths.show(path)} of shape {shape} cannot be read as {paths.show(spec.kernel)} "
-                f"{spec.parts[0].shape}, for which this {spec} was made."
-            )
-        covered = np.sum([entries(part) for part in spec.parts], axis=0)
-        if not covered.all():
-            raise ValueError(
-                f"{paths.show(path)} of shape {shape}: {np.sum(covered == 0)} of its "
-                f"{covered.size} features belong to no piece of the layout (it names "
-                f"{', '.join(part.role for part in spec.parts)}), so Muon cannot tell their "
-                'matrix. Add the missing piece (role "v", "gate", ...), or give this parameter a '
-                "routing rule."
-            )
-        return
-    both = jax.tree.leaves(tuple(spec))
+    sides = as_tuple(numbers.reduction_axis), as_tuple(numbers.output_axis)
+    both = sides[0] + sides[1]
     in_range = all(-len(shape) <= axis < len(shape) for axis in both)
     if not in_range or len({axis % len(shape) for axis in both}) < len(both) or len(both) < 2:
         raise ValueError(
-            f"{paths.show(path)} of shape {shape} cannot be read with {spec}: reduction and output "
-            f"axes must be different axes in [-{len(shape)}, {len(shape) - 1}]."
+            f"{paths.show(path)} of shape {shape} cannot be read with {numbers}: reduction and "
+            f"output axes must be different axes in [-{len(shape)}, {len(shape) - 1}]."
         )
+    axes = stack_names(len(shape))
+    names = [name for (name,) in axes]
+    rows, cols = (tuple(names[axis] for axis in side) for side in sides)
+    batch = tuple(name for name in names if name not in rows + cols)
+    return View(axes, dict(zip(names, shape, strict=True)), {}, batch, rows, cols)
 
 
-def is_spec(node: Any) -> bool:
-    """Whether a node of a tree of dimension numbers is an entry: a spec, or None."""
-    return node is None or isinstance(node, Spec)
-
-
-def _matrices_of(part: Part, x: Any, sharding: NamedSharding | None, together: bool) -> MatrixArray:
-    heads = part.take(x)  # [stack..., heads, in, features], of o [..., features, out]
-    spec = None if sharding is None else part.split_of_heads(sharding)
-    if not together:
-        return MatrixArray(heads, 1, 1, spec)
+def _heads_together(part: Part) -> View:
+    """All heads as one matrix: their axes are columns, or of `o` rows."""
+    view, heads = part.view, part.head_axes
+    batch = tuple(name for name in view.batch if name not in heads)
     if part.role == "o":
-        return MatrixArray(heads, 2, 1, spec)
-    *stack, head, ins, features = spec if spec is not None else (None,) * heads.ndim
-    return MatrixArray(
-        heads.swapaxes(-3, -2), 1, 2, spec and PartitionSpec(*stack, ins, head, features)
-    )
+        return replace(view, batch=batch, rows=(*heads, *view.rows))
+    return replace(view, batch=batch, cols=(*heads, *view.cols))
 
 
-def _heads_first(values: jax.Array, part: Part) -> jax.Array:
-    return values if part.role == "o" else values.swapaxes(-3, -2)
-
-
-def _permuted(sharding: NamedSharding | None, order: Sequence[int]) -> PartitionSpec | None:
-    if sharding is None:
-        return None
-    spec = dict(enumerate(sharding.spec))
-    return PartitionSpec(*(spec.get(axis) for axis in order))
+def _check_covered(spec: MatrixSpec, readers: str, fix: str) -> None:
+    """Raises ValueError unless every entry of the parameter is in exactly one view."""
+    covered = functools.reduce(np.add, (view.entries() for view in spec.views))
+    if covered.max() > 1:
+        raise ValueError(f"{paths.show(spec.path)} of shape {spec.shape}: {readers} overlap. {fix}")
+    if not covered.all():
+        raise ValueError(
+            f"{paths.show(spec.path)} of shape {spec.shape}: {np.sum(covered == 0)} of its "
+            f"{covered.size} features belong to none of {readers}, so Muon cannot tell their "
+            f"matrix. {fix}"
+        )

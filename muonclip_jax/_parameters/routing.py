@@ -1,35 +1,39 @@
 """Which parameters Muon takes, and as which matrices."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from optax import MaskedNode
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, find_blocks, module_path
+from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.find import is_flax_attention
-from muonclip_jax._layouts.roles import GAIN_ROLES, Role
+from muonclip_jax._layouts.pieces import Part
+from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role, family
 from muonclip_jax._parameters import matrices
-from muonclip_jax._parameters.matrices import HeadMatrices, Spec, role_and_family
+from muonclip_jax._parameters.matrices import MatrixSpec, spec_of, spec_of_parts
 
-# A tree of `Spec`s (None: not for Muon), or a function from parameters to one.
+# A tree of patterns (None: not for Muon), or a function from parameters to one.
 DimensionNumbers = Any | Callable[[Any], Any]
 
-Rules = Mapping[str, MuonDimensionNumbers | None]
+OnePattern = str | MatrixPattern | MuonDimensionNumbers
+Rules = Mapping[str, OnePattern | Sequence[OnePattern] | None]
 
-EVERY_ROLE: tuple[Role, ...] = get_args(Role)
-
-MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-_INPUT_HEADS = MuonDimensionNumbers(reduction_axis=-3, output_axis=-1)  # [in, heads, head_features]
+# What a parameter is without a rule. Flax kernels are [in, out].
+_MATRIX = MatrixPattern("... in out")
+_INPUT_HEADS = MatrixPattern("... in heads features -> ... heads in features")
 _FIX = (
-    "Say how to treat it: rules={{'{pattern}': optax.contrib.MuonDimensionNumbers("
-    "reduction_axis=..., output_axis=...)}}, or None for the other optimizer."
+    "Say how to treat it: rules={{'{pattern}': 'experts in out'}} (names of its axes as in einops, "
+    "inputs and outputs last; or a muonclip_jax.MatrixPattern, or an "
+    "optax.contrib.MuonDimensionNumbers), or None for the other optimizer."
 )
 
 _UNEMBEDDING = re.compile(r"(^|_)(head|unembed\w*|logits\w*|classifier|output_layer)$")
@@ -64,42 +68,45 @@ def muon_dimension_numbers(
     to heads outside Flax's attention, layers stacked on another axis than the first) could mean
     several things, so it raises.
 
+        params                            rules                              each is
+        layers/mlp/up/kernel [12, 64, 256]   (norm scales [12, 64] near it)  12 × [64, 256]
+        layers/attn/query/kernel [12, 64, 4, 16]                             48 × [64, 16]
+        experts/kernel [8, 64, 256]       {"experts/*": "experts in out"}    8 × [64, 256]
+        patch/kernel [3, 3, 4, 64]        {"patch/*": "h w in out -> (h w in) out"}   1 × [36, 64]
+        embed/embedding [512, 64]                                            None
+
     Args:
       params: The parameters; only shapes and paths are read.
-      rules: Glob over parameter paths → what to do, tried first. `{"*/experts/kernel":
-        MuonDimensionNumbers(-2, -1), "*/patch/kernel": None}`; `*` also crosses `/`.
+      rules: Glob over parameter paths → what to do; the first that matches a parameter decides.
+        `{"*/experts/kernel": "experts in out", "*/patch/kernel": None}`; a value is a pattern
+        (`MatrixPattern`, or its text), several for one parameter as a list, an
+        `optax.contrib.MuonDimensionNumbers`, or None for the other optimizer. `*` also crosses `/`.
       layout: The model's attention; several layouts as a list.
       per_head: Roles of the layout's pieces that are orthogonalized head by head, `("q", "k")`
         for example, which are MLA's parts of queries and keys as well; the heads of the others make
         one matrix, `[in, heads*features]`. `()` splits fused kernels into their pieces only.
 
     Returns:
-      A tree like `params`, each leaf a `MuonDimensionNumbers`, a `HeadMatrices` or None.
+      A tree like `params`, each leaf a `MatrixSpec` or None.
 
     Raises:
-      ValueError: A parameter that nothing covers, a rule that matches nothing, two rules
-        that disagree on a parameter, an unknown role, or what `find_blocks` raises; with path,
-        shape and fix.
+      TypeError: A rule that is no pattern.
+      ValueError: A parameter that nothing covers, a rule that matches nothing or never decides, an
+        unknown role, or what `find_blocks` raises; with path, shape and fix.
+
+    Example:
+      >>> specs = mc.muon_dimension_numbers({"mlp": {"kernel": jnp.ones((64, 256))}})
+      >>> specs["mlp"]["kernel"]
+      MatrixSpec(mlp/kernel (64, 256): 1 × [64, 256])
     """
     _check_tree(params)
     rules = rules or {}
     tree = _Tree(params)
     if layout is None and per_head is not EVERY_ROLE:
         raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
-    heads = {} if layout is None else _head_matrices(layout, params, per_head)
-    for pattern, rule in rules.items():
-        if rule is not None and not isinstance(rule, MuonDimensionNumbers):
-            raise TypeError(
-                f"The routing rule for {pattern!r} must be a MuonDimensionNumbers or None, got "
-                f"{rule!r}."
-            )
-        if not any(_matches(path, pattern) for path in tree.shapes):
-            nearest = get_close_matches(pattern, map(paths.show, tree.shapes), n=8, cutoff=0)
-            raise ValueError(
-                f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
-                f"Nearest are: {', '.join(nearest)}."
-            )
-    return paths.map_with_path(lambda path, _: _route(path, tree, rules, heads), params)
+    described = {} if layout is None else _described(layout, params, per_head)
+    _check_rules(rules, tree.shapes)
+    return paths.map_with_path(lambda path, _: _route(path, tree, rules, described), params)
 
 
 def choose(
@@ -123,90 +130,62 @@ def choose(
     return dimension_numbers
 
 
-def _head_matrices(
-    layout: Layouts, params: Any, per_head: Collection[Role]
-) -> dict[Path, HeadMatrices | None]:
-    """What the layout says of each parameter that it describes."""
-    if isinstance(per_head, str) or (unknown := set(per_head) - set(EVERY_ROLE)):
-        raise ValueError(
-            f"per_head={per_head!r} must be a tuple of roles, of {', '.join(EVERY_ROLE)}"
-            + (
-                f": per_head=({per_head!r},)."
-                if isinstance(per_head, str)
-                else f"; {', '.join(sorted(unknown))} is none."
-            )
-        )
-    parts: dict[Path, list] = {}
-    vectors: dict[Path, None] = {}
-    blocks = find_blocks(layout, params)
-    for block in blocks:
-        for part in block.parts:
-            if part.role in GAIN_ROLES:
-                vectors[part.kernel] = None
-            else:
-                parts.setdefault(part.kernel, []).append(part)
-            if part.bias:
-                vectors[part.bias] = None
-    there = {
-        role for block in blocks for part in block.parts for role in role_and_family(part.role)
-    }
-    if per_head is not EVERY_ROLE and (absent := set(per_head) - there):
-        raise ValueError(
-            f"per_head={tuple(per_head)!r}: no attention block of the layout has the role "
-            f"{' or '.join(sorted(absent))}; they have {', '.join(sorted(there))}."
-        )
-    split = {path: HeadMatrices(tuple(few), frozenset(per_head)) for path, few in parts.items()}
-    return vectors | split
-
-
-def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Any]:
-    """Dimension numbers for every parameter path, from a tree, a prefix of one, or a function.
+def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, MatrixSpec | None]:
+    """How every parameter is read, by its path, from a tree, a prefix of one, or a function.
 
     Masked parameters (inside `optax.partition`) are skipped.
 
     Raises:
+      TypeError: An entry that is no pattern.
       ValueError: A parameter that the tree does not cover, an entry that matches nothing, or
         axes that the parameter does not have.
     """
     tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
-    entries = dict(paths.leaves(tree, is_leaf=matrices.is_spec))
+    entries = dict(paths.leaves(tree, is_leaf=matrices.is_pattern))
     resolved = {}
     for path, leaf in paths.leaves(params):
         matching = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
         if not matching:
             raise ValueError(
                 f"dimension_numbers says nothing about {paths.show(path)} {tuple(leaf.shape)}. "
-                "Give it a MuonDimensionNumbers, or None for the other optimizer."
+                "Give it a pattern or a MuonDimensionNumbers, or None for the other optimizer."
             )
-        resolved[path] = entries[matching[-1]]
-        matrices.check(path, tuple(leaf.shape), resolved[path])
-    every_path = [path for path, _ in paths.leaves(params, is_leaf=_is_masked)]
+        resolved[path] = spec_of(path, tuple(leaf.shape), entries[matching[-1]])
+    is_masked = lambda node: isinstance(node, MaskedNode)  # noqa: E731
+    every_path = [path for path, _ in paths.leaves(params, is_leaf=is_masked)]
     prefixes = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
-    for entry, spec in entries.items():
+    for entry, pattern in entries.items():
         # A function that maps over the parameters also gives None where they have None.
-        if entry not in prefixes and not (spec is None and callable(dimension_numbers)):
+        if entry not in prefixes and not (pattern is None and callable(dimension_numbers)):
             raise ValueError(
                 f"dimension_numbers has an entry for {paths.show(entry)}, which is no parameter; "
-                f"remove it or correct it. There are: {', '.join(map(paths.show, every_path[:8]))}."
+                f"remove it or correct it. There are: {some(every_path)}."
             )
     return resolved
 
 
-def resolve_matrices(dimension_numbers: DimensionNumbers | None, params: Any) -> dict[Path, Spec]:
+def resolve_matrices(
+    dimension_numbers: DimensionNumbers | None, params: Any
+) -> dict[Path, MatrixSpec]:
     """`resolve` for transformations that were given matrices only: nothing may be left out.
 
     Without dimension numbers, parameters of two axes are matrices whatever their name.
+
+    Raises:
+      TypeError: As `resolve`.
+      ValueError: As `resolve`, and a parameter that is no matrix.
     """
     if dimension_numbers is None:
         tree = _Tree(params)
-        resolved = {
-            path: MATRIX if len(shape) == 2 else _route(path, tree, {}, {})
+        found = {
+            path: spec_of(path, shape, _MATRIX) if len(shape) == 2 else _route(path, tree, {}, {})
             for path, shape in tree.shapes.items()
         }
     else:
-        resolved = resolve(dimension_numbers, params)
+        found = resolve(dimension_numbers, params)
+    resolved = {path: spec for path, spec in found.items() if spec is not None}
     for path, leaf in paths.leaves(params):
-        if resolved[path] is None:
+        if path not in resolved:
             raise ValueError(
                 f"{paths.show(path)} of shape {tuple(leaf.shape)} is no matrix for Muon. Use "
                 "mc.muon(...), which sends such parameters to another optimizer, or put "
@@ -226,25 +205,70 @@ def decay_mask(params: Any, layout: Layouts | None = None) -> Any:
     )
 
 
+def _check_rules(rules: Rules, shapes: Mapping[Path, tuple[int, ...]]) -> None:
+    """Raises ValueError for a rule that matches nothing, or only what an earlier one takes."""
+    taken: dict[Path, str] = {}
+    for pattern in rules:
+        matching = [path for path in shapes if _matches(path, pattern)]
+        if not matching:
+            nearest = get_close_matches(pattern, map(paths.show, shapes), n=8, cutoff=0)
+            raise ValueError(
+                f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
+                f"Nearest are: {', '.join(nearest)}."
+            )
+        if all(path in taken for path in matching):
+            earlier = ", ".join(repr(rule) for rule in dict.fromkeys(map(taken.get, matching)))
+            raise ValueError(
+                f"The routing rule {pattern!r} decides nothing: the first rule that matches a "
+                f"parameter decides, and {earlier} comes before it. Put the narrower rule first."
+            )
+        taken |= {path: pattern for path in matching if path not in taken}
+
+
+def _described(
+    layout: Layouts, params: Any, per_head: Collection[Role]
+) -> dict[Path, Callable[[], MatrixSpec | None]]:
+    """What the layout says of each parameter that it describes, when it is asked for."""
+    if isinstance(per_head, str) or (unknown := set(per_head) - set(EVERY_ROLE)):
+        raise ValueError(
+            f"per_head={per_head!r} must be a tuple of roles, of {', '.join(EVERY_ROLE)}"
+            + (
+                f": per_head=({per_head!r},)."
+                if isinstance(per_head, str)
+                else f"; {', '.join(sorted(unknown))} is none."
+            )
+        )
+    every_part = [part for block in find_blocks(layout, params) for part in block.parts]
+    there = {role for part in every_part for role in family(part.role)}
+    if per_head is not EVERY_ROLE and (absent := set(per_head) - there):
+        raise ValueError(
+            f"per_head={tuple(per_head)!r}: no attention block of the layout has the role "
+            f"{' or '.join(sorted(absent))}; they have {', '.join(sorted(there))}."
+        )
+    parts: dict[Path, list[Part]] = {}
+    vectors = [part.bias for part in every_part if part.bias]
+    for part in every_part:
+        if part.role in GAIN_ROLES:
+            vectors.append(part.kernel)
+        else:
+            parts.setdefault(part.kernel, []).append(part)
+    split = {path: partial(spec_of_parts, few, per_head) for path, few in parts.items()}
+    return dict.fromkeys(vectors, lambda: None) | split
+
+
 def _route(
     path: Path,
     tree: "_Tree",
-    rules: Mapping[str, Any],
-    heads: Mapping[Path, HeadMatrices | None],
-) -> Spec | None:
+    rules: Rules,
+    described: Mapping[Path, Callable[[], MatrixSpec | None]],
+) -> MatrixSpec | None:
+    """Rules, then the layout, then names and shapes."""
     shape = tree.shapes[path]
-    matching = [pattern for pattern in rules if _matches(path, pattern)]
-    if any(rules[pattern] != rules[matching[0]] for pattern in matching):
-        raise ValueError(
-            f"Routing rules {matching} disagree on {paths.show(path)} {shape}: make one of the "
-            "patterns narrower."
-        )
-    if matching:
-        matrices.check(path, shape, rules[matching[0]])
-        return rules[matching[0]]
-    if path in heads:
-        matrices.check(path, shape, heads[path])
-        return heads[path]
+    for pattern, rule in rules.items():
+        if _matches(path, pattern):
+            return spec_of(path, shape, rule)
+    if path in described:
+        return described[path]()
     if _is_vector(path, shape) or _is_embedding(path):
         return None
     if path[-1] != "kernel":
@@ -253,30 +277,31 @@ def _route(
             "scale by its name. If it belongs to attention, describe it with layout=. Else: "
             + _FIX.format(pattern=paths.show(path))
         )
-    return _kernel_matrices(path, tree)
+    return spec_of(path, shape, _kernel_pattern(path, tree))
 
 
-def _kernel_matrices(path: Path, tree: "_Tree") -> MuonDimensionNumbers:
+def _kernel_pattern(path: Path, tree: "_Tree") -> MatrixPattern:
     shape, module = tree.shapes[path], path[:-1]
     # What one layer's kernel looks like, and which of its axes its bias has.
     in_attention = is_flax_attention(module[:-1], tree.shapes)
     if in_attention and module[-1] in ("query", "key", "value"):
-        own_axes, bias_axes, spec = 3, 2, _INPUT_HEADS
+        own_axes, bias_axes, pattern = 3, 2, _INPUT_HEADS
     elif in_attention and module[-1] == "out":
-        own_axes, bias_axes, spec = 3, 1, MATRIX
+        own_axes, bias_axes, pattern = 3, 1, _MATRIX  # [heads, head_features, out]
     else:
-        own_axes, bias_axes, spec = 2, 1, MATRIX
+        own_axes, bias_axes, pattern = 2, 1, _MATRIX
     stack = shape[: len(shape) - own_axes]
     bias = tree.shapes.get((*module, "bias"), (*stack, *shape[-bias_axes:]))
     if bias == (*stack, *shape[-bias_axes:]) and (not stack or tree.stacked_by(path, stack)):
-        return spec
+        return pattern
     raise ValueError(
         f"{paths.show(path)} of shape {shape} does not look like "
         f"{'a stack of kernels' if stack else 'one kernel'} [stack..., "
         f"{'in, heads, head_features' if own_axes == 3 else 'in, out'}] to the parameters around "
-        f"it ({tree.around(path)}): is it a convolution, a stack of experts, a projection to "
-        "heads, a scan axis other than 0? (One matrix per head: reduction_axis=-3, output_axis=-1; "
-        "of an output projection from heads: -2 and -1.) " + _FIX.format(pattern=paths.show(path))
+        f"it ({tree.around(path)}): is it a convolution ('h w in out -> (h w in) out'), a stack of "
+        "experts ('experts in out'), a projection to heads (one matrix per head: 'in heads "
+        "features -> heads in features'), a scan axis other than 0? "
+        + _FIX.format(pattern=paths.show(path))
     )
 
 
@@ -345,7 +370,3 @@ def _is_embedding(path: Path) -> bool:
 
 def _matches(path: Path, pattern: str) -> bool:
     return fnmatchcase(paths.show(path), pattern)
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, MaskedNode)

@@ -29,8 +29,8 @@ from muonclip_jax._layouts.blocks import (
     module_path,
     multipliers,
     outside_patterns,
-    refuse_qk_norm,
 )
+from muonclip_jax._layouts.checks import refuse_qk_norm
 from muonclip_jax._layouts.leaves import leaves_of
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role

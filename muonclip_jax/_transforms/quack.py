@@ -29,8 +29,8 @@ from muonclip_jax._layouts.blocks import (
     as_layouts,
     find_blocks,
     multipliers,
-    refuse_qk_norm,
 )
+from muonclip_jax._layouts.checks import refuse_qk_norm
 from muonclip_jax._layouts.leaves import leaves_of
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import GAIN_ROLES, Role

@@ -6,11 +6,10 @@ from typing import Any, Literal
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
-from muonclip_jax._layouts.blocks import entries
-from muonclip_jax._parameters import matrices, routing
+from muonclip_jax._parameters import routing
+from muonclip_jax._parameters.matrices import MatrixSpec
 
 Rule = Literal["match_adam", "jordan", "unit_rms_norm", "spectral", "none"]
 
@@ -66,10 +65,10 @@ def scale_by_update_rms(
     return optax.GradientTransformation(init, update)
 
 
-def _multiplier(factor: Callable[[int, int], float], u: jax.Array, spec: matrices.Spec) -> Any:
+def _multiplier(factor: Callable[[int, int], float], u: jax.Array, spec: MatrixSpec) -> Any:
     """A Python float, which keeps the dtype, or an array in it that broadcasts against u."""
-    factors = [float(factor(ins, outs)) for _, ins, outs in matrices.shapes(u.shape, spec)]
-    if isinstance(spec, MuonDimensionNumbers):
+    factors = [float(factor(ins, outs)) for _, ins, outs in spec.shapes]
+    if len(factors) == 1:
         return factors[0]
-    pieces = zip(factors, map(entries, spec.parts), strict=True)
-    return sum(f * entries_of_it for f, entries_of_it in pieces).astype(u.dtype)
+    views = zip(factors, spec.views, strict=True)
+    return sum(each * view.entries() for each, view in views).astype(u.dtype)

@@ -259,7 +259,7 @@ MISTAKES = [
                 ),
             )
         ),
-        ["attn/query/kernel", "(8, 4, 6)", "8 of its 24 features", "names q", "gate"],
+        ["attn/query/kernel", "(8, 4, 6)", "2 of its 6 features", "pieces (q)", "gate"],
     ),
     # --- pieces
     (

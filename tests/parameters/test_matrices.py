@@ -11,12 +11,12 @@ from optax.contrib import MuonDimensionNumbers
 import muonclip_jax as mc
 from muonclip_jax._layouts.pieces import Piece
 from muonclip_jax._parameters import matrices
-from muonclip_jax._parameters.matrices import HeadMatrices
+from muonclip_jax._parameters.matrices import spec_of, spec_of_parts
 
 WIDTH, HEADS, KV, F, OUT, LAYERS = 16, 4, 2, 6, 10, 3
 
 
-def spec_of(layout, kernel, per_head, **shapes):
+def routed(layout, kernel, per_head, **shapes):
     """What the routing makes of one parameter of a block of these shapes."""
     leaves = {
         name: {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for name, shape in shapes.items()
@@ -60,7 +60,8 @@ def numbered_matrices(x):
     ],
 )
 def test_dimension_numbers(shape, spec, expected):
-    assert matrices.shapes(shape, spec) == (expected,)
+    numbers, spec = spec, spec_of(("a",), shape, spec)
+    assert spec.shapes == (expected,)
     x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     seen = []
     result = apply(lambda m: seen.append(m) or negative_double(m), x, spec)
@@ -69,7 +70,7 @@ def test_dimension_numbers(shape, spec, expected):
     assert (math.prod(given.shape[:-2]), *given.shape[-2:]) == expected
 
     # By hand: one matrix for each index of the other axes.
-    ins, outs = (np.atleast_1d(axis) % x.ndim for axis in spec)
+    ins, outs = (np.atleast_1d(axis) % x.ndim for axis in numbers)
     others = [axis for axis in range(x.ndim) if axis not in (*ins, *outs)]
     by_hand = x.transpose(*others, *ins, *outs).reshape(expected)
     np.testing.assert_array_equal(given.reshape(expected), by_hand)
@@ -88,14 +89,117 @@ def test_dimension_numbers(shape, spec, expected):
 )
 def test_axes_that_the_parameter_does_not_have(spec):
     with pytest.raises(ValueError, match=r"a/b of shape \(5, 7\) cannot be read .*different axes"):
-        matrices.check(("a", "b"), (5, 7), spec)
+        spec_of(("a", "b"), (5, 7), spec)
 
 
-def test_what_fits_is_not_refused():
-    matrices.check(("a",), (5, 7), None)
-    matrices.check(("a",), (5, 7), MuonDimensionNumbers(-1, 0))
-    spec = spec_of(SEPARATE, "query", ("q",), **HEADED)
-    matrices.check(("attn", "query", "kernel"), HEADED["query"], spec)
+def test_a_spec_of_the_same_parameter_is_taken_as_it_is():
+    assert spec_of(("a",), (5, 7), None) is None
+    spec = routed(SEPARATE, "query", ("q",), **HEADED)
+    assert spec_of(("attn", "query", "kernel"), HEADED["query"], spec) is spec
+
+
+# Patterns, as einops has them
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern", "expected", "by_hand"),
+    [
+        ((5, 7), "in out", (1, 5, 7), lambda x: x),
+        ((5, 7), "out in -> in out", (1, 7, 5), lambda x: x.T),
+        ((3, 5, 7), "experts in out", (3, 5, 7), lambda x: x),
+        ((2, 3, 5, 7), "... in out", (6, 5, 7), lambda x: x),
+        ((5, 7), "... in out", (1, 5, 7), lambda x: x),
+        (
+            (2, 3, 4, 7),
+            "height width channels out -> (height width channels) out",
+            (1, 24, 7),
+            lambda x: x.reshape(24, 7),
+        ),
+        (
+            (2, 5, 3, 7),
+            "... in heads features -> ... heads in features",
+            (6, 5, 7),
+            lambda x: x.swapaxes(1, 2),
+        ),
+        (
+            (5, 14),
+            mc.MatrixPattern("in (part out) -> part in out", {"part": 2}),
+            (2, 5, 7),
+            lambda x: np.stack([x[:, :7], x[:, 7:]]),
+        ),
+        (
+            (4, 5, 6),
+            mc.MatrixPattern("in layers (out part) -> layers part in out", {"part": 3}),
+            (15, 4, 2),
+            lambda x: np.stack([x[:, i, j::3] for i in range(5) for j in range(3)]),
+        ),
+    ],
+)
+def test_patterns(shape, pattern, expected, by_hand):
+    spec = spec_of(("a",), shape, pattern)
+    assert spec.shapes == (expected,)
+    x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    seen = []
+    result = apply(lambda m: seen.append(m) or negative_double(m), x, spec)
+    np.testing.assert_array_equal(result, -2 * x)
+    np.testing.assert_array_equal(seen[0].reshape(expected), by_hand(x).reshape(expected))
+
+
+def test_several_patterns_share_a_parameter():
+    """Gate and up of different widths in one kernel, `[in, 4 + 6]`."""
+    halves = [mc.MatrixPattern("in out", select={"out": cut}) for cut in ((0, 4), (4, None))]
+    spec = spec_of(("mlp", "kernel"), (5, 10), halves)
+    assert spec.shapes == ((1, 5, 4), (1, 5, 6))
+    x = np.arange(50, dtype=np.float32).reshape(5, 10)
+    seen = []
+    result = apply(lambda m: seen.append(m) or negative_double(m), x, spec)
+    np.testing.assert_array_equal(result, -2 * x)
+    for given, expected in zip(seen, (x[:, :4], x[:, 4:]), strict=True):
+        np.testing.assert_array_equal(given[0] if given.ndim == 3 else given, expected)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("in (part out) -> part in out", r"a of shape \(5, 14\) does not tell part and out apart"),
+        ("experts in out", r"a of shape \(5, 14\) does not have the axes of .*experts in out"),
+        ("in out -> out", "must have the same names on both sides"),
+        ("in -> in", "must end in the two axes of a matrix"),
+        ("in (out", "unmatched or nested parentheses"),
+        ("in 2", "'2', which is no name for an axis"),
+        ("in in", "has a name twice"),
+        ("in ... out", "can have ... in front only"),
+        ("stack0 in out", "'stack0', the name of a stack axis"),
+        (mc.MatrixPattern("in (part out) -> part in out", {"part": 3}), "3 part do not divide"),
+        (mc.MatrixPattern("in out", {"out": 7}), r"has 14 on axis out, not 7 out"),
+        (mc.MatrixPattern("in out", select={"out": (0, 4)}), "10 of its .* belong to none of"),
+        (mc.MatrixPattern("in out", select={"out": (0, 99)}), "has 14 out, of which .* is no part"),
+        (["in out", "in out"], "its patterns overlap"),
+    ],
+)
+def test_patterns_that_do_not_fit(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        spec_of(("a",), (5, 14), pattern)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "select", "message"),
+    [
+        ({"part": 0}, {}, "size of part must be a whole number"),
+        ({"parts": 2}, {}, "does not have parts, which sizes or select name"),
+        ({"part": 2}, {"out": "all"}, "neither an index nor"),
+    ],
+)
+def test_patterns_that_are_refused_when_built(sizes, select, message):
+    with pytest.raises(ValueError, match=message):
+        mc.MatrixPattern("in (part out) -> part in out", sizes, select)
+
+
+def test_what_is_no_pattern():
+    with pytest.raises(TypeError, match=r"mlp/kernel of shape \(5, 7\) cannot be read with 3"):
+        spec_of(("mlp", "kernel"), (5, 7), 3)
+    with pytest.raises(TypeError, match="must be text"):
+        mc.MatrixPattern(3)
 
 
 # Heads
@@ -121,31 +225,27 @@ FUSED_SHAPES = {"qkv": (LAYERS, WIDTH, (HEADS + 2 * KV) * F), "out": (LAYERS, HE
 )
 def test_shapes_per_piece(per_head, expected):
     names = {"query": "q", "key": "k", "value": "v", "out": "o"}
-    separate = [
-        matrices.shapes(HEADED[name], spec_of(SEPARATE, name, per_head, **HEADED)) for name in names
-    ]
+    separate = [routed(SEPARATE, name, per_head, **HEADED).shapes for name in names]
     assert separate == [(one,) for one in expected]
     fused = [
-        one
-        for name, shape in FUSED_SHAPES.items()
-        for one in matrices.shapes(shape, spec_of(FUSED, name, per_head, **FUSED_SHAPES))
+        one for name in FUSED_SHAPES for one in routed(FUSED, name, per_head, **FUSED_SHAPES).shapes
     ]
     assert fused == [(LAYERS * count, ins, outs) for count, ins, outs in expected]
 
 
 def test_a_spec_for_another_parameter():
-    spec = spec_of(SEPARATE, "query", ("q",), **HEADED)
-    message = r"attn/key/kernel of shape \(16, 2, 6\) cannot be read as attn/query/kernel"
+    spec = routed(SEPARATE, "query", ("q",), **HEADED)
+    message = r"attn/key/kernel of shape \(16, 2, 6\) cannot be read with .*attn/query/kernel"
     with pytest.raises(ValueError, match=message):
-        matrices.check(("attn", "key", "kernel"), HEADED["key"], spec)
-    with pytest.raises(ValueError, match=r"of shape \(3, 16, 4, 6\) cannot be read as"):
-        matrices.check(("attn", "query", "kernel"), (3, *HEADED["query"]), spec)
+        spec_of(("attn", "key", "kernel"), HEADED["key"], spec)
+    with pytest.raises(ValueError, match=r"of shape \(3, 16, 4, 6\) cannot be read with"):
+        spec_of(("attn", "query", "kernel"), (3, *HEADED["query"]), spec)
 
 
 def test_pieces_that_are_not_all_of_the_parameter():
     part = Piece("q", "query", select={"features": (0, 4)}).fit(("query",), HEADED["query"])
-    with pytest.raises(ValueError, match=r"query of shape \(16, 4, 6\): 8 of its 24 .*names q"):
-        matrices.check(("query",), HEADED["query"], HeadMatrices((part,), frozenset("q")))
+    with pytest.raises(ValueError, match=r"query of shape \(16, 4, 6\): 2 of its 6 .*pieces \(q\)"):
+        spec_of_parts([part], ("q",))
 
 
 def fused_heads(x):
@@ -165,7 +265,7 @@ def test_split_gives_each_matrix_in_its_order():
     """Rows are inputs and columns features of one head, or of all, head after head."""
     x = np.arange(math.prod(FUSED_SHAPES["qkv"]), dtype=np.float32).reshape(FUSED_SHAPES["qkv"])
     seen = []
-    spec = spec_of(FUSED, "qkv", ("q",), **FUSED_SHAPES)
+    spec = routed(FUSED, "qkv", ("q",), **FUSED_SHAPES)
     result = apply(lambda m: seen.append(m) or negative_double(m), x, spec)
     np.testing.assert_array_equal(result, -2 * x)
     q, k, v = fused_heads(x)
@@ -177,9 +277,9 @@ def test_apply_puts_each_matrix_back_in_its_order():
     """A function that knows rows from columns, on the projection back from the heads."""
     shape = (LAYERS, HEADS * F, OUT)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    whole = apply(numbered_matrices, x, spec_of(FUSED, "out", (), **FUSED_SHAPES))
+    whole = apply(numbered_matrices, x, routed(FUSED, "out", (), **FUSED_SHAPES))
     np.testing.assert_array_equal(whole, numbered_matrices(x))
-    split = apply(numbered_matrices, x, spec_of(FUSED, "out", ("o",), **FUSED_SHAPES))
+    split = apply(numbered_matrices, x, routed(FUSED, "out", ("o",), **FUSED_SHAPES))
     heads = numbered_matrices(x.reshape(LAYERS, HEADS, F, OUT))
     np.testing.assert_array_equal(split, heads.reshape(shape))
 
