@@ -5,7 +5,7 @@ rank      QK-norm makes the keys of models trained with Muon collapse
 spectrum  Muon's updates have full rank, and so make singular values grow
 quack     QuacK is as stable as QK-norm, at any learning rate and with MLA
 
-In each: __main__.py (the grid, and what is measured), report.py (tables and pictures from the raw
-files), README.md (setting, claims, results, verdict) and results/SIZE/ (one raw file a run).
-common/ is what they share.
+In each: __main__.py (the grid, and what is measured), report.py (tables and pictures from the
+records), README.md (setting, claims, results, verdict), results/SIZE.jsonl (records, a run a line)
+and results/SIZE/ (pictures). common/ is what they share.
 """

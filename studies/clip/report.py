@@ -1,4 +1,4 @@
-"""Tables and pictures of `clip`, from the raw files."""
+"""Tables and pictures of `clip`, from the records."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from studies.common.tables import curve, last, last_peak, smooth, spread, steps,
 DEAD = 0.05  # a head whose logits stay below this share of the threshold
 
 
-def report(runs: Runs, folder: Path) -> str:
+def report(runs: Runs, _aside: Json | None, folder: Path) -> str:
     """The tables; pictures go into the folder."""
     clipped = {label: seeds for label, seeds in runs.items() if threshold(seeds[0])}
     drawn = folder / "curves.png"

@@ -34,6 +34,7 @@ def picture(
         if entries:
             columns = min(len(entries), 2 * panels)
             figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
 

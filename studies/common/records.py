@@ -1,14 +1,19 @@
-"""Raw files: one JSON a run, with all that is needed to say where it came from."""
+"""Records: a file of JSON Lines for each study and size, a run a line, with all that is needed to
+say where it came from.
+
+A line has the keys `setting` and `seed`, which no other line of its file shares. The line of what a
+study measures aside, which is no run, has the key `aside` instead.
+"""
 
 import hashlib
-import inspect
 import json
 import math
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import date
@@ -21,22 +26,13 @@ import numpy as np
 from benchmarks.timing import device
 
 Json = dict[str, Any]
+Key = tuple[str, int] | str  # setting and seed of a run, or `ASIDE`
 Runs = dict[str, list[Json]]  # label → records, one a seed
 
 ROOT = Path(__file__).parents[2]
+ASIDE = "aside"
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
-# What decides the numbers of every run.
-SOURCES = ("model.py", "optimizers.py", "training.py")
 DIGITS = 5  # significant ones, of what is measured
-
-
-def digest_of_sources(own: Callable | None) -> str:
-    """A hash of the studies' code that makes numbers (not of what draws them): what they share, and
-    the file of the study's `own` function."""
-    files = [Path(__file__).parent / name for name in SOURCES]
-    if own is not None:
-        files.append(Path(inspect.getsourcefile(own)))
-    return _digest(files)
 
 
 def provenance() -> Json:
@@ -68,23 +64,46 @@ def tidy(value: Any) -> Any:
     return value
 
 
-def write(record: Mapping[str, Any], path: Path) -> None:
-    """All of it or nothing, whatever happens meanwhile; a line for each of its entries."""
-    lines = (f"{json.dumps(name)}: {_compact(value)}" for name, value in tidy(record).items())
+def key(record: Json) -> Key:
+    """What tells a line of a file from its others."""
+    return ASIDE if ASIDE in record else (record["setting"], record["seed"])
+
+
+def read(path: Path) -> dict[Key, Json]:
+    """The records of a file, in its order; none where there is no file. Each can be changed.
+
+    A last line that was not written to its end, because the run was killed, is left out with a
+    warning.
+    """
+    if not path.exists():
+        return {}
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        warnings.warn(f"{path}: the last line is not whole and is left out.", stacklevel=2)
+    found = map(json.loads, lines)
+    return {key(record): record for record in found}
+
+
+def add(record: Mapping[str, Any], path: Path) -> None:
+    """Puts a record at the end of a file, in place of an older one with its key. A kill at any
+    moment leaves a file with the other records whole."""
+    record = tidy(record)
+    old = read(path)
+    if path.exists() and (key(record) in old or not path.read_bytes().endswith(b"\n")):
+        old.pop(key(record), None)
+        write([*old.values(), record], path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(_line(record))
+
+
+def write(found: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Makes a file of these records: all of it or nothing, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    partial.write_bytes(b"".join(map(_line, found)))
     partial.replace(path)
-
-
-def read(path: Path) -> Json:
-    """A raw file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def slug(label: str) -> str:
-    """A label as the name of a file."""
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower().replace("τ", "tau")).strip("-")
 
 
 def origin(runs: Runs, *, of: int, stale: Sequence[tuple[str, int]]) -> str:
@@ -127,8 +146,9 @@ def stopwatch() -> Iterator[Callable[[], float]]:
     yield lambda: time.perf_counter() - start
 
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(tidy(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode() + b"\n"
 
 
 def _digest(files: Sequence[Path]) -> str:

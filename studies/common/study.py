@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.mla import cli
-from studies.common import records, training
-from studies.common.records import Json, Runs
+from studies.common import records, sources, training
+from studies.common.model import ModelConfig
+from studies.common.optimizers import Optimizer
+from studies.common.records import ASIDE, Json, Key, Runs
 from studies.common.training import Measure, Plan, Setting
 
+TRAIN = "studies.common.training", "train"
 Size = Literal["smoke", "cpu", "gpu", "gpu_long"]
-ASIDE = "aside.json"
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,27 @@ class Study:
     """A study.
 
     Attributes:
-      folder: Where its README.md is, and `results/SIZE`.
+      folder: Where its README.md and its results are.
       grids: What is run.
-      report: From the records by label, one a seed, and the folder of the results, to Markdown;
-        pictures go into that folder.
+      report: From the records by label, one a seed, what was measured aside and the folder of the
+        pictures, to Markdown; pictures go into that folder.
       measure: What is measured beside what `train` measures anyway.
-      aside: What is measured once for a grid and is no training run; goes into `aside.json`.
+      aside: What is measured once for a grid and is no training run.
     """
 
     folder: Path
     grids: Mapping[Size, Grid]
-    report: Callable[[Runs, Path], str]
+    report: Callable[[Runs, Json | None, Path], str]
     measure: Measure | None = None
     aside: Callable[[Grid], Mapping[str, Any]] | None = None
 
-    def results(self, size: Size) -> Path:
-        """The folder of raw files and pictures."""
-        return self.folder / "results" / size
+    def record_file(self, size: Size) -> Path:
+        """The file of records."""
+        return self.folder / "results" / f"{size}.jsonl"
 
-    def path(self, size: Size, label: str, seed: int) -> Path:
-        """The raw file of a run."""
-        return self.results(size) / f"{records.slug(label)}-seed{seed}.json"
+    def pictures(self, size: Size) -> Path:
+        """The folder of pictures."""
+        return self.folder / "results" / size
 
     def identity(self, size: Size, label: str, seed: int) -> Json:
         """What a record says that is of this run as the grid has it now, made by this code."""
@@ -75,34 +77,45 @@ class Study:
                 "plan": grid.plan,
                 "model": model,
                 "optimizer": optimizer,
-                "sources": records.digest_of_sources(self.measure),
+                "sources": self.code_hash(),
             }
         )
 
-    def is_done(self, size: Size, label: str, seed: int) -> bool:
-        """Whether the run's raw file is there, and is not of another grid or code."""
-        path = self.path(size, label, seed)
-        if not path.exists():
-            return False
-        record = records.read(path)
-        return all(record[name] == own for name, own in self.identity(size, label, seed).items())
+    def code_hash(self) -> str:
+        """The hash of the code that makes a run's numbers."""
+        measured = [sources.place(self.measure)] if self.measure else []
+        return sources.digest(TRAIN, *measured)
 
-    def aside_is_done(self, size: Size) -> bool:
-        """Whether `aside.json` is there, and made by this code."""
-        path = self.results(size) / ASIDE
-        sources = records.digest_of_sources(self.aside)
-        return path.exists() and records.read(path)["sources"] == sources
+    def aside_hash(self) -> str:
+        """The same of what is measured aside."""
+        return sources.digest(sources.place(self.aside))
+
+    def current(self, size: Size) -> list[Key]:
+        """The records that are there and of the grid and the code of now."""
+        grid, found = self.grids[size], records.read(self.record_file(size))
+        keys: list[Key] = [run for run in grid.runs() if run in found]
+        keys = [run for run in keys if _agrees(found[run], self.identity(size, *run))]
+        if self.aside and found.get(ASIDE, {}).get("sources") == self.aside_hash():
+            keys.append(ASIDE)
+        return keys
+
+
+def _agrees(record: Json, identity: Json) -> bool:
+    """Whether a record is of this identity. Options that came after it have their defaults."""
+    kinds = {"plan": Plan, "model": ModelConfig, "optimizer": Optimizer}
+    filled = {name: records.tidy(kind()) | record[name] for name, kind in kinds.items()}
+    return all({**record, **filled}[name] == own for name, own in identity.items())
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Trains what has no raw file yet, then rebuilds tables and pictures."""
+    """Trains what has no record yet, then rebuilds tables and pictures."""
 
     size: Size = "smoke"
     """smoke takes seconds and tells nothing; cpu at most 20 minutes on two cores; gpu is as near to
     the source's own setting as can be, and gpu_long to its second one, where it has two."""
     rebuild: bool = False
-    """Train nothing: only rebuild, from the raw files."""
+    """Train nothing: only rebuild, from the records."""
     limit: int | None = None
     """Train at most so many of the missing runs."""
 
@@ -130,8 +143,8 @@ def _main(study: Study, args: Sequence[str] | None) -> int:
 
 def run_missing(study: Study, size: Size, limit: int | None, console: Console) -> None:
     """Trains the runs that are not done; each is written when it ends."""
-    grid = study.grids[size]
-    missing = [run for run in grid.runs() if not study.is_done(size, *run)][:limit]
+    grid, done = study.grids[size], study.current(size)
+    missing = [run for run in grid.runs() if run not in done][:limit]
     if missing:
         text = training.load_text(grid.plan, _vocab_size(grid))
         console.print(text.describe(), soft_wrap=True)
@@ -158,38 +171,36 @@ def run_missing(study: Study, size: Size, limit: int | None, console: Console) -
                     "seconds": seconds(),
                     **result,
                 }
-                records.write(record, study.path(size, label, seed))
+                records.add(record, study.record_file(size))
                 bar.remove_task(steps)
                 bar.advance(overall)
-    if study.aside and all(study.is_done(size, *run) for run in grid.runs()):
-        _measure_aside(study, size)
-
-
-def _measure_aside(study: Study, size: Size) -> None:
-    if not study.aside_is_done(size):
-        found = study.aside(study.grids[size])
-        record = {"sources": records.digest_of_sources(study.aside), **records.provenance()}
-        records.write({**record, **found}, study.results(size) / ASIDE)
+    done = study.current(size)
+    if study.aside and ASIDE not in done and all(run in done for run in grid.runs()):
+        record = {ASIDE: study.aside.__name__, "sources": study.aside_hash()}
+        found = study.aside(grid)
+        records.add({**record, **records.provenance(), **found}, study.record_file(size))
 
 
 def rebuild(study: Study, size: Size) -> str:
-    """Tables and pictures from the raw files alone, put into the README where it has a place for
+    """Tables and pictures from the records alone, put into the README where it has a place for
     this size.
 
     Returns:
       The Markdown.
     """
-    grid = study.grids[size]
-    there = [run for run in grid.runs() if study.path(size, *run).exists()]
+    grid, found = study.grids[size], records.read(study.record_file(size))
+    there = [run for run in grid.runs() if run in found]
     if not there:
         text = "Not run."
     else:
         runs: Runs = {}
         for label, seed in there:
-            runs.setdefault(label, []).append(records.read(study.path(size, label, seed)))
-        stale = [run for run in there if not study.is_done(size, *run)]
+            runs.setdefault(label, []).append(found[label, seed])
+        current = study.current(size)
+        stale = [run for run in there if run not in current]
         origin = records.origin(runs, of=len(grid.runs()), stale=stale)
-        text = f"{origin}\n\n{study.report(runs, study.results(size))}"
+        report = study.report(runs, found.get(ASIDE), study.pictures(size))
+        text = f"{origin}\n\n{report}"
     records.write_section(study.folder / "README.md", size, text)
     return text
 

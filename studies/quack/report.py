@@ -1,19 +1,18 @@
-"""Tables and pictures of `quack`, from the raw files."""
+"""Tables and pictures of `quack`, from the records."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from studies.common import pictures, records
+from studies.common import pictures
 from studies.common.records import Json, Runs
-from studies.common.study import ASIDE
 from studies.common.tables import curve, last, measured, spread, table
 
 Sweep = dict[str, list[list[Json]]]  # method → records of each learning rate, one a seed
 
 
-def report(runs: Runs, folder: Path) -> str:
+def report(runs: Runs, aside: Json | None, folder: Path) -> str:
     """The tables; pictures go into the folder."""
     parts = []
     for attention in dict.fromkeys(label.split(", ")[0] for label in runs):
@@ -26,9 +25,8 @@ def report(runs: Runs, folder: Path) -> str:
             ),
             pictures.link(draw(sweep, folder / f"{attention.lower()}.png")),
         ]
-    aside = folder / ASIDE
-    if aside.exists():
-        parts.append(step_times(records.read(aside)))
+    if aside:
+        parts.append(step_times(aside))
     return "\n\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of `rank`, from the raw files."""
+"""Tables and pictures of `rank`, from the records."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ NORMED = ", QK-norm"
 HEAT_MAPS = 4  # settings shown head by head, the first ones
 
 
-def report(runs: Runs, folder: Path) -> str:
+def report(runs: Runs, _aside: Json | None, folder: Path) -> str:
     """The tables; pictures go into the folder."""
     ratios, heads = folder / "ratios.png", folder / "heads.png"
     with pictures.picture(ratios, 3, width=4.8) as (over_time, by_layer, loss):

@@ -1,4 +1,4 @@
-"""Tables and pictures of `spectrum`, from the raw files."""
+"""Tables and pictures of `spectrum`, from the records."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from studies.common.tables import last, last_peak, measured, spread, table
 QUERIES_AND_KEYS = ("q", "k")
 
 
-def report(runs: Runs, folder: Path) -> str:
+def report(runs: Runs, _aside: Json | None, folder: Path) -> str:
     """The tables; pictures go into the folder."""
     drawn = folder / "spectra.png"
     panels = {

@@ -117,18 +117,40 @@ def test_table():
     assert table(("a", "b"), [(1, "x")]) == "| a | b |\n| --- | --- |\n| 1 | x |"
 
 
-def test_raw_files_hold_what_json_can(tmp_path):
-    path = tmp_path / "deeper" / "run.json"
+def run(label, seed=0, **values):
+    return {"setting": label, "seed": seed, **values}
+
+
+def test_records_hold_what_json_can(tmp_path):
+    path = tmp_path / "deeper" / "cpu.jsonl"
     value = {"x": np.float32(1 / 3), "y": [np.inf, -1, True, None], "z": np.arange(2)}
-    records.write(value, path)
-    assert records.read(path) == {"x": 0.33333, "y": [None, -1, True, None], "z": [0, 1]}
-    assert [p.name for p in path.parent.iterdir()] == ["run.json"]
+    records.add(run("Muon τ", **value), path)
+    found = run("Muon τ", x=0.33333, y=[None, -1, True, None], z=[0, 1])
+    assert records.read(path) == {("Muon τ", 0): found}
+    assert path.read_text().count("\n") == 1
 
 
-def test_slugs_tell_settings_apart():
-    labels = ["MuonClip τ=30", "MuonClip τ=30, all heads", "MLA, QuacK, 0.001", "MLA, QuacK, 0.01"]
-    slugs = [records.slug(label) for label in labels]
-    assert slugs[0] == "muonclip-tau-30" and len(set(slugs)) == 4
+def test_a_record_replaces_its_older_one_and_no_other(tmp_path):
+    path = tmp_path / "cpu.jsonl"
+    assert records.read(path) == {}
+    added = [run("a"), run("a", 1), {records.ASIDE: "time", "x": 1}, run("a", x=2)]
+    for record in added:
+        records.add(record, path)
+    assert list(records.read(path).values()) == added[1:]
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu.jsonl"]
+
+
+def test_a_kill_leaves_the_other_records(tmp_path):
+    path = tmp_path / "cpu.jsonl"
+    for seed in range(2):
+        records.add(run("a", seed), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # the last line was not written to its end
+    with pytest.warns(UserWarning, match="last line is not whole"):
+        assert list(records.read(path)) == [("a", 0)]
+    with pytest.warns(UserWarning, match="last line is not whole"):
+        records.add(run("a", 1), path)
+    assert path.read_bytes() == whole
 
 
 def test_a_section_is_replaced_and_nothing_else(tmp_path):

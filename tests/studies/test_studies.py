@@ -1,4 +1,4 @@
-"""Every study runs in its smallest size, resumes, and shows what its raw files say."""
+"""Every study runs in its smallest size, resumes, and shows what its records say."""
 
 import shutil
 from dataclasses import replace
@@ -11,6 +11,9 @@ import pytest
 from studies.clip.__main__ import STUDY as CLIP
 from studies.common import records, training
 from studies.common.model import Decoder, init_params
+from studies.common.probe import numbers_of
+from studies.common.records import ASIDE
+from studies.common.rehash import compare, rehash
 from studies.common.study import main, rebuild
 from studies.quack.__main__ import STUDY as QUACK
 from studies.rank.__main__ import STUDY as RANK
@@ -48,50 +51,84 @@ def refuse(*args, **kwargs):
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke_runs_resumes_and_rebuilds(name, cache, tmp_path, monkeypatch, capsys):
     study = elsewhere(STUDIES[name], tmp_path)
-    runs, raw = study.grids["smoke"].runs(), study.results("smoke")
-    count = len(runs) + (study.aside is not None)
+    runs, file = study.grids["smoke"].runs(), study.record_file("smoke")
 
     assert main(study, ["--size", "smoke", "--limit", "1"]) == 0
-    assert len(list(raw.glob("*.json"))) == 1
+    written = file.read_bytes()
+    assert list(records.read(file)) == runs[:1]
     assert f"1 of {len(runs)} runs" in capsys.readouterr().out
-    first = study.path("smoke", *runs[0])
-    written = first.read_bytes()
 
     assert main(study, ["--size", "smoke"]) == 0
-    assert len(list(raw.glob("*.json"))) == count
-    assert first.read_bytes() == written  # not trained again
+    assert file.read_bytes().startswith(written)  # not trained again
+    found = records.read(file)
+    assert list(found) == runs + [ASIDE] * (study.aside is not None) == study.current("smoke")
     said = capsys.readouterr().out
     assert f"{len(runs)} of {len(runs)} runs" in said and "Stale" not in said
 
-    for run in runs:
-        record = records.read(study.path("smoke", *run))
+    for record in map(found.get, runs):
         assert len(record["curves"]["loss"]) == record["plan"]["steps"]
         assert record["measurements"][-1]["valid_loss"] < record["measurements"][0]["valid_loss"]
         assert {"commit", "library", "versions", "device", "date", "seconds"} <= record.keys()
 
     monkeypatch.setattr(training, "train", refuse)
-    pictures = sorted(raw.glob("*.png"))
+    folder = study.pictures("smoke")
+    pictures = sorted(folder.glob("*.png"))
     for picture in pictures:
         picture.unlink()
     assert main(study, ["--size", "smoke"]) == 0  # nothing is missing
     assert main(study, ["--size", "smoke", "--rebuild"]) == 0
-    assert pictures and sorted(raw.glob("*.png")) == pictures
+    assert pictures and sorted(folder.glob("*.png")) == pictures
     readme = (study.folder / "README.md").read_text()
     assert readme.startswith("above\n<!-- results: smoke -->\n") and readme.endswith("below\n")
     assert "old" not in readme and all(f"results/smoke/{p.name}" in readme for p in pictures)
 
 
-def test_raw_files_of_other_code_or_another_grid_are_stale(tmp_path):
+def test_records_of_other_code_or_another_grid_are_stale(tmp_path):
     study = elsewhere(SPECTRUM, tmp_path)
-    label, seed = study.grids["smoke"].runs()[0]
-    path = study.path("smoke", label, seed)
-    identity = study.identity("smoke", label, seed)
-    assert not study.is_done("smoke", label, seed)
-    records.write(identity, path)
-    assert study.is_done("smoke", label, seed)
+    run = study.grids["smoke"].runs()[0]
+    identity = study.identity("smoke", *run)
+    assert not study.current("smoke")
+    records.add(identity, study.record_file("smoke"))
+    assert study.current("smoke") == [run]
+    # The record is older than an option that it leaves at its default.
+    model = {name: value for name, value in identity["model"].items() if name != "soft_cap"}
+    records.add({**identity, "model": model}, study.record_file("smoke"))
+    assert study.current("smoke") == [run]
     for name, other in (("sources", "0"), ("plan", {**identity["plan"], "steps": 40})):
-        records.write({**identity, name: other}, path)
-        assert not study.is_done("smoke", label, seed)
+        records.add({**identity, name: other}, study.record_file("smoke"))
+        assert not study.current("smoke")
+
+
+def test_rehash_is_for_equal_numbers_and_current_records(tmp_path):
+    study = elsewhere(replace(SPECTRUM, aside=refuse), tmp_path)
+    study = replace(study, grids={"cpu": replace(study.grids["smoke"], seeds=2)})
+    runs, file = study.grids["cpu"].runs(), study.record_file("cpu")
+    for run in runs:
+        records.add({**study.identity("cpu", *run), "sources": "before"}, file)
+    records.add({ASIDE: "refuse", "sources": "before"}, file)
+    before = {
+        "current": [list(run) for run in runs[:3]] + [ASIDE],
+        "numbers": {"Muon": {"loss": [1.0, float("nan")]}, "AdamW": {"loss": [2.0]}},
+    }
+    # AdamW computes something else; seed 1 of it was stale before.
+    now = {"Muon": {"loss": [1.0, float("nan")]}, "AdamW": {"loss": [2.5]}}
+    rehashed, differences = rehash(study, before, now)
+    assert rehashed == 2 and study.current("cpu") == [("Muon", 0), ("Muon", 1)]
+    assert differences == {"AdamW": "numbers differ by up to 0.25 of themselves"}
+    assert records.read(file).keys() == {*runs, ASIDE}
+    rehashed, differences = rehash(study, before, before["numbers"])
+    assert rehashed == 4 and study.current("cpu") == [*runs[:3], ASIDE] and not differences
+
+
+@pytest.mark.slow
+def test_the_probe_repeats_bit_for_bit(tmp_path):
+    grid = SPECTRUM.grids["smoke"]
+    study = replace(
+        SPECTRUM, grids={"cpu": replace(grid, settings=dict([*grid.settings.items()][:1]))}
+    )
+    one, other = (numbers_of(study, training) for _ in range(2))
+    assert compare(one["Muon"], other["Muon"]) == ""
+    assert [row["step"] for row in one["Muon"]["measurements"]] == [0, 4, 8]
 
 
 def test_a_size_that_a_study_has_not_gets_one_line(capsys):
@@ -100,7 +137,7 @@ def test_a_size_that_a_study_has_not_gets_one_line(capsys):
 
 
 @pytest.mark.parametrize(("name", "size"), [each for each in SIZES if each[1] != "smoke"])
-def test_the_readme_shows_what_the_committed_raw_files_say(name, size, tmp_path):
+def test_the_readme_shows_what_the_committed_records_say(name, size, tmp_path):
     """And that this code made them. Pictures are drawn anew elsewhere."""
     study = STUDIES[name]
     copy = replace(study, folder=tmp_path / name)
@@ -109,10 +146,10 @@ def test_the_readme_shows_what_the_committed_raw_files_say(name, size, tmp_path)
     assert "Stale" not in text
     committed, rebuilt = ((s.folder / "README.md").read_text() for s in (study, copy))
     assert rebuilt == committed and f"<!-- results: {size} -->\n{text}" in committed
-    if study.aside and study.results(size).exists():
-        assert study.aside_is_done(size)
-    drawn = {path.name for path in copy.results(size).glob("*.png")}
-    assert drawn == {path.name for path in study.results(size).glob("*.png")}
+    if study.aside and study.record_file(size).exists():
+        assert ASIDE in study.current(size)
+    drawn = {path.name for path in copy.pictures(size).glob("*.png")}
+    assert drawn == {path.name for path in study.pictures(size).glob("*.png")}
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)

@@ -1,0 +1,69 @@
+"""Short runs of every setting: the numbers by which `rehash` tells whether code still computes the
+same. It is a script for two trees: each runs it with its own `studies` package.
+
+    python - STUDY... < studies/common/probe.py      # from a tree's root; JSON on standard output
+"""
+
+import json
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+SIZE = "cpu"
+STEPS, BATCH, CONTEXT = 8, 2, 64
+
+
+def numbers_of(study, training) -> dict[str, dict]:
+    """Label → curves and measurements of a short run, every digit of them.
+
+    Settings that differ in numbers only, such as learning rates, are one program; one of them runs.
+    """
+    grid = study.grids[SIZE]
+    plan = replace(
+        grid.plan, steps=STEPS, batch=BATCH, context=CONTEXT, measure_every=4, valid_batches=1
+    )
+    by_program, found = {}, {}
+    for label, (model, optimizer) in grid.settings.items():
+        program = model, jax.tree.structure(optimizer)
+        if program not in by_program:
+            clip = (
+                {} if optimizer.threshold is None else {"threshold": 0.2}
+            )  # some heads are clipped
+            setting = training.Setting(model, replace(optimizer, **clip))
+            result = training.train(
+                setting, plan, tokens(model.vocab_size), seed=1, measure=study.measure
+            )
+            by_program[program] = jax.tree.map(lambda x: np.asarray(x).tolist(), result)
+            print(f"{study.folder.name}: {label}", file=sys.stderr, flush=True)
+        found[label] = by_program[program]
+    return found
+
+
+def tokens(vocab_size: int) -> SimpleNamespace:
+    """Numbers that stand for a text: no tree has a text of its own."""
+    rng = np.random.default_rng(0)
+    train, valid = (
+        (vocab_size * rng.random(n) ** 3).astype(np.int32)
+        for n in (STEPS * BATCH * (CONTEXT + 1) * 2, 4 * BATCH * (CONTEXT + 1))
+    )
+    return SimpleNamespace(train=train, valid=valid)
+
+
+def probe(names: list[str]) -> dict[str, dict]:
+    """Study → the runs that its records hold for the code of this tree, and the numbers."""
+    training = import_module("studies.common.training")
+    jax.config.update("jax_compilation_cache_dir", str(Path(training.CACHE).resolve() / "xla"))
+    found = {}
+    for name in names:
+        study = import_module(f"studies.{name}.__main__").STUDY
+        found[name] = {"current": study.current(SIZE), "numbers": numbers_of(study, training)}
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(probe(sys.argv[1:]), sys.stdout)
