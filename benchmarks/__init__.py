@@ -8,8 +8,9 @@ methods.py         which Method of orthogonalization is the fastest where
 accumulate.py      micro-batches with mc.accumulate and with optax.MultiSteps
 overhead.py        what QuacK and QK-Clip add to the optimizer, by the compiler's count
 pod.py             the optimizer's step on TPU pods, by the compiler's count
+budgets.py         what compiled programs may cost: FLOPs, bytes, temporaries, operations
 
 timing.py, targets.py and pictures.py: turns and records, what is asked, pictures
 peers.py: the work of Optax and PyTorch; compiled.py, hlo.py, tpu.py: what XLA compiles
-records/: results, with date, device and versions
+records/: results, with date, device and versions; budgets.json is compared by the tests
 """

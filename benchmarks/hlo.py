@@ -63,7 +63,7 @@ class Operation:
         return [self.computation.program[each] for each in NAME.findall(text)]
 
 
-def _parse(text: str) -> Computation:
+def parse(text: str) -> Computation:
     """Returns the entry."""
     program: dict[str, Computation] = {}
     for line in text.splitlines():
@@ -90,7 +90,7 @@ def executed(
     Raises:
       ValueError: one is in a loop whose number of executions depends on data.
     """
-    return _walk(Scope(_parse(text), ()), wanted)
+    return _walk(Scope(parse(text), ()), wanted)
 
 
 def _walk(
