@@ -362,16 +362,16 @@ def as_layouts(layout: Layouts) -> tuple[Layout, ...]:
     Raises:
       TypeError: It is none.
     """
-    layouts = (layout,) if isinstance(layout, Layout) else layout
-    if not isinstance(layouts, Sequence) or not layouts or isinstance(layouts, str):
-        layouts = (layouts,)
-    for one in layouts:
+    if isinstance(layout, Layout):
+        return (layout,)
+    several = tuple(layout) if isinstance(layout, Sequence) and not isinstance(layout, str) else ()
+    for one in several or (layout,):
         if not isinstance(one, Layout):
             raise TypeError(
                 "layout must be a layout such as layouts.mha() or find_layout(params), or a list "
                 f"of them, got {one!r}."
             )
-    return tuple(layouts)
+    return several
 
 
 def left_out(layout: Layouts, params: Any) -> tuple[Path, ...]:

@@ -23,6 +23,10 @@ def find_layout(params: Any) -> Layout:
     Raises:
       ValueError: No such block: the message lists the kernels found and the layouts to use. Or
         what `find_blocks` raises.
+
+    Example:
+      >>> mc.find_layout(params).name
+      'mha'
     """
     shapes = paths.shapes(params)
     modules = dict.fromkeys(path[:-2] for path in shapes if len(path) >= 2)

@@ -10,6 +10,7 @@ import re
 from muonclip_jax._core.axes import check_count
 from muonclip_jax._layouts.blocks import Layout
 from muonclip_jax._layouts.pieces import Piece
+from muonclip_jax._layouts.roles import Role
 
 
 def mha(
@@ -34,8 +35,17 @@ def mha(
       value: The value projection, or None to leave it to Muon's general routing.
       out: The projection back from the heads, or None likewise.
       block: Glob over block paths, to take only some of the model's attention blocks.
-    """
-    _check(heads=heads)
+
+    Raises:
+      ValueError: A number of heads that is no whole number of at least 1.
+
+    Example:
+      >>> layout = mc.layouts.mha()  # Flax's own names
+      >>> flat = mc.layouts.mha(heads=16, query="q_proj", key="k_proj", value="v_proj", out="o_proj")
+      >>> mc.layouts.find_blocks(layout, params)[0].heads
+      2
+    """  # noqa: E501
+    _check_counts("mha", heads, heads)
     return Layout("mha", _separate(query, key, value, out, heads, heads), block=block)
 
 
@@ -65,8 +75,15 @@ def gqa(
 
     Raises:
       ValueError: Counts that do not go together.
+
+    Example:
+      >>> layout = mc.layouts.gqa(2, heads=8, query="q", key="k", value=None, out=None)
+      >>> attn = {"q": {"kernel": jnp.ones((64, 8 * 16))}, "k": {"kernel": jnp.ones((64, 2 * 16))}}
+      >>> block, = mc.layouts.find_blocks(layout, {"attn": attn})
+      >>> block.heads, block.kv_heads
+      (8, 2)
     """
-    _check(heads=heads, kv_heads=kv_heads)
+    _check_counts("gqa", heads, kv_heads)
     if heads and not kv_heads:
         raise ValueError(
             f"layouts.gqa: flat kernels (heads={heads}) do not tell how many key heads there are; "
@@ -112,13 +129,20 @@ def mla(
 
     Raises:
       ValueError: A size that is no whole number of at least 1.
+
+    Example:
+      >>> layout = mc.layouts.mla(nope=128, rope=64, v=128)
+      >>> [piece.role for piece in layout.pieces]
+      ['q_nope', 'q_rope', 'k_nope', 'v', 'kv_down', 'k_rope', 'q_down', 'o']
     """
-    _check(nope=nope, rope=rope, v=v, heads=heads, kind="mla")
+    for name, size in (("nope", nope), ("rope", rope), ("v", v)):
+        check_count(f"layouts.mla: {name}", size)
+    _check_counts("mla", heads, None)
     query_down, query_up = (None, query) if isinstance(query, str) else query
     key_value_down, key_value_up = key_value
     told = {"heads": heads} if heads else {}
 
-    def up(role, projection, start, stop, features):
+    def up(role: Role, projection: str, start: int, stop: int | None, features: int) -> Piece:
         sizes = {"features": features, **told}
         return Piece(role, projection, None, sizes=sizes, select={"features": (start, stop)})
 
@@ -134,9 +158,10 @@ def mla(
         pieces.append(Piece("q_down", query_down, "in features"))
     if out is not None:
         pieces.append(Piece("o", out, None, sizes={"features": v, **told}))
-    for role, norm in (("q_gain", query_norm), ("kv_gain", key_value_norm)):
-        if norm is not None:
-            pieces.append(Piece(role, f"{norm}/scale", "features"))
+    if query_norm is not None:
+        pieces.append(Piece("q_gain", f"{query_norm}/scale", "features"))
+    if key_value_norm is not None:
+        pieces.append(Piece("kv_gain", f"{key_value_norm}/scale", "features"))
     return Layout("mla", tuple(pieces), block=block)
 
 
@@ -176,33 +201,41 @@ def fused_qkv(
 
     Raises:
       ValueError: Counts that do not go together, or axes without `part` and `heads`.
+
+    Example:
+      >>> layout = mc.layouts.fused_qkv(8, kernel="qkv", out=None)
+      >>> rows = mc.describe({"attn": {"qkv": {"kernel": jnp.ones((64, 3 * 64))}}}, layout)
+      >>> [str(each) for each in rows[0].matrices]
+      ['q 8 × [64, 8]', 'k 8 × [64, 8]', 'v 8 × [64, 8]']
     """
-    _check(heads=heads, kv_heads=kv_heads, kind="fused_qkv")
+    _check_counts("fused_qkv", heads, kv_heads)
     if not re.search(r"\b(part heads|heads part)\b", axes):
         raise ValueError(
             f"layouts.fused_qkv: axes={axes!r} must have 'part' (query, key or value) next to "
             "'heads', such as 'in (part heads features)' or 'part heads in features'."
         )
-    if kv_heads in (None, heads):
+    if kv_heads is None or kv_heads == heads:
+        # Parts of queries, keys and values are alike: 0, 1, 2.
         ends, fused, sizes = range(4), "part", {"part": 3, "heads": heads}
     elif "(part heads" in axes:
+        # [all queries | all keys | all values]: slots of one head each.
         ends, fused = (0, heads, heads + kv_heads, heads + 2 * kv_heads), "slots"
         axes, sizes = axes.replace("part heads", fused), {fused: ends[-1]}
     elif "(heads part" in axes:
+        # For each key head [its queries | the key | the value].
         group, fused = heads // kv_heads, "slots"
         ends = (0, group, group + 1, group + 2)
-        axes, sizes = (
-            axes.replace("heads part", f"groups {fused}"),
-            {"groups": kv_heads, fused: ends[-1]},
-        )
+        axes = axes.replace("heads part", f"groups {fused}")
+        sizes = {"groups": kv_heads, fused: ends[-1]}
     else:
         raise ValueError(
             f"layouts.fused_qkv: {heads} query and {kv_heads} key heads cannot share a kernel "
             f"whose parts have an axis of their own, axes={axes!r}."
         )
+    roles: tuple[Role, ...] = ("q", "k", "v")
     pieces = [
-        Piece(role, kernel, axes, sizes=sizes, select={fused: (start, stop)})
-        for role, (start, stop) in zip(("q", "k", "v"), itertools.pairwise(ends), strict=True)
+        Piece(role, kernel, axes, sizes=sizes, select={fused: cut})
+        for role, cut in zip(roles, itertools.pairwise(ends), strict=True)
     ]
     if out is not None:
         pieces.append(Piece("o", out, _turned_around(axes), sizes={"heads": heads}))
@@ -223,31 +256,41 @@ def ignore(block: str) -> Layout:
 
     Args:
       block: Glob over block paths.
+
+    Example:
+      >>> mc.qk_clip([mc.layouts.mha(block="attn"), mc.layouts.ignore("other")]).init is not None
+      True
     """
     return Layout("ignore", (), block=block)
 
 
-def _separate(query, key, value, out, heads, kv_heads) -> tuple[Piece, ...]:
+def _separate(
+    query: str,
+    key: str,
+    value: str | None,
+    out: str | None,
+    heads: int | None,
+    kv_heads: int | None,
+) -> tuple[Piece, ...]:
     """One projection each; flat when the query heads are told."""
+    axes = "(heads features)" if heads else "heads features"
+    own = {"heads": heads} if heads else {}
+    shared = {"heads": kv_heads} if kv_heads else {}
+    pieces = [
+        Piece("q", query, f"in {axes}", sizes=own),
+        Piece("k", key, f"in {axes}", sizes=shared),
+    ]
+    if value is not None:
+        pieces.append(Piece("v", value, f"in {axes}", sizes=shared))
+    if out is not None:
+        pieces.append(Piece("o", out, f"{axes} out", sizes=own))
+    return tuple(pieces)
 
-    def piece(role, projection, count):
-        sizes = {"heads": count} if count else {}
-        if role == "o":
-            axes = "(heads features) out" if heads else "heads features out"
-        else:
-            axes = "in (heads features)" if heads else "in heads features"
-        return Piece(role, projection, axes, sizes=sizes)
 
-    named = (("q", query, heads), ("k", key, kv_heads), ("v", value, kv_heads), ("o", out, heads))
-    return tuple(piece(*each) for each in named if each[1] is not None)
-
-
-def _check(*, kind: str = "mha", **counts: int | None) -> None:
-    kind = "gqa" if "kv_heads" in counts and kind == "mha" else kind
-    for name, count in counts.items():
+def _check_counts(kind: str, heads: int | None, kv_heads: int | None) -> None:
+    for name, count in (("heads", heads), ("kv_heads", kv_heads)):
         if count is not None:
             check_count(f"layouts.{kind}: {name}", count)
-    heads, kv_heads = counts.get("heads"), counts.get("kv_heads")
     if heads and kv_heads and heads % kv_heads:
         raise ValueError(
             f"layouts.{kind}: {heads} query heads cannot share {kv_heads} key heads evenly; heads "

@@ -77,9 +77,9 @@ def spec_of(
                 "for another parameter."
             )
         return how
-    several = not isinstance(how, MuonDimensionNumbers) and isinstance(how, list | tuple)
-    patterns: Sequence[Any] = how if several else [how]  # pyright: ignore (a list, or one)
-    views = tuple(_view(path, shape, pattern) for pattern in patterns)
+    # Optax's dimension numbers are a tuple themselves.
+    several = isinstance(how, list | tuple) and not isinstance(how, MuonDimensionNumbers)
+    views = tuple(_view(path, shape, each) for each in (how if several else [how]))
     spec = MatrixSpec(path, shape, views, ("",) * len(views))
     _check_covered(spec, "its patterns", "Add a pattern, or correct their select=.")
     return spec

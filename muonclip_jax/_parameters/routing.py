@@ -227,16 +227,14 @@ def _check_rules(rules: Rules, shapes: Mapping[Path, tuple[int, ...]]) -> None:
 
 def _described(
     layout: Layouts, params: Any, per_head: Collection[Role]
-) -> dict[Path, Callable[[], MatrixSpec | None]]:
+) -> Mapping[Path, Callable[[], MatrixSpec | None]]:
     """What the layout says of each parameter that it describes, when it is asked for."""
-    if isinstance(per_head, str) or (unknown := set(per_head) - set(EVERY_ROLE)):
+    if isinstance(per_head, str):
+        raise ValueError(f"per_head={per_head!r} must be a tuple of roles: ({per_head!r},).")
+    if unknown := set(per_head) - set(EVERY_ROLE):
         raise ValueError(
-            f"per_head={per_head!r} must be a tuple of roles, of {', '.join(EVERY_ROLE)}"
-            + (
-                f": per_head=({per_head!r},)."
-                if isinstance(per_head, str)
-                else f"; {', '.join(sorted(unknown))} is none."
-            )
+            f"per_head={per_head!r}: {', '.join(sorted(unknown))} is no role; choose from "
+            f"{', '.join(EVERY_ROLE)}."
         )
     every_part = [part for block in find_blocks(layout, params) for part in block.parts]
     there = {role for part in every_part for role in family(part.role)}
@@ -252,8 +250,8 @@ def _described(
             vectors.append(part.kernel)
         else:
             parts.setdefault(part.kernel, []).append(part)
-    split = {path: partial(spec_of_parts, few, per_head) for path, few in parts.items()}
-    return dict.fromkeys(vectors, lambda: None) | split
+    found: dict[Path, Callable[[], MatrixSpec | None]] = dict.fromkeys(vectors, lambda: None)
+    return found | {path: partial(spec_of_parts, few, per_head) for path, few in parts.items()}
 
 
 def _route(
