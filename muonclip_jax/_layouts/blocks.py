@@ -193,7 +193,7 @@ class Block:
     Example:
       >>> block = mc.layouts.find_blocks(layout, params)[0]
       >>> block.name, block.shape  # one number a query head
-      ('attn', (4,))
+      ('attn', (2,))
     """
 
     path: Path
