@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything a bit-exact continuation needs, written whole or not at all."""
+"""Checkpoints of a run: all that a bit-exact continuation needs, written whole or not at all."""
 
 import logging
 import signal
@@ -14,7 +14,7 @@ from examples.mla.mesh import largest
 
 FOLDER = "checkpoints"
 
-# Orbax tells every save, and after a read that failed of every other one that was under way.
+# Orbax logs every save, and after a failed read every other read that was running.
 logging.getLogger("absl").setLevel(logging.ERROR)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -22,7 +22,7 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 class Checkpoints:
     """The checkpoints of one run folder, by step; the newest two are kept.
 
-    Orbax writes into a temporary folder and renames it when all is there, so what an interrupted
+    Orbax writes into a temporary folder and renames it when it is complete, so what an interrupted
     save leaves behind is never listed. One checkpoint holds the parameters, the optimizer's state
     (with the clip state), the position in the data, and `about`: settings and fingerprints. Several
     processes save and restore at the same time, each its part of the arrays.
@@ -39,7 +39,7 @@ class Checkpoints:
 
     @classmethod
     def existing(cls, run_dir: Path) -> "Checkpoints":
-        """Those of a run that has at least one.
+        """The checkpoints of a run that has at least one.
 
         Raises:
           InputError: It has none.
@@ -111,9 +111,9 @@ class Checkpoints:
 
 
 class StopSignal:
-    """Takes note of the first Ctrl-C or SIGTERM, for the loop to end after the step it is in.
+    """Notes the first Ctrl-C or SIGTERM, so that the loop can finish its step before it ends.
 
-    The second one acts at once, as it would have without this.
+    A second signal acts at once, as without this class.
     """
 
     def __init__(self):
@@ -131,10 +131,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def agreed(self) -> int | None:
-        """The signal for which to stop after this step, if any; asked once a step.
+        """The signal that ends the loop after this step, if any. Call it once a step.
 
-        All processes get the same answer at the same step, wherever the signal went. With several,
-        it is what was known a step ago, so that no device waits for the hosts to agree.
+        All processes get the same answer at the same step, whichever of them got the signal. With
+        several processes the answer is one step old, so that no device waits for the hosts.
         """
         if jax.process_count() == 1:
             return self.number

@@ -1,4 +1,4 @@
-"""The command line's manners: flags from a dataclass, and one line for everything that is wrong."""
+"""The command line: flags from a dataclass, and one line for every error."""
 
 import contextlib
 import io
@@ -15,11 +15,11 @@ Settings = TypeVar("Settings")
 
 
 class InputError(Exception):
-    """The user can mend this; the text is the one line to show, with the fix in it."""
+    """An error that the user can correct; its text is the one line to show, with the fix in it."""
 
 
 def console() -> Console:
-    """Where a run prints; of several processes, only the first does."""
+    """The console of a run; of several processes, only the first prints."""
     return Console(quiet=jax.process_index() > 0)
 
 
@@ -37,8 +37,8 @@ def parse(
       settings: The dataclass whose fields are the flags.
       args: The arguments; None for those of the process.
       prog: The command, for `--help`.
-      description: What it does, if the dataclass does not say.
-      default: Where flags that are not given come from, if not from the dataclass itself.
+      description: What the command does; None for the dataclass's docstring.
+      default: The values of flags that are not given; None for the dataclass's own defaults.
 
     Raises:
       InputError: A flag that does not exist, or a value that does not parse or fit.
@@ -54,7 +54,7 @@ def parse(
 
 
 def peek(settings: type[Settings], args: Sequence[str] | None) -> Settings:
-    """Reads the flags of `settings` and leaves all others alone.
+    """Reads the flags of `settings` and ignores all others.
 
     Raises:
       InputError: A value that does not parse or fit.
@@ -77,7 +77,7 @@ def _tyro_errors() -> Iterator[None]:
 
 
 def _first_message(box: str) -> str:
-    """The words of tyro's framed error up to its first rule, without the frame."""
+    """The text of tyro's framed error, up to its first ruled line and without the frame."""
     _, _, body = box.partition("\n")
     message = re.split(r"\n│ ─", body)[0]
     return " ".join(message.replace("│", " ").split())
@@ -85,7 +85,7 @@ def _first_message(box: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns what the library and the model say about wrong settings into an `InputError`."""
+    """Turns the library's and the model's errors about wrong settings into an `InputError`."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -93,7 +93,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def run(main: Callable[[], int]) -> int:
-    """Calls `main`; returns the exit status, having said in one line what went wrong.
+    """Calls `main`, prints an error in one line, and returns the exit status.
 
     0 is success, 2 wrong input, 128 + n a stop by signal n.
     """

@@ -89,7 +89,7 @@ def relative_peaks(rows: Sequence[Row], settings: Settings) -> np.ndarray:
 
 
 def verdict(runs: Runs, settings: Settings) -> str:
-    """What the two came to after the warm-up, in units of τ."""
+    """The max logits of both runs after the warm-up, in units of τ."""
     parts = []
     for name, rows in runs.items():
         peaks = relative_peaks(rows, settings)

@@ -67,7 +67,7 @@ class TokenizedText:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary; fewer than asked for where the text is small."""
+        """Tokens in the vocabulary; fewer than asked for if the text is small."""
         return self.tokenizer.get_vocab_size()
 
     @property
@@ -79,7 +79,7 @@ class TokenizedText:
         }
 
     def check_same(self, saved: dict[str, str], run_dir: Path) -> None:
-        """Refuses to go on with other text, or with ids that mean other tokens.
+        """Refuses other text, and a vocabulary whose ids mean other tokens.
 
         Raises:
           InputError: These are not the saved fingerprints.
@@ -100,7 +100,7 @@ class TokenizedText:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes that one token of the validation text stands for, on average."""
+        """The mean number of UTF-8 bytes of a token in the validation text."""
         return sum(len(text.encode()) for text in self.corpus.valid) / len(self.valid)
 
 
@@ -136,8 +136,9 @@ def read_corpus(data: Path | None, *, installed_packages: bool = False) -> Corpu
 
 
 def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Holds out the files whose content hashes lowest, so that the choice depends neither on
-    names nor on order, and equal files are never on both sides. A single file gives its end."""
+    """Holds out the files whose contents have the lowest hashes: the choice depends neither on
+    names nor on order, and equal files are never on both sides. Of a single file, holds out the
+    end."""
     unique = {_digest(text): text for text in texts}
     if len(unique) == 1:
         (text,) = unique.values()
@@ -152,8 +153,8 @@ def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def load_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> Tokenizer:
-    """A byte-level BPE tokenizer of `texts`, trained once: the cache is keyed by the content
-    and the size, so other text never meets a wrong tokenizer."""
+    """A byte-level BPE tokenizer of `texts`, trained once. The cache's key is a hash of the texts
+    and the size, so other text never gets a wrong tokenizer."""
     if vocab_size < BYTE_VOCABULARY:
         raise InputError(
             f"--vocab-size {vocab_size} is too small: {BYTE_VOCABULARY} is the least, "
@@ -163,7 +164,7 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> Tokeni
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         trained = _train_tokenizer(texts, vocab_size).to_str()
-        # Another process, on another host too, may be at the same.
+        # Another process, perhaps on another host, may be writing the same file.
         with NamedTemporaryFile("w", encoding="utf-8", dir=cache, delete=False) as partial:
             partial.write(trained)
         Path(partial.name).replace(path)
@@ -190,7 +191,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """Token ids of all documents, int32 `[tokens]`, each document behind a separator."""
     separator = tokenizer.token_to_id(SEPARATOR)
     ids = []
-    for start in range(0, len(texts), 256):  # so that not all is in memory in its long form
+    for start in range(0, len(texts), 256):  # encodings take much more memory than their ids
         for encoding in tokenizer.encode_batch_fast(texts[start : start + 256]):
             ids.append(np.array([separator, *encoding.ids], np.int32))
     return np.concatenate(ids)
@@ -204,7 +205,7 @@ def windows(tokens: np.ndarray, context: int) -> np.ndarray:
 def training_batches(
     text: TokenizedText, *, context: int, batch: int, seed: int
 ) -> grain.DatasetIterator:
-    """Batches int32 `[batch, context + 1]` without end, every epoch in a new order.
+    """Endless batches int32 `[batch, context + 1]`, every epoch in a new order.
 
     The iterator's `get_state` and `set_state` hold the position.
 

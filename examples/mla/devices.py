@@ -20,7 +20,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Devices:
-    """The flags of a launch. They are not part of the run: --resume takes them anew."""
+    """The flags about devices. They are not part of the run: give them again with --resume."""
 
     mesh: Annotated[str | None, tyro.conf.arg(metavar="fsdp=4,tp=2")] = None
     """Spread the run over all devices: fsdp splits parameters, optimizer state and batch, tp heads
@@ -28,13 +28,13 @@ class Devices:
     simulate_devices: int | None = None
     """Split the CPU into this many devices (of each process), to try a mesh."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Be one of --processes; they meet at this address, which is of process 0."""
+    """Be one of --processes; they meet at this address, the address of process 0."""
     processes: int | None = None
     """How many processes there are."""
     process: int | None = None
     """Which of them this is, from 0."""
     distributed: bool = False
-    """Be one of the processes of a cluster where JAX finds out by itself (Slurm, a TPU pod)."""
+    """Be one of the processes of a cluster that JAX recognizes by itself (Slurm, a TPU pod)."""
 
     def __post_init__(self):
         self.axes  # noqa: B018 (raises)
@@ -82,11 +82,11 @@ class Devices:
 
     @property
     def batch_parts(self) -> int:
-        """Into how many parts the batch is split."""
+        """The number of parts that the batch is split into."""
         return math.prod(self.axes.get(name, 1) for name in BATCH_AXES)
 
     def start(self) -> None:
-        """Makes the devices and joins the other processes; before anything else is done with JAX.
+        """Makes the devices and joins the other processes. Call it before anything else uses JAX.
 
         Raises:
           InputError: JAX has started already, runs on something else, finds no cluster, or has
@@ -118,7 +118,7 @@ class Devices:
             ) from error
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
-        """A context in which everything runs on the mesh, if there is one."""
+        """A context in which everything runs on the mesh, if one is given."""
         return jax.set_mesh(make_mesh(self.axes)) if self.axes else contextlib.nullcontext()
 
 

@@ -1,10 +1,10 @@
-"""The mesh that a run is on, and how arrays that are no parameters lie on it.
+"""The mesh of a run, and the shardings on it of all arrays but parameters.
 
 Mesh axes:  fsdp  splits parameters and their optimizer state, and the batch
             tp    splits heads, MLP features and the vocabulary
             data  splits the batch alone
 
-Nothing here does anything without a mesh (`jax.set_mesh`).
+Without a mesh (`jax.set_mesh`) these functions leave arrays as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,12 +29,12 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
 
 
 def batch_spec(mesh: Mapping[str, int]) -> PartitionSpec:
-    """Of an array that begins with the batch axis."""
+    """The sharding of an array whose first axis is the batch."""
     return PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh))
 
 
 def spread(batch: np.ndarray) -> jax.Array:
-    """A global batch that every process holds: each device gets its part."""
+    """Gives each device its part of a batch, of which every process has all."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jnp.asarray(batch)
@@ -43,27 +43,27 @@ def spread(batch: np.ndarray) -> jax.Array:
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """Inside jit: an activation `[batch, ...]`, split as the batch is."""
+    """Splits an activation `[batch, ...]` as the batch is, inside jit."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, batch_spec(mesh.shape))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """Inside jit: a matrix whose rows are in one piece, gathered if they are split."""
+    """Gathers the rows of a matrix, if they are split, inside jit."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
 
 
 def replicate(tree: Tree) -> Tree:
-    """Inside jit: arrays that every process is to read."""
+    """Replicates arrays, so that every process can read them, inside jit."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def largest(number: int) -> jax.Array:
-    """The largest number that any process gives, as a promise; all processes must call this."""
+    """The largest number that any process gives, not waited for. All processes must call this."""
     mesh = jax.sharding.get_mesh()
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     each = np.full(mesh.size, number, np.int32)

@@ -22,7 +22,7 @@ FILE = "metrics.jsonl"
 
 
 def write(file: TextIO, row: Mapping[str, Any]) -> None:
-    """Appends a row and hands it to the system, so that a crash loses nothing."""
+    """Appends a row and flushes it, so that a crash loses nothing."""
     file.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
     file.flush()
 
@@ -71,7 +71,7 @@ def per_head(rows: Sequence[Row], name: str) -> dict[str, np.ndarray]:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the model's among them."""
+    """All settings in one level, the model's among them."""
     return {k: v for k, v in settings.items() if k != "model"} | settings["model"]
 
 
@@ -90,7 +90,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def summary(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What a run came to, as pairs of label and text."""
+    """The results of a run, as pairs of label and text."""
     start = select(rows, "start")[-1]
     steps, evals = select(rows, "step"), select(rows, "eval")
     loss = column(evals[-1:], "loss").item()

@@ -1,4 +1,4 @@
-"""HTML that needs nothing but itself: cards of tables and pictures."""
+"""HTML pages without other files: cards of tables and pictures."""
 
 import base64
 import html

@@ -1,4 +1,4 @@
-"""Which axis of which parameter goes where: the one place that says how the model is sharded."""
+"""How the model is sharded: which mesh axis splits which axis of which parameter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from examples.mla.model import Decoder, ModelConfig
 
 
 def rules(config: ModelConfig) -> dict[str, tuple[tuple[str | None, int], ...]]:
-    """Of every matrix of the model, by module: the mesh axis that splits each of its axes
-    (kernels are [in, out]), and into how many parts that may be at most."""
+    """For every matrix of the model, by module: the mesh axis that splits each of its axes
+    (kernels are [in, out]), and the largest number of parts."""
     width, features = ("fsdp", config.d_model), ("tp", config.d_ff)
     q_latent, kv_latent = ("fsdp", config.q_rank), ("fsdp", config.kv_rank)
     grouped = config.attention == "gqa"
@@ -38,7 +38,7 @@ def rules(config: ModelConfig) -> dict[str, tuple[tuple[str | None, int], ...]]:
 def spec(
     path: tuple[str, ...], ndim: int, config: ModelConfig, mesh: Mapping[str, int]
 ) -> PartitionSpec:
-    """Of a parameter, or of optimizer state that has its path at the end of its own.
+    """The sharding of a parameter, or of optimizer state whose path ends with the parameter's.
 
     Args:
       path: Ends with the module and the parameter, as in `("layers", "0", "attn", "wo", "kernel")`.
@@ -70,7 +70,7 @@ def shardings(state: nnx.State, config: ModelConfig) -> nnx.State | None:
 
 
 def keep_in_place(model: Decoder, optimizer: nnx.Optimizer) -> None:
-    """Inside jit: tells the compiler where the parameters and the optimizer's state are to be."""
+    """Holds the parameters and the optimizer's state to their shardings, inside jit."""
     state = nnx.state((model, optimizer))
     wanted = shardings(state, model.config)
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, and a progress bar that fits 80 columns."""
+"""The record of a run in progress: metrics.jsonl, and a progress bar that fits 80 columns."""
 
 import time
 from typing import Any, TextIO
@@ -15,8 +15,8 @@ from examples.mla.steps import learning_rates
 
 
 class Recorder:
-    """Takes each step's numbers as they are promised and reads them one step late, when the next
-    step has been handed to the device: the device never waits for the host."""
+    """Reads each step's numbers one step late, when the device has the next step already, so that
+    the device never waits for the host."""
 
     def __init__(self, file: TextIO, settings: Settings, done: int, console: Console):
         self.console = console
@@ -48,7 +48,7 @@ class Recorder:
         self._late = step, numbers
 
     def catch_up(self) -> None:
-        """Records the step that is still out, waiting for it."""
+        """Waits for the step that is not recorded yet, and records it."""
         if self._late is None:
             return
         (step, numbers), self._late = self._late, None
@@ -75,7 +75,7 @@ class Recorder:
         self.console.print(f"step {step}: validation loss {loss:.3f}")
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last step, such as a save, out of the next one's time."""
+        """Starts timing the next step now, so that a save or validation does not count."""
         self._clock = time.perf_counter()
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from metrics.jsonl alone.
+"""The report of a run: one HTML file, made from metrics.jsonl alone.
 
 Rebuild it with `python -m examples.mla.report RUN_DIR`.
 """
@@ -93,7 +93,7 @@ def max_logits(steps: Sequence[Row], threshold: float) -> str:
 
 
 def clip_factors(steps: Sequence[Row]) -> str:
-    """The heat map, or why there is none."""
+    """The heat map of clip factors, or the reason why there is none."""
     if not metrics.clips(steps):
         return "<p>This run does not clip.</p>"
     return picture(figures.clip_factors(steps), CLIP_FACTORS)

@@ -14,10 +14,10 @@ from examples.mla.devices import Devices
 from examples.mla.model import ModelConfig
 
 RUNS = Path("runs")
-# The chains that clip, without the clip.
+# Each chain that clips, and the same chain without the clip.
 UNCLIPPED = {"muonclip": "muon", "quackclip": "quack", "adamclip": "adamw"}
 
-# A run may be continued with other values of these; all else belongs to the checkpoint.
+# A resumed run may have other values of these; all other settings must be the checkpoint's.
 FREE_ON_RESUME = {
     *("steps", "learning_rate", "warmup", "threshold", "weight_decay", "relative_learning_rate"),
     *("eval_every", "eval_batches", "save_every", "prompt", "sample_tokens", "temperature"),
@@ -28,7 +28,7 @@ FREE_ON_RESUME = {
 
 @dataclass(frozen=True)
 class Where:
-    """The flags that tell where all others have their defaults from."""
+    """The flags that decide where the defaults of all others come from."""
 
     run_dir: Path | None = None
     resume: bool = False
@@ -51,8 +51,8 @@ class Settings:
     optimizer: Literal["muonclip", "muon", "quackclip", "quack", "adamclip", "adamw"] = "muonclip"
     """quack is Muon with QuacK; the names with clip are followed by QK-Clip."""
     per_head: bool = False
-    """Muon orthogonalizes the query, key, value and output of each head by themselves; else whole
-    kernels, as in Kimi K2."""
+    """Muon orthogonalizes the query, key, value and output of each head separately; without it
+    whole kernels, as in Kimi K2."""
     relative_learning_rate: float = 1.0
     """QuacK's τ: the learning rate of queries and keys, relative to the others'."""
     learning_rate: float = 1e-2
@@ -71,7 +71,7 @@ class Settings:
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     """Byte-level BPE with --vocab-size tokens, trained on the text; or one token a byte."""
     seed: int = 0
-    """Of the parameters, the order of the data and the sample."""
+    """Seed of the parameters, the order of the data and the sample."""
     eval_every: int = 100
     """Steps between validations."""
     eval_batches: int = 8
@@ -79,16 +79,16 @@ class Settings:
     save_every: int = 300
     """Steps between checkpoints."""
     prompt: str = "def "
-    """What the sample begins with."""
+    """Text with which the sample begins."""
     sample_tokens: int = 200
-    """Length of the sample."""
+    """Tokens in the sample."""
     temperature: float = 0.8
-    """Of the sample; 0 takes the likeliest token."""
+    """Temperature of the sample; 0 takes the likeliest token."""
     run_dir: Path | None = None
     """Folder of the run; by default a new one in runs/, and with --resume the newest there."""
     resume: bool = False
-    """Continue a run from its newest checkpoint; flags that are not given are that run's, all but
-    --mesh and the others about devices."""
+    """Continue a run from its newest checkpoint. Flags that are not given have that run's values;
+    only --mesh and the other flags about devices do not."""
     cache_dir: Path = Path(".cache/mla")
     """Folder of trained tokenizers."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = ModelConfig()  # noqa: RUF009 (frozen)
@@ -143,12 +143,12 @@ class Settings:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up that this run has."""
+        """Steps of this run's warm-up."""
         return min(self.warmup, self.steps // 2)
 
     @property
     def tokenizer_size(self) -> int:
-        """Tokens asked of the tokenizer."""
+        """Vocabulary size that the tokenizer is asked for."""
         return BYTE_VOCABULARY if self.tokenizer == "bytes" else self.model.vocab_size
 
     @property
@@ -173,7 +173,7 @@ class Settings:
 
 
 def flag(name: str) -> str:
-    """How a field is spelled on the command line."""
+    """The flag of a field on the command line."""
     return "--" + name.replace("_", "-")
 
 

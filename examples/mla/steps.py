@@ -1,4 +1,4 @@
-"""What runs on the devices: the optimizer's chain, a training step, a validation."""
+"""The work of the devices: the optimizer's chain, a training step, a validation."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def learning_rates(settings: Settings) -> optax.Schedule:
 def make_optimizer(
     settings: Settings, config: ModelConfig, on_mesh: nnx.State | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain that `--optimizer` names; `on_mesh` are the parameters' shardings, if on one."""
+    """The chain that `--optimizer` names; on a mesh, `on_mesh` are the parameters' shardings."""
     rate, decay = learning_rates(settings), settings.weight_decay
     layout = attention_layout(config)
     # Muon's matrices: those of the layout, or whole kernels.
@@ -67,7 +67,7 @@ def make_optimizer(
 
 
 def create(settings: Settings, config: ModelConfig) -> tuple[Decoder, nnx.Optimizer]:
-    """The model and its optimizer; on a mesh, no device ever holds more than its part of them."""
+    """Makes the model and its optimizer. On a mesh no device ever holds more than its part."""
 
     def make() -> tuple[Decoder, nnx.Optimizer]:
         model = Decoder(config, rngs=nnx.Rngs(settings.seed))

@@ -73,7 +73,7 @@ def train(settings: Settings, console: Console | None = None) -> int:
       0, or 128 + n when signal n ended it early.
 
     Raises:
-      InputError: Settings or text that do not do; then nothing has been written.
+      InputError: Settings or text that cannot be used; then nothing has been written.
     """
     console = console or cli.console()
     with settings.devices.on_mesh():
@@ -93,7 +93,7 @@ def train(settings: Settings, console: Console | None = None) -> int:
 
 
 class Run:
-    """A model, its optimizer and its text; nothing is written before `start` or `resume`."""
+    """A model, its optimizer and its text. Nothing is written before `start` or `resume`."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -112,10 +112,10 @@ class Run:
         return Checkpoints(self.settings.folder)
 
     def start(self) -> int:
-        """Makes the folder; returns the step it is at, 0.
+        """Makes the folder; returns step 0.
 
         Raises:
-          InputError: Not every process sees it.
+          InputError: Not every process sees the folder.
         """
         in_every_process(self._make_folder)
         in_every_process(self._check_folder)
@@ -169,7 +169,7 @@ class Run:
         return None
 
     def finish(self, console: Console) -> None:
-        """Samples, and shows what the run came to."""
+        """Writes a sample, and shows the run's results."""
         settings, sample = self.settings, self._sample()
         with self._metrics_file() as file:
             end = {"event": "end", "step": settings.steps, "prompt": settings.prompt}
