@@ -59,7 +59,7 @@ def _drawing(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
 
 @_drawing
 def head_map(values: Mapping[str, ArrayLike], label: str) -> "Figure":
-    """A heat map of one number a head: layers down, heads across. NaN and Inf are red.
+    """Draws one number a head as a heat map: layers down, heads across. NaN and Inf are red.
 
     Args:
       values: By block, `[stack..., heads]`, such as
@@ -72,6 +72,11 @@ def head_map(values: Mapping[str, ArrayLike], label: str) -> "Figure":
     Raises:
       ImportError: matplotlib is not installed.
       ValueError: There are no values, or a block's are a scalar.
+
+    Example:
+      >>> figure = mc.plots.head_map({"attn": sown[("attn",)]}, "max logit")
+      >>> len(figure.axes)  # the map and its scale
+      2
     """
     rows = {
         layer: array[index]
@@ -106,7 +111,7 @@ def curves(
     *,
     threshold: float | None = None,
 ) -> "Figure":
-    """Numbers of heads over time: a panel a block, a line a head, the first dark.
+    """Draws numbers of heads over time: a panel a block, a line a head, the first dark.
 
     Args:
       steps: When, `[steps]`.
@@ -120,6 +125,12 @@ def curves(
     Raises:
       ImportError: matplotlib is not installed.
       ValueError: There are no values, or other than one for each step.
+
+    Example:
+      >>> maxima = {"attn": jnp.ones((3, 2))}
+      >>> figure = mc.plots.curves([0, 10, 20], maxima, "max logit", threshold=100.0)
+      >>> len(figure.axes)
+      1
     """
     steps = np.asarray(steps)
     arrays = _arrays("curves", values)
@@ -141,7 +152,7 @@ def curves(
 
 @_drawing
 def spectra(values: Mapping[str, ArrayLike], label: str = "σ over the largest") -> "Figure":
-    """Singular values, each over the largest of its matrix: a panel a block, a line a matrix.
+    """Draws singular values over the largest of their matrix: a panel a block, a line a matrix.
 
     Args:
       values: By block, `[..., k]`, the largest first, as `singular_values` gives them:
@@ -154,6 +165,12 @@ def spectra(values: Mapping[str, ArrayLike], label: str = "σ over the largest")
     Raises:
       ImportError: matplotlib is not installed.
       ValueError: There are no values, or a block's are a scalar.
+
+    Example:
+      >>> heads = mc.head_matrices(params, layout)["attn"]
+      >>> values = {role: mc.singular_values(matrices) for role, matrices in heads.items()}
+      >>> len(mc.plots.spectra(values).axes)  # q, k, v, o
+      4
     """
     arrays = _arrays("spectra", values)
     figure, panels = _panels(list(arrays), "singular value", label)

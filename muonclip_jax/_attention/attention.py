@@ -33,20 +33,19 @@ def dot_product_attention(
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention and, per query head, the largest logit that entered its softmax.
+    """Computes attention, and for each query head the largest logit that entered its softmax.
 
-    `softmax(soft_cap(scale · q kᵀ) + bias) v` over the visible keys. Rotary embeddings
-    are applied before. Position j is visible to query i when the mask, `is_causal`
-    (j ≤ i) and the window (i − left ≤ j ≤ i + right) all allow it; a query that sees
-    nothing gives zeros.
+    The output is `softmax(soft_cap(scale · q kᵀ) + bias) v` over the visible keys. Apply rotary
+    embeddings before. Position j is visible to query i when the mask, `is_causal` (j ≤ i) and the
+    window (i − left ≤ j ≤ i + right) all allow it. A query that sees nothing gives zeros.
 
     The maxima are of `scale · q kᵀ`, the only part that scaling the kernels of q and k
     scales: the soft cap and the bias come after. They are what QK-Clip compares with its
     threshold, and carry no gradient.
 
-    Flax's attention modules call `attention_fn` instead, the same for them.
+    Flax's attention modules call `attention_fn` instead, which is made of this function.
 
-    Who computes it is `implementation`:
+    `implementation` says which code computes it:
 
     | | maxima | |
     | --- | --- | --- |
@@ -105,6 +104,12 @@ def dot_product_attention(
         implementation does not support.
       TypeError: a dtype or type that does not fit.
       ImportError: `implementation="tokamax"` without the package.
+
+    Example:
+      >>> query, key, value = jnp.ones((5, 4, 8)), jnp.ones((5, 2, 8)), jnp.ones((5, 2, 8))
+      >>> out, max_logits = mc.dot_product_attention(query, key, value, is_causal=True)
+      >>> out.shape, max_logits.shape
+      ((5, 4, 8), (4,))
     """
     given = {"query": query, "key": key, "value": value}
     query, key, value = (arguments.floating(name, x) for name, x in given.items())

@@ -22,7 +22,7 @@ class Call:
 
     query: jax.Array  # [..., T, N, H]
     key: jax.Array  # [..., S, K, H]
-    value: jax.Array | None  # [..., S, K, V]; None: only the maxima are wanted
+    value: jax.Array  # [..., S, K, V]; V is 0 where only the maxima are wanted
     scale: float
     mask: jax.Array | None = None  # [..., N, T, S], any of them 1; None: all visible
     bias: jax.Array | None = None  # the same

@@ -159,7 +159,7 @@ def _backward(plan: Plan, saved: _Residuals, cotangents) -> tuple[Operands]:
 
 
 def _add_tile(plan: Plan, x: jax.Array | None, tile: jax.Array | None, i, j):
-    if x is None:
+    if x is None or tile is None:
         return None
     starts, sizes = tile_bounds(plan, x, i, j)
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, starts, sizes) + tile, starts)

@@ -1,6 +1,7 @@
 """`jax.nn.dot_product_attention`, whose logsumexp bounds the max logits."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     *batch, _, _, _ = call.query.shape
     flat = _one_batch_axis(call)
     half = jnp.finfo(call.query.dtype).bits == 16
+    kernel: Literal["cudnn", "xla"] = "xla"
+    if half and jax.default_backend() == "gpu":
+        kernel = "cudnn"
     out, logsumexp = jax.nn.dot_product_attention(
         flat.query,
         flat.key,
@@ -30,7 +34,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
         scale=flat.scale,
         is_causal=flat.is_causal,
         local_window_size=flat.window,
-        implementation="cudnn" if half and jax.default_backend() == "gpu" else "xla",
+        implementation=kernel,
         return_residual=True,
     )
     out = jnp.where(sees(logsumexp)[..., None], out, 0)

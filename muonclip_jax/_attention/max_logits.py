@@ -36,6 +36,15 @@ def sow_max_logits(module: "linen.Module | nnx.Module", max_logits: jax.Array) -
     Raises:
       TypeError: `module` is not a Flax module, or `max_logits` is not floating point.
       ValueError: `max_logits` has no head axis.
+
+    Example:
+      >>> class Attention(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         q, k, v = (nn.DenseGeneral((4, 2), name=name)(x) for name in "qkv")
+      ...         out, max_logits = mc.dot_product_attention(q, k, v)
+      ...         mc.sow_max_logits(self, max_logits)
+      ...         return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), name="o")(out)
     """
     _check(max_logits, "max_logits")
     value = jax.lax.stop_gradient(jnp.asarray(max_logits, jnp.float32))
@@ -44,7 +53,7 @@ def sow_max_logits(module: "linen.Module | nnx.Module", max_logits: jax.Array) -
 
 
 def read_max_logits(intermediates: Mapping[Any, Any]) -> dict[paths.Path, jax.Array]:
-    """The sown max logits of every attention block, by the block's path.
+    """Reads the sown max logits of every attention block, by the block's path.
 
     Args:
       intermediates: what the forward pass gave: Linen's `intermediates` collection or the
@@ -60,6 +69,11 @@ def read_max_logits(intermediates: Mapping[Any, Any]) -> dict[paths.Path, jax.Ar
     Raises:
       ValueError: no max logits in it, or one without a head axis, or calls that differ in shape.
       TypeError: not a mapping, or values that are not floating point.
+
+    Example:
+      >>> _, sown = model.apply({"params": params}, tokens, mutable=["intermediates"])
+      >>> {path: maxima.shape for path, maxima in mc.read_max_logits(sown).items()}
+      {('attn',): (2,)}
     """
     if (
         isinstance(intermediates, Mapping)

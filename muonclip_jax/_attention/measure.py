@@ -26,7 +26,7 @@ def measure_max_logits(
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Each query head's largest logit, beside any attention that computes the output.
+    """Measures each query head's largest logit, beside any attention that computes the output.
 
     The maxima are what `dot_product_attention` would report: of `scale · q kᵀ` over the visible
     pairs, before a soft cap and a bias. Positions that your attention hides by a bias must be
@@ -36,16 +36,16 @@ def measure_max_logits(
     size takes 7 times as many, forward and backward. `examples` and `every` divide it, for a
     weaker guarantee:
 
-    - `examples=m` looks at the first m entries of the batch. The result is a **lower bound** of
-      the batch's maxima: QK-Clip never clips a head more than the full maxima would, and passes
-      over logits of the entries that it did not see. If entries come in random order, the
-      largest logit is among m of B with probability m/B.
-    - `every=k` looks at the steps 0, k, 2k, …; the others give −inf, which means "nothing seen":
-      QK-Clip clips nothing then. At a step with a look it is exact, so a head stays over the
-      threshold for at most k − 1 steps more than with `every=1`, while the logits may grow by
-      what k updates add rather than one. With QuacK what the updates of the block's queries and
-      keys add has a bound, k times the one of `scale_by_quack`; without, it has none, so choose
-      k small against the steps in which a logit doubles.
+    - `examples=m` measures the first m entries of the batch. The result is a **lower bound** of
+      the batch's maxima: QK-Clip never clips a head more than the full maxima would, and misses
+      larger logits of the other entries. If entries come in random order, the largest logit is
+      among m of B with probability m/B.
+    - `every=k` measures at the steps 0, k, 2k, …; the others give −inf, which means "nothing
+      seen", and QK-Clip clips nothing. The steps that measure are exact. So a head stays above
+      the threshold for at most k − 1 steps more than with `every=1`, and its logits may grow by
+      what k updates add instead of one. With QuacK this has a bound, k times that of
+      `scale_by_quack`. Without QuacK it has none: choose k small against the steps in which a
+      logit doubles.
 
     Inside `jax.vmap` over `step` both branches run and nothing is saved.
 
@@ -56,9 +56,10 @@ def measure_max_logits(
       is_causal: query i sees keys 0 … i.
       local_window_size: `(left, right)` or one int for both, as `dot_product_attention`.
       scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
-      examples: entries of the first axis to look at, all by default. On a mesh that splits this
-        axis it takes from the first devices: inside `jax.shard_map`, each takes its own.
-      every: look once in so many steps.
+      examples: entries of the first axis to measure, all by default. On a mesh that splits this
+        axis they are those of the first devices; inside `jax.shard_map`, each device takes its
+        own.
+      every: measure once in so many steps.
       step: the number of the step, an integer scalar that may be traced; needed by `every > 1`.
         Count optimizer steps. With `mc.accumulate` all micro-batches of a step have one number.
       chunk_size: as `dot_product_attention`.
@@ -73,6 +74,11 @@ def measure_max_logits(
     Raises:
       ValueError: shapes that do not fit, a number out of its range, or `every` without `step`.
       TypeError: a dtype or type that does not fit.
+
+    Example:
+      >>> query, key = jnp.ones((5, 4, 8)), jnp.ones((5, 2, 8))
+      >>> mc.measure_max_logits(query, key, is_causal=True, every=10, step=20).shape
+      (4,)
     """
     query, key = arguments.floating("query", query), arguments.floating("key", key)
     arguments.check_operands(query, key)
@@ -88,7 +94,7 @@ def measure_max_logits(
         arguments.Call(
             query=query,
             key=key,
-            value=None,
+            value=jnp.zeros((*key.shape[:-1], 0), dtype),
             mask=mask,
             is_causal=is_causal,
             window=arguments.window(local_window_size),
@@ -99,11 +105,11 @@ def measure_max_logits(
     )
     nothing = jnp.full_like(operands.query[..., 0, 0], -jnp.inf, accumulation_dtype(query.dtype))
     if every == 1:
-        highest = _look(plan, operands, nothing)
+        highest = _highest(plan, operands, nothing)
     else:
         highest = lax.cond(
             step % every == 0,
-            lambda x, nothing: _look(plan, x, nothing),
+            lambda x, nothing: _highest(plan, x, nothing),
             lambda x, nothing: nothing,
             operands,
             nothing,
@@ -111,12 +117,10 @@ def measure_max_logits(
     return largest(highest, tuple(range(highest.ndim - 2))).reshape(query.shape[-2])
 
 
-def _step(step: ArrayLike | None, every: int) -> ArrayLike | None:
-    if step is None:
-        if every > 1:
-            raise ValueError(f"every={every} needs step=, the number of the step.")
-        return None
-    step = jnp.asarray(step)
+def _step(step: ArrayLike | None, every: int) -> jax.Array:
+    if step is None and every > 1:
+        raise ValueError(f"every={every} needs step=, the number of the step.")
+    step = jnp.asarray(0 if step is None else step)
     if not jnp.issubdtype(step.dtype, jnp.integer) or step.ndim:
         raise TypeError(f"step must be an integer scalar, found {step.dtype} {step.shape}.")
     return step
@@ -134,7 +138,7 @@ def _first(count: int, query: jax.Array, key: jax.Array, mask: jax.Array | None)
     return query[:count], key[:count], mask
 
 
-def _look(plan: Plan, x: Operands, nothing: jax.Array) -> jax.Array:
+def _highest(plan: Plan, x: Operands, nothing: jax.Array) -> jax.Array:
     """`[..., K, G]`. The batch is kept to the end: spread over devices, it costs one reduction."""
 
     def step(highest: jax.Array, ij):

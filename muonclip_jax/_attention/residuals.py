@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from muonclip_jax._attention.call import floating
 from muonclip_jax._core.dtypes import accumulation_dtype
@@ -9,9 +10,9 @@ from muonclip_jax._core.maxima import largest
 
 
 def max_logits_from_residuals(
-    row_max: jax.typing.ArrayLike, row_sum: jax.typing.ArrayLike, *, heads_axis: int = -2
+    row_max: ArrayLike, row_sum: ArrayLike, *, heads_axis: int = -2
 ) -> jax.Array:
-    """Each head's largest logit, from the running maxima of a kernel's stable softmax.
+    """Reads each head's largest logit off the running maxima of a kernel's stable softmax.
 
     For attention that you call yourself:
 
@@ -40,6 +41,11 @@ def max_logits_from_residuals(
     Raises:
       TypeError: not floating point.
       ValueError: shapes that differ, or without heads and rows.
+
+    Example:
+      >>> row_max = jnp.array([[1.0, 5.0, 2.0], [-3.0, -2.0, -4.0]])  # 2 heads, 3 queries
+      >>> mc.max_logits_from_residuals(row_max, row_sum=jnp.ones((2, 3))).tolist()
+      [5.0, -2.0]
     """
     row_max, row_sum = floating("row_max", row_max), floating("row_sum", row_sum)
     if row_max.shape != row_sum.shape or row_max.ndim < 2:
@@ -51,8 +57,8 @@ def max_logits_from_residuals(
     return _per_head(rows, heads_axis)
 
 
-def max_logits_bound(logsumexp: jax.typing.ArrayLike, *, heads_axis: int = -1) -> jax.Array:
-    """An upper bound on each head's largest logit, from the logsumexp of its rows.
+def max_logits_bound(logsumexp: ArrayLike, *, heads_axis: int = -1) -> jax.Array:
+    """Bounds each head's largest logit from above, by the logsumexp of its rows.
 
     For kernels that tell no maximum: `jax.nn.dot_product_attention(..., return_residual=True)`,
     with cuDNN on a GPU as with XLA, and any other flash attention. Of n visible logits
@@ -62,8 +68,8 @@ def max_logits_bound(logsumexp: jax.typing.ArrayLike, *, heads_axis: int = -1) -
     so QK-Clip with the bound clips all that it would clip with the maximum, and at most log n
     early: 6.2 for rows of 512 logits, 7.6 for 2048, 11.8 for 131072, against thresholds of 100.
     The gap is largest where a row's logits are all alike, and 0 where one of them dominates, as in
-    heads that explode. The bound is on what the softmax saw: with a bias, a soft cap or a sink it
-    says nothing of `scale · q kᵀ`.
+    heads above the threshold. The bound is on what the softmax saw: with a bias, a soft cap or a
+    sink it says nothing of `scale · q kᵀ`.
 
     Args:
       logsumexp: `[..., T, N]`, in the natural base, as `jax.nn` gives it.
@@ -77,13 +83,19 @@ def max_logits_bound(logsumexp: jax.typing.ArrayLike, *, heads_axis: int = -1) -
     Raises:
       TypeError: not floating point.
       ValueError: no axes of heads and rows.
+
+    Example:
+      >>> x = jnp.ones((1, 5, 4, 8))
+      >>> out, logsumexp = jax.nn.dot_product_attention(x, x, x, return_residual=True)
+      >>> mc.max_logits_bound(logsumexp).shape
+      (4,)
     """
     logsumexp = floating("logsumexp", logsumexp)
     if logsumexp.ndim < 2:
         raise ValueError(f"logsumexp must be [..., rows, heads], found {logsumexp.shape}.")
-    wide = logsumexp.astype(accumulation_dtype(logsumexp.dtype))
-    rounding = float(jnp.finfo(logsumexp.dtype).eps) * jnp.abs(wide)
-    return _per_head(jnp.where(sees(logsumexp), wide + rounding, -jnp.inf), heads_axis)
+    rows = logsumexp.astype(accumulation_dtype(logsumexp.dtype))
+    rounding = float(jnp.finfo(logsumexp.dtype).eps) * jnp.abs(rows)
+    return _per_head(jnp.where(sees(logsumexp), rows + rounding, -jnp.inf), heads_axis)
 
 
 def sees(rows: jax.Array) -> jax.Array:

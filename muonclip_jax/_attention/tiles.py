@@ -103,14 +103,18 @@ class Plan:
 class Operands(NamedTuple):
     query: jax.Array  # [..., K, G, T, H]
     key: jax.Array  # [..., K, S, H]
-    value: jax.Array | None  # [..., K, S, V]
+    value: jax.Array  # [..., K, S, V]
     bias: jax.Array | None  # [..., K, G, T, S], any of them 1
     mask: jax.Array | None  # the same; None: all visible
     dropout_rng: jax.Array | None
 
 
 def cut(call: Call) -> tuple[Plan, Operands]:
-    """A call's plan, and its operands with the heads first."""
+    """A call's plan, and its operands with the heads first.
+
+    Example: query `[2, 512, 8, 64]` and key `[2, 512, 4, 64]` become `[2, 4, 2, 512, 64]` and
+    `[2, 4, 512, 64]`; with chunks of 128 and `is_causal`, 10 of 16 tiles `[2, 4, 2, 128, 128]`.
+    """
     left, right = call.window or (None, None)
     *batch, length, num_heads, _ = call.query.shape
     chunk_size = call.chunk_size or _chunk_size(math.prod(batch) * num_heads)
@@ -125,15 +129,11 @@ def cut(call: Call) -> tuple[Plan, Operands]:
         broadcast_dropout=call.broadcast_dropout,
         precision=call.precision,
     )
-    kv_heads = call.key.shape[-2]
-    return plan, Operands(
-        query=_per_group(jnp.moveaxis(call.query, -3, -2), kv_heads),
-        key=jnp.moveaxis(call.key, -3, -2),
-        value=None if call.value is None else jnp.moveaxis(call.value, -3, -2),
-        bias=_per_group(call.bias, kv_heads),
-        mask=_per_group(call.mask, kv_heads),
-        dropout_rng=call.dropout_rng,
+    query, key, value = (jnp.moveaxis(x, -3, -2) for x in (call.query, call.key, call.value))
+    query, bias, mask = jax.tree.map(  # None stays None
+        lambda x: _per_group(x, kv_heads=key.shape[-3]), (query, call.bias, call.mask)
     )
+    return plan, Operands(query, key, value, bias, mask, call.dropout_rng)
 
 
 def _chunk_size(heads: int) -> int:
@@ -143,10 +143,8 @@ def _chunk_size(heads: int) -> int:
     return min(max(side, shortest), longest)
 
 
-def _per_group(x: jax.Array | None, kv_heads: int) -> jax.Array | None:
+def _per_group(x: jax.Array, kv_heads: int) -> jax.Array:
     """`[..., N, T, any]` as `[..., K, G, T, any]`; a broadcast axis of heads makes two."""
-    if x is None:
-        return None
     *batch, num_heads, rows, columns = x.shape
     heads = (1, 1) if num_heads == 1 else (kv_heads, num_heads // kv_heads)
     return x.reshape(*batch, *heads, rows, columns)

@@ -51,10 +51,10 @@ def sow(module: "linen.Module | nnx.Module", name: str, value: jax.Array, **redu
     # Flax releases with this option can be told that `sow` outside of `nnx.capture` does nothing;
     # in those before it, `nnx.capture` marks the modules that collect with an attribute.
     if "capture_noop" in inspect.signature(nnx.Module.sow).parameters:
-        return module.sow(nnx.Intermediate, name, value, capture_noop=True, **reduction)
-    if hasattr(module, "__captures__"):
-        return module.sow(nnx.Intermediate, name, value, **reduction)
-    return False
+        reduction["capture_noop"] = True
+    elif not hasattr(module, "__captures__"):
+        return False
+    return module.sow(nnx.Intermediate, name, value, **reduction)
 
 
 def sown(intermediates: Any) -> Iterator[tuple[paths.Path, Any]]:

@@ -38,6 +38,14 @@ def sow_activations(module: "linen.Module | nnx.Module", **activations: jax.Arra
     Raises:
       TypeError: `module` is not a Flax module, or activations are not floating point, or none.
       ValueError: Activations of other than four axes.
+
+    Example:
+      >>> class Attention(nnx.Module):
+      ...     def __call__(self, k):
+      ...         mc.sow_activations(self, keys=k)
+      >>> _, sown = nnx.capture(Attention(), nnx.Intermediate)(jnp.ones((2, 5, 4, 8)))
+      >>> mc.read_activations(sown)[()].shape
+      (4, 10, 8)
     """
     if not activations:
         raise TypeError("sow_activations: name what to sow, sow_activations(self, keys=k).")
@@ -57,7 +65,7 @@ def sow_activations(module: "linen.Module | nnx.Module", **activations: jax.Arra
 
 
 def read_activations(intermediates: Any, name: str = KEYS) -> dict[paths.Path, jax.Array]:
-    """What attention blocks sowed under a name, head by head.
+    """Reads what attention blocks sowed under a name, head by head.
 
     `jax.tree.map(mc.participation_ratio, mc.read_activations(intermediates))` is the participation
     ratio of every head's keys. What plain Flax collects is read as well: `self.sow`, and in Linen
@@ -79,6 +87,12 @@ def read_activations(intermediates: Any, name: str = KEYS) -> dict[paths.Path, j
       TypeError: `intermediates` is not a mapping, or values are not floating point.
       ValueError: Nothing of this name in it, or values of fewer than four axes, or calls that
         differ in more than tokens.
+
+    Example:
+      >>> is_key = lambda module, _: module.name == "key"
+      >>> _, found = model.apply({"params": params}, tokens, capture_intermediates=is_key)
+      >>> mc.read_activations(found, "__call__")[("attn", "key")].shape
+      (2, 10, 4)
     """
     found = dict(sowing.sown(intermediates))
     blocks = {

@@ -3,6 +3,7 @@
 All of these take matrices `[..., n, m]` to a number each, `[...]`, and have in common:
 
 - Any float dtype goes in. They compute in float32, float64 for float64, and give that.
+- Ranks and participation ratios lie between 1 and min(n, m).
 - A zero matrix gives 0. One with a NaN or Inf gives NaN and leaves the rest of the batch alone.
 - Scale is taken out by a power of two first, so that huge and tiny matrices neither overflow nor
   vanish; entries below the smallest normal number may count as zero.
@@ -34,15 +35,13 @@ from muonclip_jax._orthogonalize.normalization import in_range, nonzero
 def singular_values(x: ArrayLike) -> jax.Array:
     """The singular values, the largest first.
 
-    Args:
-      x: Matrices `[..., n, m]`, any float dtype.
+    Takes matrices `[..., n, m]` of any float dtype (else TypeError; ValueError for fewer than two
+    axes, or one of length zero) and gives `[..., min(n, m)]` in float32, float64 for float64: all
+    NaN for a matrix with a NaN or Inf.
 
-    Returns:
-      `[..., min(n, m)]`, float32 or wider; all NaN for a matrix with a NaN or Inf.
-
-    Raises:
-      TypeError: `x` is not of a float dtype.
-      ValueError: It has fewer than two axes, or one of length zero.
+    Example:
+      >>> mc.singular_values(jnp.ones((5, 4, 3))).shape
+      (5, 3)
     """
     values, scale = _spectrum_of("singular_values", x)
     return values * scale
@@ -51,15 +50,12 @@ def singular_values(x: ArrayLike) -> jax.Array:
 def spectral_norm(x: ArrayLike) -> jax.Array:
     """‖x‖₂, the largest singular value: exact, by SVD.
 
-    Args:
-      x: Matrices `[..., n, m]`, any float dtype.
+    Takes matrices `[..., n, m]` of any float dtype (else TypeError; ValueError for fewer than two
+    axes, or one of length zero) and gives `[...]` in float32, float64 for float64.
 
-    Returns:
-      `[...]`, float32 or wider.
-
-    Raises:
-      TypeError: `x` is not of a float dtype.
-      ValueError: It has fewer than two axes, or one of length zero.
+    Example:
+      >>> round(float(mc.spectral_norm(jnp.diag(jnp.array([3.0, 1.0])))), 3)
+      3.0
     """
     values, scale = _spectrum_of("spectral_norm", x)
     return values[..., 0] * scale[..., 0]
@@ -72,15 +68,12 @@ def participation_ratio(x: ArrayLike) -> jax.Array:
     matrix uses, e.g. the key activations `[tokens, head_features]` of one head. The exponential of
     a Rényi entropy of order 2 if σ/Σσ are probabilities; `effective_rank(x, gamma=1)` is Shannon's.
 
-    Args:
-      x: Matrices `[..., n, m]`, any float dtype.
+    Takes matrices `[..., n, m]` of any float dtype (else TypeError; ValueError for fewer than two
+    axes, or one of length zero) and gives `[...]` in float32, float64 for float64.
 
-    Returns:
-      `[...]`, float32 or wider.
-
-    Raises:
-      TypeError: `x` is not of a float dtype.
-      ValueError: It has fewer than two axes, or one of length zero.
+    Example:
+      >>> round(float(mc.participation_ratio(jnp.diag(jnp.array([3.0, 1.0])))), 3)
+      1.6
     """
     values, _ = _spectrum_of("participation_ratio", x)
     return _participation(values)
@@ -89,15 +82,12 @@ def participation_ratio(x: ArrayLike) -> jax.Array:
 def eigenvalue_participation_ratio(x: ArrayLike) -> jax.Array:
     """`(Σλ)² / Σλ²` over the **eigenvalues** λ = σ² of `xᵀx`: the covariance form, never larger.
 
-    Args:
-      x: Matrices `[..., n, m]`, any float dtype.
+    Takes matrices `[..., n, m]` of any float dtype (else TypeError; ValueError for fewer than two
+    axes, or one of length zero) and gives `[...]` in float32, float64 for float64.
 
-    Returns:
-      `[...]`, float32 or wider.
-
-    Raises:
-      TypeError: `x` is not of a float dtype.
-      ValueError: It has fewer than two axes, or one of length zero.
+    Example:
+      >>> round(float(mc.eigenvalue_participation_ratio(jnp.diag(jnp.array([3.0, 1.0])))), 3)
+      1.22
     """
     values, _ = _spectrum_of("eigenvalue_participation_ratio", x)
     return _participation(_relative(values) ** 2)
@@ -115,11 +105,15 @@ def effective_rank(x: ArrayLike, gamma: float = 1.0) -> jax.Array:
       gamma: The power, above 0. The larger, the less small singular values count.
 
     Returns:
-      `[...]`, float32 or wider, between 1 and min(n, m).
+      `[...]` in float32, float64 for float64, between 1 and min(n, m).
 
     Raises:
       TypeError: `x` is not of a float dtype, or gamma no number.
       ValueError: `x` has fewer than two axes, or one of length zero; gamma is not above 0.
+
+    Example:
+      >>> round(float(mc.effective_rank(jnp.eye(3))), 3)
+      3.0
     """
     if not isinstance(gamma, Real):
         raise TypeError(f"effective_rank: gamma must be a number such as 1 or 2, got {gamma!r}.")
@@ -136,15 +130,12 @@ def effective_rank(x: ArrayLike, gamma: float = 1.0) -> jax.Array:
 def stable_rank(x: ArrayLike) -> jax.Array:
     """`‖x‖_F² / ‖x‖₂²`, which is Σσ² over the largest σ².
 
-    Args:
-      x: Matrices `[..., n, m]`, any float dtype.
+    Takes matrices `[..., n, m]` of any float dtype (else TypeError; ValueError for fewer than two
+    axes, or one of length zero) and gives `[...]` in float32, float64 for float64.
 
-    Returns:
-      `[...]`, float32 or wider, between 1 and min(n, m).
-
-    Raises:
-      TypeError: `x` is not of a float dtype.
-      ValueError: It has fewer than two axes, or one of length zero.
+    Example:
+      >>> round(float(mc.stable_rank(jnp.diag(jnp.array([3.0, 1.0])))), 3)
+      1.111
     """
     values, _ = _spectrum_of("stable_rank", x)
     return (_relative(values) ** 2).sum(axis=-1)
@@ -153,15 +144,12 @@ def stable_rank(x: ArrayLike) -> jax.Array:
 def nuclear_rank(x: ArrayLike) -> jax.Array:
     """`‖x‖_* / ‖x‖₂`, nuclear over spectral norm, which is Σσ over the largest σ.
 
-    Args:
-      x: Matrices `[..., n, m]`, any float dtype.
+    Takes matrices `[..., n, m]` of any float dtype (else TypeError; ValueError for fewer than two
+    axes, or one of length zero) and gives `[...]` in float32, float64 for float64.
 
-    Returns:
-      `[...]`, float32 or wider, between 1 and min(n, m).
-
-    Raises:
-      TypeError: `x` is not of a float dtype.
-      ValueError: It has fewer than two axes, or one of length zero.
+    Example:
+      >>> round(float(mc.nuclear_rank(jnp.diag(jnp.array([3.0, 1.0])))), 3)
+      1.333
     """
     values, _ = _spectrum_of("nuclear_rank", x)
     return _relative(values).sum(axis=-1)

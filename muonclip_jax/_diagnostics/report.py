@@ -62,6 +62,11 @@ class HeadReport(NamedTuple):
       dead: bool `[stack..., heads]`: the head reads all its tokens alike. Its largest logit is
         within ±0.1, and so is whatever its kernels make of inputs of RMS 1,
         `‖W_q W_kᵀ‖₂ · in / sqrt(head_features) < 0.1`.
+
+    Example:
+      >>> heads = mc.attention_report(params, None, sown, layout).blocks["attn"]
+      >>> heads.above.tolist(), heads.ranks.shape
+      ([False, False], (2,))
     """
 
     max_logits: jax.Array
@@ -107,6 +112,11 @@ class AttentionReport:
 
     Attributes:
       blocks: A `HeadReport` for each attention block, by path.
+
+    Example:
+      >>> report = mc.attention_report(params, None, sown, layout)
+      >>> report.scalars()["above/attn"]
+      0.0
     """
 
     blocks: dict[str, HeadReport]
@@ -160,10 +170,10 @@ def attention_report(
     *,
     threshold: ArrayLike = 100.0,
 ) -> AttentionReport:
-    """Every attention head in numbers: logits, clip, kernels, keys, and whether to worry.
+    """Reports every attention head in numbers: logits, clip, kernels, keys, and whether to worry.
 
-    Under `jax.jit` or outside; at every N-th step of a jitted one with `jax.lax.cond`. No host
-    synchronisation. In float32 (float64 for float64 parameters).
+    Works under `jax.jit` and outside; with `jax.lax.cond` at every N-th step of a jitted one. No
+    host synchronisation. Computes in float32 (float64 for float64 parameters).
 
     W_q and W_k take the block's input to the head's queries and keys. Of MLA they are multiplied
     out, `W_q = q_down · [q_nope | q_rope]` and `W_k = [kv_down · k_nope | k_rope]`. Biases, norms
@@ -191,6 +201,12 @@ def attention_report(
     Raises:
       TypeError, ValueError: What `find_blocks` and `read_max_logits` raise; a block without max
         logits; keys that belong to no block or do not fit its heads.
+
+    Example:
+      >>> tx = mc.qk_clip(layout, threshold=100.0)
+      >>> report = mc.attention_report(params, tx.init(params), sown, layout, threshold=100.0)
+      >>> list(report.blocks)
+      ['attn']
     """
     blocks = find_blocks(layout, params)
     clip = _last_clip(opt_state)
