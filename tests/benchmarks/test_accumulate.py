@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks.accumulate import Options, main
 
 
+@pytest.mark.slow
 def test_accumulate_executes_one_update_and_sees_all_maxima(tmp_path, capsys):
     file = tmp_path / "record.json"
     options = Options(

@@ -26,6 +26,8 @@ def run(tmp_path_factory):
     return main(options), options
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_record(run):
     record, options = run
     assert json.loads(options.json.read_text()) == json.loads(json.dumps(record))

@@ -8,6 +8,7 @@ from benchmarks import methods
 from benchmarks.methods import Options, main
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_every_method_of_a_cell_has_a_row(tmp_path, capsys):
     file, picture = tmp_path / "record.json", tmp_path / "picture.png"
     options = Options(

@@ -13,6 +13,8 @@ from benchmarks.optimizer_step import Options, main
 TINY = {"layers": 1, "width": 8, "vocab_size": 16, "repeats": 1, "compile_repeats": 1}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_every_row_has_all_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "torch", None)
     file, picture = tmp_path / "record.json", tmp_path / "picture.png"
@@ -52,6 +54,7 @@ def test_ours_and_optax_train_the_same_parameters_by_the_same_optimizers():
         assert like_params == sorted(sizes + adamws)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_ours_and_optax_move_parameters_alike():
     params = {
         "up": {"kernel": jax.random.normal(jax.random.key(0), (8, 32))},
@@ -70,6 +73,8 @@ def test_ours_and_optax_move_parameters_alike():
     assert jnp.allclose(ours["norm"]["scale"][0], -3e-4, rtol=0.2)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_training_goes_on_by_a_step_at_each_call():
     entry = optimizer_step.entries()["ours-float32"]
     shapes = optimizer_step.decoder(layers=1, width=8, vocab_size=16)

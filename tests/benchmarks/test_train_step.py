@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import train_step
 from benchmarks.train_step import BASE, BOTH, OPTIMIZERS, Options, main
 from examples.mla.model import ModelConfig
@@ -21,6 +23,8 @@ TINY = ModelConfig(
 )
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_every_optimizer_has_a_row_and_learns(tmp_path, monkeypatch, capsys):
     two = {name: OPTIMIZERS[name] for name in (BASE, BOTH)}  # the other two compile as long again
     monkeypatch.setattr(train_step, "OPTIMIZERS", two)

@@ -59,8 +59,12 @@ def naive_logits(q, k):
     return np.where(np.tril(np.ones(logits.shape[-2:], bool)), logits, np.nan)
 
 
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
-def test_sown_maxima_are_those_of_the_sown_queries_and_keys(config):
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * ("norm" in kind)) for kind in KINDS],
+)
+def test_sown_maxima_are_those_of_the_sown_queries_and_keys(kind):
+    config = KINDS[kind]
     params, logits, q, k = first(config)
     again, sown = apply(config, params)
     np.testing.assert_allclose(logits, again, rtol=1e-5, atol=1e-5)  # two programs, float32
@@ -74,6 +78,7 @@ def test_sown_maxima_are_those_of_the_sown_queries_and_keys(config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grouped", "latent"])
 def test_qk_norm_gives_every_head_unit_rms(kind):
     _, _, q, k = first(KINDS[kind])
@@ -108,7 +113,10 @@ def test_fused_refuses_heads_that_do_not_fill_the_width():
         init_params(replace(KINDS["fused"], v=3), 0)
 
 
-@pytest.mark.parametrize("kind", ["grouped", "latent", "latent, latent norms"])
+@pytest.mark.parametrize(
+    "kind",
+    ["grouped", "latent", pytest.param("latent, latent norms", marks=pytest.mark.slow)],
+)
 def test_the_layout_finds_the_heads(kind):
     config = KINDS[kind]
     params, *_ = first(config)

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,19 +21,18 @@ from studies.rank.__main__ import STUDY as RANK
 from studies.spectrum.__main__ import STUDY as SPECTRUM
 
 STUDIES = {study.folder.name: study for study in (CLIP, RANK, SPECTRUM, QUACK)}
-SIZES = [(name, size) for name, study in STUDIES.items() for size in study.grids]
+SIZES = [  # smoke runs anyway
+    (name, size) for name, study in STUDIES.items() for size in study.grids if size != "smoke"
+]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Tokenizers and compiled programs, away from those of real runs. Of twenty steps most of the
-    time is XLA's, so let it do less."""
+    """Tokenizers and compiled programs, away from those of real runs."""
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "CACHE", tmp_path_factory.mktemp("cache"))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", before)
 
 
@@ -48,9 +48,29 @@ def refuse(*args, **kwargs):
     raise AssertionError("trains again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke_runs_resumes_and_rebuilds(name, cache, tmp_path, monkeypatch, capsys):
-    study = elsewhere(STUDIES[name], tmp_path)
+    check_a_smoke_run(elsewhere(STUDIES[name], tmp_path), monkeypatch, capsys)
+
+
+def test_a_study_resumes_and_rebuilds(cache, tmp_path, monkeypatch, capsys):
+    """The same without training: what it would give is what the committed records say."""
+    cpu, known = SPECTRUM.grids["cpu"], records.read(SPECTRUM.record_file("cpu"))
+    grid = replace(cpu, settings=dict([*cpu.settings.items()][:2]), seeds=1)
+
+    def train(setting, plan, text, seed, **options):
+        (label,) = (label for label, each in grid.settings.items() if each == setting)
+        return {name: known[label, seed][name] for name in ("curves", "measurements")}
+
+    text = SimpleNamespace(train=[], fingerprints={}, describe=lambda: "a text")
+    monkeypatch.setattr(training, "load_text", lambda plan, vocab_size: text)
+    monkeypatch.setattr(training, "train", train)
+    study = elsewhere(replace(SPECTRUM, grids={"smoke": grid}), tmp_path)
+    check_a_smoke_run(study, monkeypatch, capsys)
+
+
+def check_a_smoke_run(study, monkeypatch, capsys):
     runs, file = study.grids["smoke"].runs(), study.record_file("smoke")
 
     assert main(study, ["--size", "smoke", "--limit", "1"]) == 0
@@ -136,7 +156,7 @@ def test_a_size_that_a_study_has_not_gets_one_line(capsys):
     assert "--size gpu_long: there is only smoke, cpu, gpu here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "size"), [each for each in SIZES if each[1] != "smoke"])
+@pytest.mark.parametrize(("name", "size"), SIZES)
 def test_the_readme_shows_what_the_committed_records_say(name, size, tmp_path):
     """And that this code made them. Pictures are drawn anew elsewhere."""
     study = STUDIES[name]
@@ -152,7 +172,10 @@ def test_the_readme_shows_what_the_committed_records_say(name, size, tmp_path):
     assert drawn == {path.name for path in study.pictures(size).glob("*.png")}
 
 
-@pytest.mark.parametrize(("name", "size"), SIZES)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (each[1] != "gpu")) for each in SIZES],
+)
 def test_every_setting_traces(name, size):
     """Models and optimizers, of sizes too that are too large to run here."""
     grid = STUDIES[name].grids[size]

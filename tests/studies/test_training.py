@@ -47,6 +47,7 @@ def start():
     return make()
 
 
+@pytest.mark.slow
 def test_a_run_is_the_plain_loop(run, text, start):
     tx = SETTING.optimizer.chain(MODEL)
     valid = training.data.validation_batches(text, context=16, batch=2, count=2)
@@ -76,6 +77,7 @@ def test_a_run_is_the_plain_loop(run, text, start):
     assert (run["curves"]["max_logits"] > 0.5).any()  # it did clip
 
 
+@pytest.mark.slow
 def test_key_ratios_are_those_of_each_batch(run, text, start):
     ratios, losses = [], []
     for batch in training.data.validation_batches(text, context=16, batch=2, count=2):
