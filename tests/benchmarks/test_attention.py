@@ -45,6 +45,7 @@ def test_record(run):
     assert memory == [((1, 8, 2, 4), AUTO), ((1, 8, 2, 4), JAX_NN)]
 
 
+@pytest.mark.slow
 def test_both_passes_are_in_the_program():
     """Outputs, maxima where there are some, and three gradients."""
     operands = [jax.ShapeDtypeStruct((2, 8, 2, 4), "float32")] * 4

@@ -10,7 +10,15 @@ from benchmarks import budgets
 from benchmarks.budgets import PROGRAMS, RECORD, Options, Program, array, cost, main, off, place
 from benchmarks.hlo import parse
 
-LONG = ("muonclip", "muonclip, eight devices", "quack", "accumulate")  # to compile
+# To compile.
+LONG = (
+    "scale_by_muon",
+    "muonclip",
+    "muonclip, eight devices",
+    "quack",
+    "accumulate",
+    "attention_report",
+)
 RECORDED = json.loads(RECORD.read_text()).get(place(), {}).get("programs")
 
 
