@@ -87,7 +87,8 @@ def chains(options: Options) -> dict[str, optax.GradientTransformationExtraArgs]
     layout = mc.layouts.mha() if options.attention == "mha" else mla
     how = mc.NewtonSchulz(dtype=options.dtype)
     muon = mc.muon(1e-3, layout=layout, newton_schulz=how)
-    quack = mc.quack(1e-3, layout=layout, newton_schulz=how)
+    direction = mc.muon_direction(layout=layout, newton_schulz=how)
+    quack = mc.quack(1e-3, layout=layout, direction=direction)
     clip = mc.qk_clip(layout)
     return {
         "muon": muon,

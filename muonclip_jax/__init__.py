@@ -8,6 +8,7 @@ from muonclip_jax._attention.max_logits import read_max_logits, sow_max_logits
 from muonclip_jax._attention.measure import measure_max_logits
 from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_residuals
 from muonclip_jax._core.axes import MatrixPattern
+from muonclip_jax._core.sowing import read_signal, sow_signal
 from muonclip_jax._diagnostics.activations import read_activations, sow_activations
 from muonclip_jax._diagnostics.heads import head_matrices
 from muonclip_jax._diagnostics.measures import (
@@ -26,12 +27,14 @@ from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters.description import describe
 from muonclip_jax._parameters.routing import muon_dimension_numbers
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
-from muonclip_jax._transforms.muon import MuonState, scale_by_muon
+from muonclip_jax._transforms.clip import ClipState, clip_by_signal
+from muonclip_jax._transforms.muon import scale_by_muon
+from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
 from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
 from muonclip_jax._transforms.quack import QuackState, quack_state, scale_by_quack
 from muonclip_jax._transforms.update_rms import scale_by_update_rms
 from muonclip_jax.layouts import Layout, find_layout
-from muonclip_jax.recipes import muon, muonclip, quack
+from muonclip_jax.recipes import muon, muon_direction, muonclip, quack
 from muonclip_jax.schedules import Schedule
 
 __all__ = [
@@ -43,7 +46,7 @@ __all__ = [
     "NewtonSchulz",
     # transformations
     "scale_by_muon",
-    "MuonState",
+    "scale_by_orthogonalization",
     "scale_by_update_rms",
     "scale_by_quack",
     "QuackState",
@@ -52,6 +55,8 @@ __all__ = [
     "QKClipState",
     "qk_clip_state",
     "apply_qk_clip",
+    "clip_by_signal",
+    "ClipState",
     "accumulate",
     "AccumulateState",
     "accumulate_state",
@@ -59,6 +64,7 @@ __all__ = [
     "muon",
     "muonclip",
     "quack",
+    "muon_direction",
     # which parameters, which heads
     "muon_dimension_numbers",
     "MatrixPattern",
@@ -74,6 +80,8 @@ __all__ = [
     "max_logits_bound",
     "sow_max_logits",
     "read_max_logits",
+    "sow_signal",
+    "read_signal",
     # read-only: heads
     "attention_report",
     "AttentionReport",

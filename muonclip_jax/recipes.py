@@ -5,40 +5,45 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.maxima import AxisName
+from muonclip_jax._core.options import check_ascent
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._layouts.roles import Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import routing
 from muonclip_jax._spread.plan import DevicesPerMatrix
+from muonclip_jax._transforms.clip import Scope
 from muonclip_jax._transforms.muon import scale_by_muon
-from muonclip_jax._transforms.qk_clip import Scope, qk_clip
-from muonclip_jax._transforms.quack import Norm, QuackRule, scale_by_quack
+from muonclip_jax._transforms.qk_clip import qk_clip
+from muonclip_jax._transforms.quack import QuackRule, scale_by_quack
 from muonclip_jax._transforms.update_rms import Rule, scale_by_update_rms
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
+
+# A tree of bools like the parameters, or a function to one.
+Mask = Any | Callable[[optax.Params], Any]
 
 
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     other: optax.GradientTransformation = _ADAM,
-    momentum: jax.typing.ArrayLike = 0.95,
+    momentum: ArrayLike = 0.95,
     nesterov: bool = True,
-    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
-    weight_decay: jax.typing.ArrayLike = 0.1,
-    weight_decay_mask: Any | None = None,
+    weight_decay: float | jax.Array = 0.1,
+    weight_decay_mask: Mask | None = None,
     layout: Layouts | None = None,
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +67,9 @@ def muon(
       update_rms: The rule of `scale_by_update_rms`.
       weight_decay: λ: each step subtracts `η λ W`.
       weight_decay_mask: Tree of bools or function to one; None decays all but biases, norm
-        scales and scalars.
+        scales and scalars. (Under `optax.inject_hyperparams`, which takes every function for a
+        schedule, name it in `static_args`, and `dimension_numbers`, `shardings` and `update_rms`
+        too if they are functions.)
       layout: The model's attention, which is then orthogonalized piece by piece and head by head,
         however it is stored; several layouts as a list.
       per_head: The roles of which each head is a matrix, as in `muon_dimension_numbers`.
@@ -70,8 +77,7 @@ def muon(
       dimension_numbers: In place of these three, which parameters are Muon's, as which matrices: a
         tree of `optax.contrib.MuonDimensionNumbers` (None inside it meaning `other`), a prefix of
         one, or a function from the parameters to one. None is `muon_dimension_numbers`. `describe`
-        prints the outcome. Under `optax.inject_hyperparams`, which takes every function for a
-        schedule, name it in `static_args`.
+        prints the outcome.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes, as in `scale_by_muon`.
       devices_per_matrix: How many devices hold one matrix together while it is orthogonalized, as
@@ -80,22 +86,29 @@ def muon(
     Raises:
       ValueError: When built, an `other` that already descends (`optax.adamw(1e-3)`); at init, a
         parameter that the routing does not cover, with its path, shape and fix.
+
+    Example:
+        >>> optimizer = mc.muon(1e-3, layout=layout)
+        >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
+        >>> updates["mlp"]["kernel"].shape
+        (8, 16)
     """
+    direction = muon_direction(
+        other=other,
+        momentum=momentum,
+        nesterov=nesterov,
+        newton_schulz=newton_schulz,
+        update_rms=update_rms,
+        layout=layout,
+        per_head=per_head,
+        rules=rules,
+        dimension_numbers=dimension_numbers,
+        mu_dtype=mu_dtype,
+        shardings=shardings,
+        devices_per_matrix=devices_per_matrix,
+    )
     return optax.chain(
-        _muon_or_other(
-            other=other,
-            momentum=momentum,
-            nesterov=nesterov,
-            newton_schulz=newton_schulz,
-            update_rms=update_rms,
-            layout=layout,
-            per_head=per_head,
-            rules=rules,
-            dimension_numbers=dimension_numbers,
-            mu_dtype=mu_dtype,
-            shardings=shardings,
-            devices_per_matrix=devices_per_matrix,
-        ),
+        direction,
         _decayed_weights(weight_decay, weight_decay_mask, layout),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -105,12 +118,24 @@ def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
     layout: Layouts,
-    threshold: jax.typing.ArrayLike = 100.0,
-    alpha: jax.typing.ArrayLike = 0.5,
+    threshold: ArrayLike = 100.0,
+    alpha: ArrayLike = 0.5,
     scope: Scope = "head",
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
-    **muon_options: Any,
+    other: optax.GradientTransformation = _ADAM,
+    momentum: ArrayLike = 0.95,
+    nesterov: bool = True,
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
+    update_rms: Rule | Callable[[int, int], float] = "match_adam",
+    weight_decay: float | jax.Array = 0.1,
+    weight_decay_mask: Mask | None = None,
+    per_head: Collection[Role] = routing.EVERY_ROLE,
+    rules: routing.Rules | None = None,
+    dimension_numbers: routing.DimensionNumbers | None = None,
+    mu_dtype: DTypeLike | None = None,
+    shardings: Shardings | None = None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
 
@@ -118,6 +143,8 @@ def muonclip(
         forward pass ─► sow(max_logits) ──┘
 
     Each update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`.
+    `optax.inject_hyperparams(muonclip)(1e-3, layout=layout, threshold=100.0)` makes all numbers
+    hyper-parameters: the learning rate, threshold, alpha, momentum and weight decay.
 
     Args:
       learning_rate: η, a number or an Optax schedule.
@@ -131,14 +158,47 @@ def muonclip(
       heads_axis_name: As in `qk_clip`: inside `jax.shard_map`, the axes over which the heads are
         spread by hand. Muon then takes each device's heads, which are whole matrices unless
         `per_head` or `dimension_numbers` say otherwise.
-      **muon_options: Everything else that `muon` takes. (`optax.inject_hyperparams` cannot see
-        through these: inject `muon` and `qk_clip`, and chain them.)
+      other: This and all that follow are as in `muon`.
+      momentum: μ.
+      nesterov: Whether momentum looks ahead.
+      newton_schulz: How to orthogonalize.
+      update_rms: The size of an update.
+      weight_decay: λ.
+      weight_decay_mask: What decays.
+      per_head: The roles of which each head is a matrix.
+      rules: What to do with parameters by path.
+      dimension_numbers: Which parameters are Muon's, in place of `layout`, `per_head` and `rules`.
+      mu_dtype: The dtype of Muon's momentum.
+      shardings: How the parameters are split over a mesh with Auto axes.
+      devices_per_matrix: How many devices hold one matrix together.
 
     Raises:
       ValueError: As `muon` and `qk_clip`.
+
+    Example:
+        >>> optimizer = mc.muonclip(1e-3, layout=layout)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(grads, state, params, max_logits=sown)
+        >>> params = optax.apply_updates(params, updates)
     """
     return optax.chain(
-        muon(learning_rate, layout=layout, **muon_options),
+        muon(
+            learning_rate,
+            other=other,
+            momentum=momentum,
+            nesterov=nesterov,
+            newton_schulz=newton_schulz,
+            update_rms=update_rms,
+            weight_decay=weight_decay,
+            weight_decay_mask=weight_decay_mask,
+            layout=layout,
+            per_head=per_head,
+            rules=rules,
+            dimension_numbers=dimension_numbers,
+            mu_dtype=mu_dtype,
+            shardings=shardings,
+            devices_per_matrix=devices_per_matrix,
+        ),
         qk_clip(
             layout,
             threshold,
@@ -154,20 +214,18 @@ def quack(
     learning_rate: optax.ScalarOrSchedule,
     *,
     layout: Layouts,
-    relative_learning_rate: jax.typing.ArrayLike = 1.0,
-    norm: Norm = "frobenius",
+    relative_learning_rate: ArrayLike = 1.0,
     rule: QuackRule = "paper",
-    floor: jax.typing.ArrayLike = 0.0,
+    floor: ArrayLike = 0.0,
     direction: optax.GradientTransformation | None = None,
-    weight_decay: jax.typing.ArrayLike = 0.1,
-    weight_decay_mask: Any | None = None,
+    weight_decay: float | jax.Array = 0.1,
+    weight_decay_mask: Mask | None = None,
     scale_weight_decay: bool = False,
-    **muon_options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """QuacK (arXiv 2511.21377): Muon, or another optimizer, with query and key steps that keep
     the change of the logits as it was at initialisation.
 
-        grads ─► [ Muon | other ] ─► QuacK ─► decoupled weight decay ─► learning rate
+        grads ─► direction ─► QuacK ─► decoupled weight decay ─► learning rate
 
     With QK-Clip behind it: `optax.chain(quack(3e-4, layout=layout), qk_clip(layout))`.
 
@@ -175,34 +233,31 @@ def quack(
       learning_rate: η, a number or an Optax schedule.
       layout: Where queries and keys are, as for `muonclip`.
       relative_learning_rate: τ of `scale_by_quack`.
-      norm: As in `scale_by_quack`.
       rule: As in `scale_by_quack`.
       floor: As in `scale_by_quack`.
-      direction: What comes before QuacK, without learning rate or decay, such as
-        `optax.scale_by_adam(b2=0.95)`. None is Muon, as in `muon`, with its options.
+      direction: What comes before QuacK, without learning rate or decay:
+        `muon_direction(layout=layout, ...)`, which None stands for, or another such as
+        `optax.scale_by_adam(b2=0.95)`.
       weight_decay: λ: each step subtracts `η λ W`.
       weight_decay_mask: As in `muon`.
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
         QuacK). The paper does not say; by default all weights decay alike.
-      **muon_options: `other`, `momentum`, `nesterov`, `newton_schulz`, `update_rms`, `per_head`,
-        `rules`, `dimension_numbers`, `mu_dtype`, `shardings` and `devices_per_matrix` of `muon`.
-        (`optax.inject_hyperparams` cannot see through these: inject
-        `scale_by_quack`, and chain it.)
 
     Raises:
-      TypeError: Options for Muon together with another direction.
-      ValueError: As `muon` and `scale_by_quack`.
+      ValueError: As `muon` and `scale_by_quack`; a direction that already descends.
+
+    Example:
+        >>> direction = mc.muon_direction(layout=layout, momentum=0.9)
+        >>> optimizer = mc.quack(1e-3, layout=layout, direction=direction)
+        >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
+        >>> mc.quack_state(state).factors["attn"]["q"].shape
+        (2,)
     """
     if direction is None:
-        direction = _muon_or_other(layout=layout, **muon_options)
-    elif muon_options:
-        raise TypeError(
-            f"{', '.join(muon_options)} would go to Muon, but direction= replaces it; give the one "
-            "or the other."
-        )
+        direction = muon_direction(layout=layout)
     else:
-        _check_ascent(direction, "direction")
-    rates = scale_by_quack(layout, relative_learning_rate, norm, rule=rule, floor=floor)
+        check_ascent("direction", direction)
+    rates = scale_by_quack(layout, relative_learning_rate, rule=rule, floor=floor)
     decay = _decayed_weights(weight_decay, weight_decay_mask, layout)
     return optax.chain(
         direction,
@@ -211,23 +266,49 @@ def quack(
     )
 
 
-def _muon_or_other(
+def muon_direction(
     *,
     other: optax.GradientTransformation = _ADAM,
-    momentum: jax.typing.ArrayLike = 0.95,
+    momentum: ArrayLike = 0.95,
     nesterov: bool = True,
-    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
     layout: Layouts | None = None,
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon's directions for matrices, those of `other` for the rest."""
-    _check_ascent(other, "other")
+    """Muon's directions for matrices, those of another optimizer for everything else.
+
+        grads ─► [ Muon: momentum → orthogonalize → shape scale | other ]
+
+    `muon` without weight decay and learning rate, to build chains of.
+
+    Args:
+      other: As in `muon`, and so are all that follow.
+      momentum: μ.
+      nesterov: Whether momentum looks ahead.
+      newton_schulz: How to orthogonalize.
+      update_rms: The size of an update.
+      layout: The model's attention.
+      per_head: The roles of which each head is a matrix.
+      rules: What to do with parameters by path.
+      dimension_numbers: Which parameters are Muon's, in place of these three.
+      mu_dtype: The dtype of Muon's momentum.
+      shardings: How the parameters are split over a mesh with Auto axes.
+      devices_per_matrix: How many devices hold one matrix together.
+
+    Raises:
+      ValueError: As `muon`.
+
+    Example:
+        >>> scaled = optax.chain(mc.muon_direction(layout=layout), optax.scale(-1e-4))
+        >>> updates, _ = scaled.update(grads, scaled.init(params), params)
+    """
+    check_ascent("other", other)
     dimension_numbers = routing.choose(dimension_numbers, layout, per_head, rules)
 
     def for_matrices(numbers: Any) -> optax.GradientTransformation:
@@ -248,28 +329,16 @@ def _muon_or_other(
 
 
 def _decayed_weights(
-    weight_decay: Any, mask: Any | None, layout: Layouts | None
+    weight_decay: float | jax.Array, mask: Mask | None, layout: Layouts | None
 ) -> optax.GradientTransformation:
+    if isinstance(mask, jax.Array):
+        raise ValueError(
+            f"weight_decay_mask must be a tree of bools or a function to one, got {mask}. "
+            "optax.inject_hyperparams takes every function for a schedule: name it there, "
+            'static_args="weight_decay_mask".'
+        )
     mask = partial(routing.decay_mask, layout=layout) if mask is None else mask
     return optax.add_decayed_weights(weight_decay, mask)
-
-
-def _check_ascent(other: optax.GradientTransformation, name: str) -> None:
-    """A direction must not have turned its updates around yet: the learning rate, which follows,
-    does. It is asked once, with a gradient of 1 for a parameter called `probe`."""
-    probe = {"probe": jnp.ones(())}
-    with jax.ensure_compile_time_eval():
-        try:
-            updates, _ = other.update(probe, other.init(probe), probe)
-        except Exception:  # one that knows its parameters by name or needs extra arguments
-            return
-    update = jax.tree.leaves(updates)[0]
-    if not isinstance(update, jax.core.Tracer) and update < 0:
-        raise ValueError(
-            f"{name} must come without a learning rate and its sign, since both follow for all "
-            "parameters; this one turns a gradient of 1 into an update of "
-            f"{float(update):.3g}. Use optax.scale_by_adam() in place of optax.adam or adamw."
-        )
 
 
 def _partition(

@@ -55,6 +55,11 @@ def clip(params=PARAMS, maxima=MAXIMA, layout=None, **options):
     return mc.apply_qk_clip(params, maxima, layout or mc.layouts.mha(), **options)
 
 
+def hidden_clip():
+    clip = mc.qk_clip(mc.layouts.mha())
+    return optax.GradientTransformationExtraArgs(jax.jit(clip.init), clip.update)
+
+
 def update(tx, params=PARAMS, **extra):
     return tx.update(params, tx.init(params), params, **extra)
 
@@ -183,12 +188,19 @@ MISTAKES = [
         ["max_logits="],
     ),
     (
-        "maxima from two places in one block, accumulated",
+        "a clip whose init is compiled, accumulated",
         lambda: update(
-            mc.accumulate(mc.qk_clip(mc.layouts.mha()), 2),
-            max_logits={("layers", "attn", op): jnp.ones(4) for op in ("local", "full")},
+            mc.accumulate(hidden_clip(), 2),
+            max_logits={("layers", "attn"): jnp.ones(4)},
         ),
-        ["layers/attn/local", "layers/attn/full", "maximum"],
+        ["'layers/attn'", "compiled (jax.jit)", "compile around accumulate"],
+    ),
+    (
+        "factors of a role that is not there",
+        lambda: mc.clip_by_signal(
+            mc.layouts.mha(), 1.0, signal="max_output", factors=lambda b, gamma: {"k_nope": gamma}
+        ).init(PARAMS),
+        ["clip_by_signal", "'k_nope'", "layers/attn", "q, k"],
     ),
     (
         "all micro-batches at once",

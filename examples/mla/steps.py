@@ -38,9 +38,8 @@ def make_optimizer(
         layout=layout,
         relative_learning_rate=settings.relative_learning_rate,
         rule="latent_norm" if config.attention == "mla" else "paper",
-        dimension_numbers=numbers,
+        direction=mc.muon_direction(dimension_numbers=numbers, shardings=on_mesh, layout=layout),
         weight_decay=decay,
-        shardings=on_mesh,
     )
     muon = mc.muon(
         rate,

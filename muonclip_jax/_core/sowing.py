@@ -1,10 +1,12 @@
 """Values out of a Flax model's forward pass: sown in a module, read by its path."""
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen
 
 from muonclip_jax._core import paths
@@ -14,6 +16,9 @@ if TYPE_CHECKING:  # NNX takes as long to import as this package: only who uses 
 
 COLLECTION = "intermediates"
 """Linen's collection; NNX's variable type is `nnx.Intermediate`."""
+
+MAX_LOGITS = "max_logits"
+"""The name under which an attention block sows its max logits."""
 
 WAS_IT_COLLECTED = (
     "Was it collected? Linen: model.apply(..., mutable=['intermediates']), and scanned layers "
@@ -85,3 +90,106 @@ def names(found: list[paths.Path], shown: int = 8) -> str:
     """What was sown instead, for messages."""
     more = f" and {len(found) - shown} more" if len(found) > shown else ""
     return (", ".join(map(paths.show, found[:shown])) or "nothing") + more
+
+
+def sow_signal(module: "linen.Module | nnx.Module", name: str, value: jax.Array) -> bool:
+    """Sows one number per head under a name, for `read_signal`.
+
+    A module called twice keeps the maximum. Linen's collection is `intermediates`, NNX's variable
+    type `nnx.Intermediate`.
+
+    Args:
+      module: The attention module, `self` in its own method.
+      name: The signal's name, such as `"max_output"`.
+      value: `[..., heads]`, floating point. Stored as float32, without gradient; leading axes are
+        kept.
+
+    Returns:
+      Whether the value was stored. It is not where nothing collects: in Linen when
+      `intermediates` is not mutable, in NNX outside of `nnx.capture`.
+
+    Raises:
+      TypeError: `module` is not a Flax module, or the value is not floating point.
+      ValueError: The value has no head axis.
+
+    Example:
+        >>> class Loud(nn.Module):
+        ...     def __call__(self, x):
+        ...         mc.sow_signal(self, "max_output", jnp.abs(x).max((0, 1)))
+        >>> _, out = Loud().apply({}, jnp.ones((2, 5, 4)), mutable=["intermediates"])
+        >>> mc.read_signal(out, "max_output")[()].shape
+        (4,)
+    """
+    _check_per_head(value, name)
+    value = jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
+    return sow(module, name, value, init_fn=lambda: -jnp.inf, reduce_fn=jnp.maximum)
+
+
+def read_signal(intermediates: Mapping[Any, Any], name: str) -> dict[paths.Path, jax.Array]:
+    """The numbers per head that a forward pass sowed under a name, by the path of the module.
+
+    Args:
+      intermediates: What the forward pass gave: Linen's `intermediates` collection or the
+        variables that hold it, the NNX State from `nnx.capture` or `nnx.pop`, or a plain
+        nested dict of the same module paths. Values sown under other names are ignored.
+        The result of this function is taken as well.
+      name: The signal's name.
+
+    Returns:
+      `{path: value}`, such as `{("layers", "0", "attn"): [heads]}`. Scanned layers keep
+      their leading axis: `[layers, heads]`. Where plain `sow` made a tuple of several calls,
+      their maximum.
+
+    Raises:
+      ValueError: Nothing of this name, or a value without a head axis, or calls that differ in
+        shape.
+      TypeError: Not a mapping, or values that are not floating point.
+
+    Example:
+        >>> mc.read_signal({"attn": {"max_output": jnp.ones(2)}}, "max_output")
+        {('attn',): Array([1., 1.], dtype=float32)}
+    """
+    if isinstance(intermediates, Mapping) and intermediates:
+        keys = list(intermediates)
+        if all(isinstance(key, tuple) for key in keys):
+            return {path: _maximum(path, x, name) for path, x in intermediates.items()}
+    found = list(sown(intermediates))
+    values = {path[:-1]: _maximum(path, x, name) for path, x in found if path[-1:] == (name,)}
+    if not values:
+        how = (
+            "Call sow_max_logits(self, max_logits) in each, or give Flax's attention modules "
+            "attention_fn=mc.attention_fn and call them with sow_weights=True. "
+            if name == MAX_LOGITS
+            else f"Call sow_signal(self, {name!r}, value) in each. "
+        )
+        raise ValueError(
+            f"No value named {name!r} in the intermediates; found "
+            f"{names([path for path, _ in found])}. Did the blocks sow? {how}{WAS_IT_COLLECTED}"
+        )
+    return values
+
+
+def _maximum(path: paths.Path, value: Any, name: str) -> jax.Array:
+    """One array of what a Variable, a box, or the tuple of several calls holds."""
+    what = f"The {name.replace('_', ' ')} sown at {paths.show(path)}"
+    calls = jax.tree.leaves(value)
+    for call in calls:
+        _check_per_head(call, what)
+    shapes = [jnp.shape(call) for call in calls]
+    if len(set(shapes)) != 1:
+        raise ValueError(
+            f"{what} must be one array, or one of the same shape for every call of the block, "
+            f"found {shapes}."
+        )
+    return functools.reduce(jnp.maximum, map(jnp.asarray, calls))
+
+
+def _check_per_head(value: Any, what: str) -> None:
+    dtype = getattr(value, "dtype", type(value))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{what} must be floating point, found {jnp.dtype(dtype)}.")
+    if jnp.ndim(value) == 0:
+        raise ValueError(
+            f"{what} must be [..., heads], found a scalar: "
+            "reduce over batch, queries and keys, not over heads."
+        )

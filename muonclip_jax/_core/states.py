@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 import jax
+import optax
 
 State = TypeVar("State")
 
@@ -13,8 +14,7 @@ def find_state(opt_state: Any, kind: type[State], transformation: str) -> State:
     Raises:
       ValueError: There is none, or more than one.
     """
-    is_state = lambda node: isinstance(node, kind)  # noqa: E731
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+    found = [state for _, state in optax.tree.get_all_with_path(opt_state, kind.__name__)]
     if len(found) != 1:
         raise ValueError(
             f"Expected one {kind.__name__} in this optimizer state, found {len(found)}. Is "

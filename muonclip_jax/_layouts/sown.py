@@ -1,9 +1,10 @@
 """Where sown values meet attention blocks: whose value it is, and in which shape."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -63,7 +64,6 @@ def pair(layout: Layouts, blocks: Sequence[Block], params: Any, sown: Iterable[P
             found.modules[block.name].append(path)
         elif not outside_patterns(layout, path):
             found.strays.append(path)
-    _tell_recorder(found)
     return found
 
 
@@ -95,41 +95,49 @@ def fit(block: str, shape: tuple[int, ...], sown: jax.Array, signal: str) -> jax
         raise ValueError(
             f"{block} sowed {signal} of shape {sown.shape}: which axis is the stack "
             f"{shape[:-1]} is ambiguous. Reduce the others first, here or where they are sown: "
-            f"jax.tree.map(lambda s: s.max(axis=...), read_{signal}(intermediates))."
+            f"jax.tree.map(lambda s: s.max(axis=...), read_signal(intermediates, {signal!r}))."
         )
     axes = range(depth, depth + extra) if after_stack else range(extra)
     return largest(sown, tuple(axes))
 
 
-@dataclass
-class Recorder:
-    """What was paired while it was listening: by the block's name, the modules that sowed."""
+@dataclass(frozen=True)
+class Observed:
+    """A signal that a link reads, as it says in its `init` and `update`.
 
-    modules: dict[str, list[Path]] = field(default_factory=dict)
+    Attributes:
+      signal: The signal's name, which is that of `update`'s argument.
+      shapes: By the block's name, the shape of one number per head, `[stack..., heads]`.
+      pair: From the paths of the modules that sowed to whose they are; see `pair`.
+    """
+
+    signal: str
+    shapes: dict[str, tuple[int, ...]]
+    pair: Callable[[Iterable[Path]], Pairing]
 
 
-_listening: ContextVar[Recorder | None] = ContextVar("listening", default=None)
+_listeners: ContextVar[tuple[list[Observed], ...]] = ContextVar("listeners", default=())
+
+
+def observe(signal: str, layout: Layouts, blocks: Sequence[Block], params: Any) -> None:
+    """Says that a link reads a signal. Every link that does calls this in its `init` and
+    `update`."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    pair_with = functools.partial(pair, layout, blocks, shapes)
+    for listener in _listeners.get():
+        listener.append(Observed(signal, {b.name: b.shape for b in blocks}, pair_with))
 
 
 @contextmanager
-def recorded() -> Iterator[Recorder]:
-    """Tells `accumulate`, which cannot see into the chain that it wraps, what the links in it pair.
-
-    Pairing depends on paths alone, so it happens whenever a link's `update` is traced.
-    """
-    recorder = Recorder()
-    token = _listening.set(recorder)
+def observations() -> Iterator[list[Observed]]:
+    """Hears what the links observe whose `init` or `update` is called inside. `accumulate` learns
+    it so of a chain that it cannot see into."""
+    heard: list[Observed] = []
+    token = _listeners.set((*_listeners.get(), heard))
     try:
-        yield recorder
+        yield heard
     finally:
-        _listening.reset(token)
-
-
-def _tell_recorder(found: Pairing) -> None:
-    recorder = _listening.get()
-    if recorder is not None:
-        for name, modules in found.modules.items():
-            recorder.modules.setdefault(name, []).extend(modules)
+        _listeners.reset(token)
 
 
 def _is_inside(path: Path, module: Path) -> bool:

@@ -1,7 +1,7 @@
 """Gradient accumulation: several micro-batches, one step of the optimizer."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from muonclip_jax._attention.max_logits import read_max_logits
 from muonclip_jax._core import paths
 from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.meshes import in_auto_axes
 from muonclip_jax._core.paths import Path
+from muonclip_jax._core.sowing import read_signal
 from muonclip_jax._core.states import find_state
-from muonclip_jax._transforms.qk_clip import QKClipState, fit_maxima
+from muonclip_jax._layouts.sown import Observed, fit, names, observations
+
+Maxima = dict[str, dict[str, jax.Array]]  # signal → block → [stack..., heads]
 
 
 class AccumulateState(NamedTuple):
@@ -27,15 +29,16 @@ class AccumulateState(NamedTuple):
       step: int32, the real steps so far.
       mean: Like the parameters, in the accumulator's dtype: the mean gradient of these
         micro-batches; after a real step, of those that it was made of.
-      max_logits: For each attention block that a `qk_clip` inside clips, its largest logits in
-        the same micro-batches, float32 `[stack..., heads]`; -inf before the first.
+      maxima: For each signal that a clip inside reads (`max_logits`), and each attention block,
+        the largest value in the same micro-batches, float32 `[stack..., heads]`; -inf before the
+        first.
       inner_state: The state of the optimizer inside.
     """
 
     micro_step: jax.Array
     step: jax.Array
     mean: Any
-    max_logits: dict[str, jax.Array]
+    maxima: Maxima
     inner_state: Any
 
     @property
@@ -55,10 +58,11 @@ def accumulate(
         tx = accumulate(muonclip(3e-4, layout=layout), every=8)
 
     Call `tx.update` once for each micro-batch. It takes in the gradient, as a running mean, and
-    `max_logits=`, as a running maximum of each head. The updates that it returns are zeros until
-    the last of them, which is the real step: `tx` gets the mean and the maxima, and its updates are
-    returned. On the other micro-batches `tx` is not executed (`jax.lax.cond`), so Muon
-    orthogonalizes, schedules count and QK-Clip clips once for each real step.
+    `max_logits=` or what other signal a clip inside reads, as a running maximum of each head. The
+    updates that it returns are zeros until the last of them, which is the real step: `tx` gets the
+    mean and the maxima, and its updates are returned. On the other micro-batches `tx` is not
+    executed (`jax.lax.cond`), so Muon orthogonalizes, schedules count and QK-Clip clips once for
+    each real step.
 
     `optax.MultiSteps` executes its optimizer for every micro-batch and discards the result of all
     but the last, and gives it the last micro-batch's `max_logits` only: heads that passed the
@@ -70,10 +74,10 @@ def accumulate(
 
     - The mean weighs all micro-batches alike. For the mean over examples, or tokens, let them have
       the same number.
-    - `max_logits` are kept by attention block, in any form that `read_max_logits` takes, and
-      must be given with every micro-batch. A NaN in one of them stays until the real step, where
-      `qk_clip` counts it. Without a `qk_clip` inside they are an extra argument like all
-      others.
+    - `max_logits`, and signals of `clip_by_signal`, are kept by attention block, in any form that
+      `read_signal` takes, and must be given with every micro-batch. A NaN in one of them stays
+      until the real step, where the clip counts it. Without a clip inside they are an extra
+      argument like all others.
     - Other extra arguments (`value=`) reach `tx` from the last micro-batch only.
     - The state of `tx` keeps the dtypes that its `init` gives it and, on meshes with Explicit axes,
       the shardings; updates have those of the parameters, as the accumulator has.
@@ -102,34 +106,47 @@ def accumulate(
       TypeError: When built, a `tx` that is no transformation, an `every` that is neither an
         integer nor a function, an `accumulator_dtype` that is not floating point.
       ValueError: When built, `every` < 1; at update, a gradient of another shape than its
-        parameter, several modules that sowed `max_logits` inside of one block, and what `tx`
-        raises, on every micro-batch.
+        parameter, a clip inside that reads other signals, or of other blocks, than it did at
+        init, and what `tx` raises, on every micro-batch.
+
+    Example:
+        >>> tx = mc.accumulate(mc.muonclip(1e-3, layout=layout), every=2)
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(grads, state, params, max_logits=sown)
+        >>> bool(mc.accumulate_state(state).has_updated)
+        True
     """
     _check_options(tx, every, accumulator_dtype)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> AccumulateState:
-        inner_state = tx.init(params)
+        with observations() as heard:
+            inner_state = tx.init(params)
         return AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
             step=jnp.zeros([], jnp.int32),
             mean=jax.tree.map(functools.partial(_zeros, accumulator_dtype), params),
-            max_logits=_nothing_seen(inner_state),
+            maxima=_nothing_seen(heard),
             inner_state=inner_state,
         )
 
     def update(updates, state, params=None, **extra_args):
         count = state.micro_step
         mean = paths.map_with_path(functools.partial(_mean, count), state.mean, updates)
-        maxima = state.max_logits
-        if maxima and extra_args.get("max_logits") is not None:
-            sown = read_max_logits(extra_args["max_logits"])
-            maxima, extra_args["max_logits"] = _maxima(count, maxima, sown)
+        maxima = state.maxima
+        given = {name: extra_args[name] for name in maxima if extra_args.get(name) is not None}
+        if given and params is not None:
+            maxima, seen = _maxima(tx, count, maxima, params, given)
+            extra_args |= seen
 
         @jax.jit  # so that it is traced once, for its shapes and as a branch
         def step(inner_state):
             gradient = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, updates)
-            new, new_state = tx.update(gradient, inner_state, params, **extra_args)
+            with observations() as heard:
+                new, new_state = tx.update(gradient, inner_state, params, **extra_args)
+            if heard:
+                _check_same(state.maxima, heard)
             typed_state = jax.tree.map(_typed_like, new_state, inner_state)
             return jax.tree.map(_sharded_like, new, mean), typed_state
 
@@ -145,7 +162,7 @@ def accumulate(
             micro_step=jnp.where(is_real, 0, count + 1),
             step=jnp.where(is_real, optax.safe_increment(state.step), state.step),
             mean=mean,
-            max_logits=maxima,
+            maxima=maxima,
             inner_state=inner_state,
         )
 
@@ -205,60 +222,86 @@ def _mean(count: jax.Array, path: Path, mean: jax.Array, gradient: jax.Array) ->
     return (before + (new - before) / (count + 1)).astype(mean.dtype)
 
 
-# The maximum of the max logits
+# The maxima of signals
 
 
-def _nothing_seen(inner_state: Any) -> dict[str, jax.Array]:
-    """-inf for every head of every block that a `qk_clip` inside clips."""
-    is_clip = lambda node: isinstance(node, QKClipState)  # noqa: E731
-    clips = filter(is_clip, jax.tree.leaves(inner_state, is_leaf=is_clip))
-    return {
-        name: jnp.full_like(maxima, -jnp.inf)
-        for clip in clips
-        for name, maxima in clip.max_logits.items()
-    }
+def _nothing_seen(heard: Sequence[Observed]) -> Maxima:
+    """-inf for every head of every block that a clip inside observes."""
+    maxima: Maxima = {}
+    for one in heard:
+        of_blocks = maxima.setdefault(one.signal, {})
+        of_blocks |= {b: jnp.full(shape, -jnp.inf, jnp.float32) for b, shape in one.shapes.items()}
+    return maxima
 
 
 def _maxima(
-    count: jax.Array, before: dict[str, jax.Array], sown: dict[Path, jax.Array]
-) -> tuple[dict[str, jax.Array], dict[Path, jax.Array]]:
-    """The maxima of `count` micro-batches and one more: by block, and by the module that sowed
-    them.
+    tx: optax.GradientTransformation,
+    count: jax.Array,
+    before: Maxima,
+    params: optax.Params,
+    given: Mapping[str, Any],
+) -> tuple[Maxima, dict[str, dict[Path, jax.Array]]]:
+    """The maxima of `count` micro-batches and one more: by block, and by the modules that sowed.
 
-    Layouts may leave out attention that stands inside of a block, and only `qk_clip` knows them. It
-    gets the maxima by module, so that it is its rules that apply.
+    Only a clip's layout says which modules are in which block, and an attention that it leaves out
+    is in none. The clip says so when it is asked to `init` (nothing is computed). It then gets the
+    maxima of a block from each of the block's modules, and what is in no block as it was given:
+
+        attn sowed 3, attn/core 5, attn/ignored 9     clip: attn ← [attn, attn/core]
+        before: {attn: 4}  →  now: {attn: 5}, and the clip gets attn 5, attn/core 5, attn/ignored 9
     """
-    modules = _modules(before, sown)
+    with observations() as heard:
+        jax.eval_shape(lambda params: tx.init(params), params)  # a new function: JAX caches by it
+    _check_same(before, heard)
+    modules: dict[str, dict[str, list[Path]]] = {}
+    seen = {signal: read_signal(value, signal) for signal, value in given.items()}
+    for one in heard:
+        if one.signal in seen:
+            found = one.pair(seen[one.signal]).modules
+            for block, paired in found.items():
+                others = modules.setdefault(one.signal, {}).setdefault(block, paired)
+                if others != paired:
+                    raise ValueError(
+                        f"Two clips inside accumulate take {one.signal} of {block} from different "
+                        f"modules, {names(others)} and {names(paired)}: accumulate keeps one "
+                        "maximum for each head. Give them the same layouts."
+                    )
 
-    def larger(count, before, sown):
-        def of_block(name, maxima):
-            old = jnp.where(count == 0, -jnp.inf, before[name])
-            # `jnp.maximum` keeps NaNs.
-            return jnp.maximum(old, fit_maxima(name, old.shape, maxima).astype(old.dtype))
+    def larger(count, before, seen):
+        new = {signal: dict(blocks) for signal, blocks in before.items()}
+        for signal, blocks in modules.items():
+            for block, paired in blocks.items():
+                old = jnp.where(count == 0, -jnp.inf, before[signal][block])
+                values = (fit(block, old.shape, seen[signal][path], signal) for path in paired)
+                # `jnp.maximum` keeps NaNs.
+                new[signal][block] = functools.reduce(
+                    jnp.maximum, (value.astype(old.dtype) for value in values), old
+                )
+        return new
 
-        return {name: of_block(name, maxima) for name, maxima in sown.items()}
+    paired = {
+        signal: {path: seen[signal][path] for paths_ in blocks.values() for path in paths_}
+        for signal, blocks in modules.items()
+    }
+    new = in_auto_axes(larger, PartitionSpec())(count, before, paired)
+    for signal, blocks in modules.items():
+        seen[signal] |= {path: new[signal][b] for b, paired in blocks.items() for path in paired}
+    return new, seen
 
-    of_blocks = {name: sown[path] for name, path in modules.items()}
-    new = in_auto_axes(larger, PartitionSpec())(count, before, of_blocks)
-    return {**before, **new}, {**sown, **{path: new[name] for name, path in modules.items()}}
 
-
-def _modules(blocks: Iterable[str], sown: Iterable[Path]) -> dict[str, Path]:
-    """For each block the module that sowed its maxima: itself, or one inside."""
-    found: dict[str, Path] = {}
-    for path in sown:
-        around = (paths.show(path[:end]) for end in range(len(path), -1, -1))
-        block = next((name for name in around if name in blocks), None)
-        if block in found:
-            raise ValueError(
-                f"max_logits were sown in {paths.show(found[block])} and in {paths.show(path)}, "
-                f"both in the attention block {block}, of which accumulate keeps one maximum for "
-                "each head. Hand over one: delete the others from read_max_logits(intermediates), "
-                "or replace them by their maximum."
-            )
-        if block is not None:
-            found[block] = path
-    return found
+def _check_same(maxima: Maxima, heard: Sequence[Observed]) -> None:
+    """Raises ValueError when the clips inside are not those of which the state keeps maxima."""
+    known = {signal: {b: x.shape for b, x in blocks.items()} for signal, blocks in maxima.items()}
+    now: dict[str, dict[str, tuple[int, ...]]] = {}
+    for one in heard:
+        now.setdefault(one.signal, {}).update(one.shapes)
+    if now != known:
+        raise ValueError(
+            f"accumulate keeps the maxima of {known or 'no signal'}, and its optimizer now reads "
+            f"{now or 'no signal'}. Either the state is of another optimizer or other parameters, "
+            "or the optimizer's init is compiled (jax.jit), so that a clip in it is not heard: "
+            "give accumulate the transformation as it is, and compile around accumulate."
+        )
 
 
 # Both branches of a condition must have the same types

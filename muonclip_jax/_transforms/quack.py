@@ -8,19 +8,19 @@ Axis names:  stack  leading axes of scanned or vmapped layers, carried through
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
-from muonclip_jax._core.lapack import each_matrix
-from muonclip_jax._core.meshes import in_auto_axes, specs_of
-from muonclip_jax._core.options import is_concrete_number
+from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.states import find_state
 from muonclip_jax._layouts.blocks import (
@@ -31,21 +31,26 @@ from muonclip_jax._layouts.blocks import (
     multipliers,
 )
 from muonclip_jax._layouts.checks import refuse_qk_norm
-from muonclip_jax._layouts.leaves import leaves_of
+from muonclip_jax._layouts.leaves import change_leaves, leaves_of, read_leaves
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import GAIN_ROLES, Role
+from muonclip_jax._layouts.roles import (
+    GAIN_ROLES,
+    KEY_ROLES,
+    LATENT_ROLES,
+    QUERY_ROLES,
+    ROLES,
+    SHARED_KEY_ROLES,
+    Role,
+)
 
 QuackRule = Literal["paper", "normalized_min", "latent_norm", "fixed"]
-Norm = Literal["frobenius", "spectral"]
 
-PerRole = dict[str, jax.Array]  # role → [stack..., heads]
+PerRole = dict[Role, jax.Array]  # role → [stack..., heads]
 PerBlock = dict[str, PerRole]  # block name → ...
 
-_PLAIN_ROLES = {"q", "k"}
-_LATENT_ROLES = {"q_nope", "q_rope", "k_nope", "k_rope", "kv_down"}  # and q_down, if compressed
-_PROJECTION_ROLES = {*_PLAIN_ROLES, *_LATENT_ROLES, "q_down"}
+_PROJECTION_ROLES: set[Role] = {*QUERY_ROLES, *KEY_ROLES, *SHARED_KEY_ROLES, *LATENT_ROLES}
+_QUERY_LATENTS = {ROLES[role].behind for role in QUERY_ROLES}  # which models may do without
 
-_POWER_ITERATIONS = 2  # per step, from where the last step left off
 # Below this share of its first norm a matrix has collapsed: its next step is larger than itself,
 # and the first-order changes that the factors are about no longer describe it.
 _COLLAPSED = 1e-3
@@ -60,22 +65,23 @@ class QuackState(NamedTuple):
         Never computed again: a restored checkpoint keeps them. Empty with `rule="fixed"`.
       factors: What the last update was multiplied by, same keys and shapes;
         `relative_learning_rate` before the first.
-      vectors: With `norm="spectral"`, the leading right singular vectors,
-        `[stack..., heads, features]`; else empty.
+
+    Example:
+        >>> state = mc.scale_by_quack(layout).init(params)
+        >>> state.initial_norms["attn"].keys()
+        dict_keys(['q', 'k'])
     """
 
     initial_norms: PerBlock
     factors: PerBlock
-    vectors: PerBlock
 
 
 def scale_by_quack(
     layout: Layouts,
-    relative_learning_rate: jax.typing.ArrayLike = 1.0,
-    norm: Norm = "frobenius",
+    relative_learning_rate: ArrayLike = 1.0,
     *,
     rule: QuackRule = "paper",
-    floor: jax.typing.ArrayLike = 0.0,
+    floor: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates of queries and keys, per head, by the norms of what they meet.
 
@@ -129,23 +135,22 @@ def scale_by_quack(
     scale_by_learning_rate(...))`. Placed so, weight decay is not scaled (the paper does not say);
     placed after `add_decayed_weights`, it is.
 
-    Norms are those of the parameters that `update` is given, before the step. A bias is one more
-    input row of its projection (large key biases count) and its update is scaled like the
-    kernel's; a gain is a diagonal matrix. A matrix smaller than 1/1000 of its first norm counts as
-    that large: without a bound its partners' factors would become infinite, and steps larger than
-    the matrix are no longer of first order. `floor` sets a higher one. Arithmetic is float32
+    Norms are Frobenius norms, as in the paper's runs, of the parameters that `update` is given,
+    before the step. A bias is one more input row of its projection (large key biases
+    count) and its update is scaled like the kernel's; a gain is a diagonal matrix. A matrix smaller
+    than 1/1000 of its first norm counts as that large: without a bound its partners' factors would
+    become infinite, and steps larger than the matrix are no longer of first order. `floor` sets a
+    higher one. Arithmetic is float32
     (float64 for float64 parameters), which holds products of three norms of any weights between
     1e-9 and 1e9; updates keep their dtype.
 
     Cost, under `jax.jit`: one read of the query and key kernels, from which all their parts are
     measured, and a multiplication fused into the update (steps with donated buffers may copy these
-    kernels once); with `norm="spectral"` four reads for each part. No host synchronisation. Memory:
-    two numbers per head and role, and a vector each for `"spectral"`.
+    kernels once). No host synchronisation. Memory: two numbers per head and role.
 
     Kernels may be sharded in any way, on meshes with Auto and Explicit axes: updates keep their
     sharding, and on Explicit meshes the state is replicated. No kernel is gathered: each is summed
-    over its inputs where it lies, and what travels is a few of its rows, for `"spectral"` columns
-    as well (but `"spectral"`'s init, once, brings together heads that share an axis with others).
+    over its inputs where it lies, and what travels is a few of its rows.
     Inside `jax.shard_map` and `jax.pmap` each device takes what it holds for the whole. That is
     right for whole kernels, and for plain attention whose heads are spread (the heads that share a
     key head on one device). It is wrong for kernels split along their inputs or features, and for
@@ -156,9 +161,6 @@ def scale_by_quack(
       layout: Which kernels hold the queries and keys of which head.
       relative_learning_rate: τ > 0, the learning rate of queries and keys relative to that of
         the other parameters. For a schedule, wrap this function in `optax.inject_hyperparams`.
-      norm: `"frobenius"`, as in the paper's runs, or `"spectral"`, by a power iteration that
-        goes on from step to step. It follows the matrix from below: within 0.5% at random steps of
-        1%; up to a quarter too low, for some tens of steps, where another direction takes over.
       rule: See above.
       floor: The smallest RMS entry that a matrix is taken to have, at initialisation and later:
         its norm counts as at least that of a random matrix with such entries. For models that
@@ -171,28 +173,56 @@ def scale_by_quack(
 
     Raises:
       TypeError: A function for a number, or what is no layout.
-      ValueError: When built, τ <= 0, floor < 0, an unknown norm or rule; when applied, what
+      ValueError: When built, τ <= 0, floor < 0, an unknown rule; when applied, what
         `find_blocks` and `refuse_qk_norm` raise, a block without a role that the rule needs, no
         `params`; at init, a matrix that is zero (and no floor) or not finite. Under `jax.jit`
         values cannot be looked at: its initial norm is NaN, and so are its partners' updates.
+
+    Example:
+        >>> tx = optax.chain(optax.scale_by_adam(), mc.scale_by_quack(layout, 0.5))
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> mc.quack_state(state).factors["attn"]["k"]
+        Array([0.5, 0.5], dtype=float32)
     """
     as_layouts(layout)
-    _check_options(relative_learning_rate, norm, rule, floor)
+    if rule not in get_args(QuackRule):
+        raise ValueError(f"rule must be one of {get_args(QuackRule)}, got {rule!r}.")
+    for name, value, least, wanted in (
+        ("relative_learning_rate", relative_learning_rate, operator.gt, "above 0"),
+        ("floor", floor, operator.ge, "at least 0"),
+    ):
+        is_right = functools.partial(lambda least, x: least(x, 0) and np.isfinite(x), least)
+        check_number(name, value, is_right, f"finite and {wanted}", "scale_by_quack")
+    gains: set[Role] = set(GAIN_ROLES) if rule == "latent_norm" else set()
+    roles = _PROJECTION_ROLES | gains
 
-    roles = _scaled_roles(rule)
+    def constant(blocks: Sequence[Block], tau: jax.Array) -> PerBlock:
+        return {
+            block.name: {
+                part.role: jnp.full((*part.stack, part.heads), tau) for part in _parts(block, roles)
+            }
+            for block in blocks
+        }
+
+    def measure(params, blocks: Sequence[Block], floor: ArrayLike, dtype: DTypeLike) -> PerBlock:
+        if rule == "fixed":
+            return {}
+        return {
+            block.name: {
+                part.role: _norm(part, params, floor, dtype) for part in _parts(block, roles)
+            }
+            for block in blocks
+        }
 
     def init(params: optax.Params) -> QuackState:
         blocks = _read_blocks(layout, params, rule)
         dtype = _dtype(params, blocks)
 
-        def measure(params, floor):
-            norms, vectors = _measure(params, blocks, rule, norm, floor, dtype, {})
-            return _usable(norms, blocks), vectors
+        def usable_norms(params, floor):
+            return _usable(measure(params, blocks, floor, dtype), blocks)
 
-        own = leaves_of(blocks, roles, params)
-        norms, vectors = in_auto_axes(measure, PartitionSpec())(own, floor)
-        tau = jnp.asarray(relative_learning_rate, dtype)
-        return QuackState(norms, _constant(blocks, roles, tau), vectors)
+        norms = read_leaves(usable_norms, blocks, roles, params, floor)
+        return QuackState(norms, constant(blocks, jnp.asarray(relative_learning_rate, dtype)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -204,22 +234,17 @@ def scale_by_quack(
         blocks = _read_blocks(layout, params, rule)
         dtype = _dtype(params, blocks)
 
-        def scale(updates, state, params, tau, floor):
-            norms, vectors = _measure(params, blocks, rule, norm, floor, dtype, state.vectors)
-            tau, first = jnp.asarray(tau, dtype), state.initial_norms
-            if rule == "fixed":
-                factors = _constant(blocks, roles, tau)
-            else:
-                factors = {name: _relative(rule, tau, norms[name], first[name]) for name in norms}
+        def scale(updates, first, params, tau, floor):
+            norms, tau = measure(params, blocks, floor, dtype), jnp.asarray(tau, dtype)
+            factors = {name: _relative(rule, tau, norms[name], first[name]) for name in norms}
+            factors = factors or constant(blocks, tau)
             by_path = multipliers(blocks, factors)
             scaled = {path: _multiply(u, by_path[path]) for path, u in updates.items()}
-            return scaled, QuackState(first, factors, vectors)
+            return scaled, QuackState(first, factors)
 
-        own = leaves_of(blocks, roles, updates)
-        scaled, state = in_auto_axes(scale, (specs_of(own), PartitionSpec()))(
-            own, state, leaves_of(blocks, roles, params), relative_learning_rate, floor
-        )
-        return paths.map_with_path(lambda path, u: scaled.get(path, u), updates), state
+        own, first = leaves_of(blocks, roles, params), state.initial_norms
+        tau = relative_learning_rate
+        return change_leaves(scale, blocks, roles, updates, first, own, tau, floor)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -235,29 +260,16 @@ def quack_state(opt_state: Any) -> QuackState:
 
     Raises:
       ValueError: There is none, or more than one.
+
+    Example:
+        >>> state = mc.quack(1e-3, layout=layout).init(params)
+        >>> mc.quack_state(state).factors["attn"]["q"]
+        Array([1., 1.], dtype=float32)
     """
     return find_state(opt_state, QuackState, "scale_by_quack")
 
 
 # Which parts, and what a rule needs
-
-
-def _check_options(relative_learning_rate, norm, rule, floor):
-    for name, value, choices in (("norm", norm, Norm), ("rule", rule, QuackRule)):
-        if value not in get_args(choices):
-            raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")
-    _check_number("relative_learning_rate", relative_learning_rate, lambda x: x > 0, "above 0")
-    _check_number("floor", floor, lambda x: x >= 0, "at least 0")
-
-
-def _check_number(name: str, value: Any, is_right: Callable[[Any], Any], wanted: str) -> None:
-    if callable(value):
-        raise TypeError(
-            f"{name} must be a number; for a schedule wrap scale_by_quack in "
-            "optax.inject_hyperparams."
-        )
-    if is_concrete_number(name, value) and not (is_right(value) and np.isfinite(value)):
-        raise ValueError(f"{name} must be finite and {wanted}, got {value}.")
 
 
 def _read_blocks(layout: Layouts, params: Any, rule: QuackRule) -> tuple[Block, ...]:
@@ -273,13 +285,21 @@ def _read_blocks(layout: Layouts, params: Any, rule: QuackRule) -> tuple[Block, 
 
 def _check_roles(block: Block) -> None:
     given = {part.role for part in block.parts} & _PROJECTION_ROLES
-    wanted = _LATENT_ROLES | (given & {"q_down"}) if block.latent else _PLAIN_ROLES
+    plain: set[Role] = {role for role in _PROJECTION_ROLES if not _has_latents(role)}
+    latent = _PROJECTION_ROLES - plain
+    wanted = latent - (_QUERY_LATENTS - given) if block.latent else plain
     if given != wanted:
         raise ValueError(
             f"{block.name}: the layout names the roles {sorted(given)}; QuacK needs the logits' "
             f"whole path from the input, {sorted(wanted)}. Add the missing pieces, or leave the "
             "block out with the layout's block= pattern."
         )
+
+
+def _has_latents(role: Role) -> bool:
+    """Whether it is a role of multi-head latent attention."""
+    partner = ROLES[role].partner
+    return partner is None or any(ROLES[one].behind for one in (role, partner))
 
 
 def _check_gains(blocks: Sequence[Block]) -> None:
@@ -290,8 +310,8 @@ def _check_gains(blocks: Sequence[Block]) -> None:
             'norms on the latents; here is none. Use rule="paper".'
         )
     for block in latent:
-        wanted = {"kv_gain"} | ({"q_gain"} if block.part("q_down") else set())
-        missing = wanted - {part.role for part in block.parts}
+        given = {part.role for part in block.parts}
+        missing = {role for role in GAIN_ROLES if ROLES[role].behind in given} - given
         if missing:
             raise ValueError(
                 f'{block.name}: rule="latent_norm" needs the gains of the norms on the latents; '
@@ -301,16 +321,11 @@ def _check_gains(blocks: Sequence[Block]) -> None:
             )
 
 
-def _scaled_roles(rule: QuackRule) -> set[Role]:
-    """Of the parts whose updates the rule scales."""
-    return _PROJECTION_ROLES | (set(GAIN_ROLES) if rule == "latent_norm" else set())
-
-
 def _parts(block: Block, roles: Collection[Role]) -> list[Part]:
     return [part for part in block.parts if part.role in roles]
 
 
-def _dtype(params: Any, blocks: Sequence[Block]) -> jnp.dtype:
+def _dtype(params: Any, blocks: Sequence[Block]) -> DTypeLike:
     kernels = {part.kernel for block in blocks for part in block.parts}
     found = (leaf.dtype for path, leaf in paths.leaves(params) if path in kernels)
     return jnp.result_type(jnp.float32, *found)
@@ -319,91 +334,23 @@ def _dtype(params: Any, blocks: Sequence[Block]) -> jnp.dtype:
 # Norms
 
 
-def _measure(
-    params: Mapping[Path, jax.Array],
-    blocks: Sequence[Block],
-    rule: QuackRule,
-    norm: Norm,
-    floor: jax.typing.ArrayLike,
-    dtype: jnp.dtype,
-    vectors: PerBlock,
-) -> tuple[PerBlock, PerBlock]:
-    """The norms of all parts that the rule compares, and leading vectors to go on from."""
-    if rule == "fixed":
-        return {}, {}
-    norms: PerBlock = {}
-    new_vectors: PerBlock = {}
-    for block in blocks:
-        for part in _parts(block, _scaled_roles(rule)):
-            arrays = [params[p].astype(dtype) for p in (part.kernel, part.bias) if p is not None]
-            if norm == "frobenius":
-                size = jnp.sqrt(sum(part.sums(jnp.square(x)) for x in arrays))
-            elif part.role in GAIN_ROLES:
-                size = jnp.abs(part.take(arrays[0])).max((-2, -1))
-            else:
-                vector = vectors.get(block.name, {}).get(part.role)
-                size, vector = _spectral(part, arrays, vector)
-                new_vectors.setdefault(block.name, {})[part.role] = vector
-            smallest = floor * _size_of_noise(part, norm)
-            norms.setdefault(block.name, {})[part.role] = jnp.maximum(size, smallest)
-    return norms, new_vectors
-
-
-def _spectral(
-    part: Part, arrays: list[jax.Array], vector: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The largest singular value, from below, and its right vector `[stack..., heads, features]`.
-
-    Products as multiply-and-sum: one read of the matrix in full precision on every backend.
-
-    Args:
-      part: Whose heads are the matrices.
-      arrays: The kernel and, maybe, its bias as one more row.
-      vector: Where to go on from; None starts from the exact vector.
-    """
-    if vector is None:
-        vector = _leading_vector([part.take(x) for x in arrays])
-    for _ in range(_POWER_ITERATIONS):
-        images = [part.times_features(x, vector) for x in arrays]
-        left = jnp.sqrt(sum(jnp.square(image).sum(-1, keepdims=True) for image in images))
-        images = [image / jnp.where(left == 0, 1, left) for image in images]
-        pulled = sum(part.times_inputs(x, i) for x, i in zip(arrays, images, strict=True))
-        size = _length(pulled)
-        # A matrix that is zero, or not finite, keeps the vector for when it is back.
-        goes_on = (size > 0) & (size < jnp.inf)
-        pulled = pulled / jnp.where(goes_on, size, 1)[..., None]
-        vector = jnp.where(goes_on[..., None], pulled, vector)
-    return size, vector
-
-
-def _leading_vector(matrices: list[jax.Array]) -> jax.Array:
-    """Of kernels, and biases with one input, `[stack..., heads, in, features]`."""
-    multiply = functools.partial(jnp.einsum, "...if,...ig->...fg", precision="highest")
-    vector = each_matrix(jnp.linalg.eigh, sum(multiply(m, m) for m in matrices))[1][..., -1]
-    # Its sign is as the rounding of the Gram matrix has it; this one is the same everywhere.
-    return jnp.where(vector.sum(-1, keepdims=True) < 0, -vector, vector)
-
-
-def _length(vectors: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.square(vectors).sum(-1))
-
-
-def _size_of_noise(part: Part, norm: Norm) -> float:
-    """The norm that random entries of RMS 1 would give the part (its bias being one more row)."""
+def _norm(
+    part: Part, params: Mapping[Path, jax.Array], floor: ArrayLike, dtype: DTypeLike
+) -> jax.Array:
+    """The norm of each head, its bias being one more row; at least that of noise of RMS `floor`."""
+    arrays = [params[p].astype(dtype) for p in (part.kernel, part.bias) if p is not None]
+    size = jnp.sqrt(functools.reduce(operator.add, (part.sums(jnp.square(x)) for x in arrays)))
     rows, columns = part.matrix
-    rows += part.bias is not None
-    if norm == "frobenius":
-        return math.sqrt(rows * columns)
-    return 1.0 if part.role in GAIN_ROLES else math.sqrt(rows) + math.sqrt(columns)
+    return jnp.maximum(size, floor * math.sqrt((rows + (part.bias is not None)) * columns))
 
 
 def _usable(norms: PerBlock, blocks: Sequence[Block]) -> PerBlock:
     """Raises ValueError for an initial norm that is zero or not finite; NaN under tracing."""
 
-    def check(norm: jax.Array, block: Block, role: str) -> jax.Array:
+    def check(norm: jax.Array, block: Block, part: Part) -> jax.Array:
+        kernel, role = part.kernel, part.role
         usable = (norm > 0) & (norm < jnp.inf)
-        if not isinstance(usable, jax.core.Tracer) and not usable.all():
-            kernel = block.part(role).kernel
+        if not isinstance(usable, Tracer) and not usable.all():
             where = [tuple(map(int, index)) for index in np.argwhere(~np.asarray(usable))]
             raise ValueError(
                 f"{paths.show(kernel)} of shape {block.shapes[kernel]}: the {role} of {block.name} "
@@ -416,7 +363,11 @@ def _usable(norms: PerBlock, blocks: Sequence[Block]) -> PerBlock:
         return jnp.where(usable, norm, jnp.nan)
 
     return {
-        block.name: {role: check(size, block, role) for role, size in norms[block.name].items()}
+        block.name: {
+            part.role: check(norms[block.name][part.role], block, part)
+            for part in block.parts
+            if part.role in norms[block.name]
+        }
         for block in blocks
         if block.name in norms
     }
@@ -425,67 +376,58 @@ def _usable(norms: PerBlock, blocks: Sequence[Block]) -> PerBlock:
 # Factors
 
 
-def _constant(blocks: Sequence[Block], roles: Collection[Role], tau: jax.Array) -> PerBlock:
-    return {
-        block.name: {
-            part.role: jnp.full((*part.stack, part.heads), tau) for part in _parts(block, roles)
-        }
-        for block in blocks
-    }
-
-
 def _relative(rule: QuackRule, tau: jax.Array, norms: PerRole, first: PerRole) -> PerRole:
     """`τ s₀ / s` for each role, `[stack..., heads]` of the role."""
     norms = {role: jnp.maximum(norms[role], _COLLAPSED * first[role]) for role in norms}
     now, then = _sensitivities(norms), _sensitivities(first)
+    largest = functools.partial(functools.reduce, jnp.maximum)
     if rule == "paper":
-        growth = {role: _largest(now[role]) / _largest(then[role]) for role in now}
+        growth = {role: largest(now[role]) / largest(then[role]) for role in now}
     else:
         growth = {
-            role: _largest(s / s_0 for s, s_0 in zip(now[role], then[role], strict=True))
+            role: largest([s / s_0 for s, s_0 in zip(now[role], then[role], strict=True)])
             for role in now
         }
     return {role: jnp.broadcast_to(tau / growth[role], norms[role].shape) for role in norms}
 
 
-def _sensitivities(norms: PerRole) -> dict[str, tuple[jax.Array, ...]]:
-    """The table of `scale_by_quack`: s along each path from a matrix to the logits."""
-    if "k_nope" in norms:
-        return _latent_sensitivities(norms)
-    q, k = norms["q"], norms["k"]
-    grouped = q.reshape(*k.shape, -1)  # head h reads key h // group
-    keys = jnp.broadcast_to(k[..., None], grouped.shape).reshape(q.shape)
-    return {"q": (keys,), "k": (grouped.max(-1),)}
+def _sensitivities(norms: PerRole) -> dict[Role, list[jax.Array]]:
+    """The table of `scale_by_quack`: for each matrix s along each of its paths to the logit.
 
-
-def _latent_sensitivities(norms: PerRole) -> dict[str, tuple[jax.Array, ...]]:
-    uq, uk, qr, kr = (norms[role] for role in ("q_nope", "k_nope", "q_rope", "k_rope"))
-    q_latent = norms.get("q_gain", norms.get("q_down", jnp.ones_like(kr)))
-    kv_latent = norms.get("kv_gain", norms["kv_down"])
-    any_head = functools.partial(jnp.max, axis=-1, keepdims=True)
-    sensitivities = {
-        "q_nope": (q_latent * uk * kv_latent,),
-        "k_nope": (uq * q_latent * kv_latent,),
-        "q_rope": (q_latent * kr,),
-        "k_rope": (any_head(qr * q_latent),),
+    A path is all that is multiplied in one of the logit's products, such as
+    `q_down · q_nope · k_nope · kv_down` and `q_down · q_rope · k_rope`; s is the product of all
+    others in it, the largest over the heads that share the matrix.
+    """
+    gains: dict[Role | None, Role] = {
+        ROLES[role].behind: role for role in GAIN_ROLES if role in norms
     }
-    beyond = {
-        "q": (any_head(uq * uk * kv_latent), any_head(qr * kr)),
-        "kv": (any_head(uq * q_latent * uk),),
-    }
-    for latent, paths_beyond in beyond.items():
-        gain, down = norms.get(f"{latent}_gain"), norms.get(f"{latent}_down")
-        if gain is not None:
-            sensitivities[f"{latent}_gain"] = paths_beyond
-        if down is not None:
-            # Behind a norm only the direction of the latent counts: relative changes of `down`.
-            scale = 1 if gain is None else gain / down
-            sensitivities[f"{latent}_down"] = tuple(scale * s for s in paths_beyond)
-    return sensitivities
+    heads = max(norm.shape[-1] for norm in norms.values())
+    found: dict[Role, list[jax.Array]] = {role: [] for role in norms}
+    for query in QUERY_ROLES:
+        key = ROLES[query].partner
+        if query not in norms or key is None:
+            continue
+        factors: tuple[Role | None, ...] = (ROLES[query].behind, query, key, ROLES[key].behind)
+        # Behind a norm only its gain counts, and not the size of the latent.
+        path: list[Role] = [gains.get(role, role) for role in factors if role and role in norms]
+        for role in path:
+            others = [_of_query_heads(norms[other], heads) for other in path if other != role]
+            product = functools.reduce(operator.mul, others)
+            *stack, own_heads = norms[role].shape
+            product = jnp.broadcast_to(product, (*stack, heads)).reshape(*stack, own_heads, -1)
+            found[role].append(product.max(-1))
+    for down, gain in gains.items():
+        if (
+            down and down in norms
+        ):  # relative changes of `down` count: only the latent's direction does
+            found[down] = [norms[gain] / norms[down] * s for s in found[gain]]
+    return found
 
 
-def _largest(arrays: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.maximum, arrays)
+def _of_query_heads(norm: jax.Array, heads: int) -> jax.Array:
+    """Query head h reads key head h // group; what all heads share broadcasts."""
+    own = norm.shape[-1]
+    return jnp.repeat(norm, heads // own, axis=-1) if 1 < own < heads else norm
 
 
 def _multiply(update: jax.Array, multiplier: jax.Array) -> jax.Array:

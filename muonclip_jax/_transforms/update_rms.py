@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 
 from muonclip_jax._core import paths
@@ -44,6 +45,12 @@ def scale_by_update_rms(
 
     Raises:
       ValueError: An unknown rule when built; at init and update, as `scale_by_muon`.
+
+    Example:
+        >>> tx = mc.scale_by_update_rms("unit_rms_norm")
+        >>> updates, _ = tx.update({"up": jnp.ones((8, 32))}, tx.init({"up": jnp.ones((8, 32))}))
+        >>> float(updates["up"][0, 0])
+        2.0
     """  # noqa: E501
     if not callable(rule) and rule not in _RULES:
         raise ValueError(f"Unknown update rule {rule!r}; choose from {list(_RULES)} or a function.")
@@ -71,4 +78,4 @@ def _multiplier(factor: Callable[[int, int], float], u: jax.Array, spec: MatrixS
     if len(factors) == 1:
         return factors[0]
     views = zip(factors, spec.views, strict=True)
-    return sum(each * view.entries() for each, view in views).astype(u.dtype)
+    return np.sum([each * view.entries() for each, view in views], axis=0).astype(u.dtype)

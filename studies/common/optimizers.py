@@ -49,24 +49,27 @@ class Optimizer:
 
     def _recipe(self, layout: mc.Layout | None) -> optax.GradientTransformation:
         adam = optax.scale_by_adam(b1=0.9, b2=0.95)
-        if self.direction == "adam":
-            options: dict[str, Any] = {"direction": adam}
-        else:
-            options = {
-                "other": optax.chain(adam, optax.scale(self.other_rate)),
-                "update_rms": self.update_rms,
-                # Whole kernels, or what the layout makes of them.
-                "dimension_numbers": mc.muon_dimension_numbers
-                if self.direction == "muon"
-                else None,
-            }
+        # Whole kernels, or what the layout makes of them.
+        numbers = mc.muon_dimension_numbers if self.direction == "muon" else None
+        muon: dict[str, Any] = {
+            "other": optax.chain(adam, optax.scale(self.other_rate)),
+            "update_rms": self.update_rms,
+            "dimension_numbers": numbers,
+            "layout": layout,
+        }
         if self.quack is not None:
-            options |= {"rule": self.quack, "relative_learning_rate": self.relative_learning_rate}
-            return mc.quack(self.rate, layout=layout, weight_decay=self.weight_decay, **options)
+            return mc.quack(
+                self.rate,
+                layout=layout,
+                rule=self.quack,
+                relative_learning_rate=self.relative_learning_rate,
+                direction=adam if self.direction == "adam" else mc.muon_direction(**muon),
+                weight_decay=self.weight_decay,
+            )
         if self.direction == "adam":
             decay = optax.add_decayed_weights(self.weight_decay, _decays)
             return optax.chain(adam, decay, optax.scale_by_learning_rate(self.rate))
-        return mc.muon(self.rate, layout=layout, weight_decay=self.weight_decay, **options)
+        return mc.muon(self.rate, weight_decay=self.weight_decay, **muon)
 
     def rate(self, step: jax.Array) -> jax.Array:
         """The learning rate of a step, counted from 0."""

@@ -173,7 +173,10 @@ def train_step(model: Model, tx: optax.GradientTransformationExtraArgs) -> Any:
 
 
 def _check_step(model: Model, before: dict, threshold: float) -> None:
-    quack = mc.quack(layout=model.layout, dimension_numbers=model.dimension_numbers, **OPTIONS)
+    direction = mc.muon_direction(
+        dimension_numbers=model.dimension_numbers, newton_schulz=OPTIONS["newton_schulz"]
+    )
+    quack = mc.quack(OPTIONS["learning_rate"], layout=model.layout, direction=direction)
     state = train_step(model, optax.chain(quack, mc.qk_clip(model.layout, threshold)))
     clipped = mc.qk_clip_state(state)
     gamma = _rows(clipped.gamma)

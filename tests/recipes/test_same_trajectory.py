@@ -288,9 +288,11 @@ def train(model, storage: Storage, threshold=2.0, **routing) -> Run:
         mc.quack(
             LEARNING_RATE,
             layout=layout,
-            dimension_numbers=numbers,
-            newton_schulz=mc.NewtonSchulz(dtype="float32"),
-            other=optax.identity(),  # Adam would make steps of gradients that are rounding only
+            direction=mc.muon_direction(
+                dimension_numbers=numbers,
+                newton_schulz=mc.NewtonSchulz(dtype="float32"),
+                other=optax.identity(),  # Adam would make steps of gradients that are rounding only
+            ),
         ),
         mc.qk_clip(layout, threshold),
     )

@@ -142,10 +142,12 @@ def chain(shardings=None):
         mc.quack(
             1e-2,
             layout=LAYOUT,
-            rules=RULES,
-            newton_schulz=mc.NewtonSchulz(dtype="float32"),
-            shardings=shardings,
-            norm="frobenius",
+            direction=mc.muon_direction(
+                layout=LAYOUT,
+                rules=RULES,
+                newton_schulz=mc.NewtonSchulz(dtype="float32"),
+                shardings=shardings,
+            ),
         ),
         mc.qk_clip(LAYOUT, THRESHOLD),
     )
@@ -211,9 +213,9 @@ def test_as_on_one_device(name, axis_type):
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert sum(total.bytes for total in found.values()) < parameter_bytes / 5
 
-    is_muon = lambda node: isinstance(node, mc.MuonState)  # noqa: E731
+    is_muon = lambda node: isinstance(node, optax.TraceState)  # noqa: E731
     (muon,) = filter(is_muon, jax.tree.leaves(state, is_leaf=is_muon))
-    placed = [muon.momentum] if axis_type == AxisType.Auto else [muon.momentum, new]
+    placed = [muon.trace] if axis_type == AxisType.Auto else [muon.trace, new]
     for path, leaf in [each for tree in placed for each in paths.leaves(tree)]:
         wanted = NamedSharding(mesh, specs["/".join(path)])
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), path

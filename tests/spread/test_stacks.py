@@ -130,7 +130,7 @@ def test_as_on_one_device(specs, axis_type, devices_per_matrix):
     chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
     for name, spec in SPECS[specs].items():
         wanted = NamedSharding(mesh, spec)
-        for array in (directions[name], state.momentum[name]):
+        for array in (directions[name], state[0].trace[name]):
             assert array.sharding.is_equivalent_to(wanted, array.ndim), name
 
 
@@ -329,7 +329,7 @@ def test_arrays_that_are_not_on_the_mesh_yet():
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("fsdp", "tp"))
     params = {"on": jax.device_put(jnp.ones((16, 32)), sharding), "off": jnp.ones((16, 32))}
     tx = mc.scale_by_muon(shardings={"on": sharding, "off": P()})
-    assert tx.init(params).momentum["on"].sharding == sharding
+    assert tx.init(params)[0].trace["on"].sharding == sharding
 
 
 def test_wrong_shardings_cost_copies_only():
@@ -351,7 +351,7 @@ def test_momentum_is_placed_inside_jit():
     mesh = mesh_of(AxisType.Auto)
     tx, grads, _ = on_mesh(mesh, SPECS["both"])
     state = jax.jit(tx.init)(grads)
-    for name, momentum in state.momentum.items():
+    for name, momentum in state[0].trace.items():
         assert momentum.sharding.is_equivalent_to(grads[name].sharding, momentum.ndim)
 
 
@@ -420,9 +420,9 @@ def test_momentum_stays_on_mixed_meshes(spec):
     tx = mc.scale_by_muon(newton_schulz=FLOAT32, shardings=sharding)
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(grads)
-        assert state.momentum["w"].sharding.is_equivalent_to(sharding, 2)
+        assert state[0].trace["w"].sharding.is_equivalent_to(sharding, 2)
         _, state = jax.jit(tx.update)(grads, state)
-        assert state.momentum["w"].sharding.is_equivalent_to(sharding, 2)
+        assert state[0].trace["w"].sharding.is_equivalent_to(sharding, 2)
 
 
 # Errors

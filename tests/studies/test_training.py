@@ -156,8 +156,9 @@ RECIPES = {
             layout=LAYOUT,
             rule="fixed",
             relative_learning_rate=0.1,
-            other=optax.chain(optax.scale_by_adam(b2=0.95), optax.scale(0.5)),
-            **WHOLE,
+            direction=mc.muon_direction(
+                other=optax.chain(optax.scale_by_adam(b2=0.95), optax.scale(0.5)), **WHOLE
+            ),
         ),
     ),
     "AdamClip": (

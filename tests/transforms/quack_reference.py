@@ -12,10 +12,6 @@ def frobenius(matrix):
     return np.sqrt(sum(float(x) ** 2 for x in np.ravel(matrix)))
 
 
-def spectral(matrix):
-    return np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)[0]
-
-
 def algorithm_1(now, first, tau, size=frobenius):
     """MHA: η_Q ∝ 1/‖W_K‖ and η_K ∝ 1/‖W_Q‖, over their values at initialisation."""
     factors = {"q": [], "k": []}

@@ -77,8 +77,11 @@ def chain():
     layout = mc.find_layout(PARAMS)
     # Adam divides by the gradient's size, and gradients that are rounding only by eps.
     other = optax.scale_by_adam(eps=1e-3)
+    direction = mc.muon_direction(
+        layout=layout, newton_schulz=mc.NewtonSchulz(dtype="float32"), other=other
+    )
     return optax.chain(
-        mc.quack(RATE, layout=layout, newton_schulz=mc.NewtonSchulz(dtype="float32"), other=other),
+        mc.quack(RATE, layout=layout, direction=direction),
         mc.qk_clip(layout, THRESHOLD),
     )
 
@@ -469,7 +472,7 @@ def test_blocks_of_several_clips_and_one_that_is_left_out():
         optax.chain(*(mc.qk_clip(mc.layouts.mha(block=name), 10.0) for name in ("a", "b"))), 2
     )
     state = tx.init(params)
-    assert set(state.max_logits) == {"a", "b"}
+    assert set(state.maxima["max_logits"]) == {"a", "b"}
     update = quick_jit(lambda s, sown: tx.update(params, s, params, max_logits=sown))
     for scale in (1.0, 0.1):
         sown = {
@@ -514,7 +517,7 @@ def test_without_a_clip_max_logits_are_ignored():
     tx = mc.accumulate(optax.sgd(1.0), 2)
     (_, updates), state = run(tx, [jnp.ones(2)] * 2, max_logits=jnp.ones(()))
     np.testing.assert_array_equal(updates, -1)
-    assert state.max_logits == {}
+    assert state.maxima == {}
 
 
 # ---- How many
@@ -715,7 +718,7 @@ def test_sharded(kind):
             SPECS,
         )
         assert all(jax.tree.leaves(same)), same
-        replicated = state.max_logits["attn"].sharding.is_fully_replicated
+        replicated = state.maxima["max_logits"]["attn"].sharding.is_fully_replicated
         assert replicated or kind is AxisType.Auto  # where the compiler chooses
     # Nothing but the heads' maxima travels before the real step.
     travels = collectives(run.program)

@@ -168,7 +168,7 @@ def test_dtypes_are_kept(dtype, mu_dtype):
     for _ in range(2):
         updates, state = tx.update(params, state)
         chex.assert_trees_all_equal_dtypes(updates, params)
-        assert state.momentum["w"].dtype == (mu_dtype or dtype)
+        assert state[0].trace["w"].dtype == (mu_dtype or dtype)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])

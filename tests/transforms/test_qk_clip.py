@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import muonclip_jax as mc
-from muonclip_jax._transforms.qk_clip import clip_factor
+from muonclip_jax._transforms.clip import clip_factor
 
 
 def mha_params(key, stack=(), heads=4, width=8, size=6, dtype=jnp.float32):

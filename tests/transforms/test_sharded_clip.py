@@ -190,11 +190,6 @@ def frobenius(case, sizes):
     return optax.chain(mc.scale_by_quack(layout, 0.7, rule=case.rule), mc.qk_clip(layout, 1.0))
 
 
-def spectral(case, sizes):
-    quack = mc.scale_by_quack(case.layout(sizes), norm="spectral", rule="normalized_min")
-    return optax.chain(quack, mc.qk_clip(case.layout(sizes), 1.0))
-
-
 def two_steps(case, build, params, gradients, max_logits):
     """Parameters, updates and state after two steps, compiled with donated state."""
     tx = build(case, SMALL)
@@ -243,15 +238,6 @@ def test_the_numbers_of_one_device(name, kind):
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(got[2]))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["features, and heads over everything", "fused, parts cut across", "latent, scanned, flat"],
-)
-def test_the_power_iteration_too(name):
-    got = on_a_mesh(CASES[name], spectral, AxisType.Explicit)
-    chex.assert_trees_all_close(got, on_one_device(name, spectral), rtol=TOLERANCE, atol=TOLERANCE)
-
-
 def travelling(tx, case, kind, dtype):
     """Bytes that all collectives of an update together leave on a device."""
     mesh = mesh_of(kind)
@@ -269,17 +255,16 @@ def travelling(tx, case, kind, dtype):
     return sum(op.bytes * op.times for op in collectives(compiled.compile()))
 
 
-def rows_and_columns(case):
-    """Bytes of a float32 row (one input) and column (one feature) of every kernel of queries and
-    keys, and of the smallest of these kernels."""
+def bytes_of_rows(case):
+    """Bytes of a float32 row (one input) of every kernel of queries and keys, and of the smallest
+    of these kernels."""
     params = structs(case, LARGE, mesh_of(AxisType.Auto))
     (block,) = layouts.find_blocks(case.layout(LARGE), params)
     parts = {part.kernel: part for part in block.parts if part.role not in ("v", "o")}
     sizes = {path: 4 * math.prod(part.shape) for path, part in parts.items()}
     kernels = {path: part for path, part in parts.items() if part.role not in GAIN_ROLES}
     rows = sum(sizes[path] // (part.ins if path in kernels else 1) for path, part in parts.items())
-    columns = sum(sizes[path] // part.sizes["features"] for path, part in kernels.items())
-    return rows, columns, min(sizes[path] for path in kernels)
+    return rows, min(sizes[path] for path in kernels)
 
 
 @each_kind
@@ -288,23 +273,12 @@ def test_rows_of_kernels_travel_not_kernels(name, kind):
     case = CASES[name]
     layout = case.layout(LARGE)
     tx = optax.chain(mc.scale_by_quack(layout, rule=case.rule), mc.qk_clip(layout))
-    rows, _, smallest = rows_and_columns(case)
+    rows, smallest = bytes_of_rows(case)
     # The squares' sums over inputs; for half precision (`lost_heads`) two more sums; and
     # factors on their way back to where the kernel lies, at times by way of another sharding.
     allowed = 16 * rows
     assert allowed < smallest / 2
     assert travelling(tx, case, kind, jnp.bfloat16) <= allowed
-
-
-@each_case
-def test_the_power_iteration_sends_vectors_not_kernels(name):
-    case = CASES[name]
-    tx = mc.scale_by_quack(case.layout(LARGE), norm="spectral", rule=case.rule)
-    rows, columns, smallest = rows_and_columns(case)
-    # Each of two iterations makes a column and a row of every part.
-    allowed = 4 * (rows + columns)
-    assert allowed < smallest
-    assert travelling(tx, case, AxisType.Explicit, jnp.float32) <= allowed
 
 
 @each_kind

@@ -1,0 +1,422 @@
+"""Clip by any signal: rescale the weights of the heads in which something grew too large.
+
+    forward pass ─► a number per head, sown ─► γ = threshold / number, where above the threshold
+                                             ─► each role's weights times its power of γ
+
+QK-Clip (`qk_clip.py`) is the instance for max logits.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from muonclip_jax._core import paths
+from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._core.maxima import AxisName, largest_of_devices
+from muonclip_jax._core.options import check_number
+from muonclip_jax._core.paths import Path
+from muonclip_jax._core.sowing import MAX_LOGITS, read_signal
+from muonclip_jax._layouts.blocks import (
+    Block,
+    Layouts,
+    as_layouts,
+    find_blocks,
+    multipliers,
+)
+from muonclip_jax._layouts.checks import refuse_qk_norm
+from muonclip_jax._layouts.leaves import Leaves, change_leaves, leaves_of
+from muonclip_jax._layouts.pieces import Part
+from muonclip_jax._layouts.roles import ROLES, Role
+from muonclip_jax._layouts.sown import fit, names, observe, pair
+
+Scope = Literal["head", "layer"]
+Factors = Callable[..., Mapping[Role, jax.Array]]
+
+
+class ClipState(NamedTuple):
+    """What the last step saw and did: `optax.tree.get(opt_state, "ClipState")`.
+
+    Attributes:
+      maxima: For each attention block (by path), the signal given to the last update, float32
+        `[stack..., heads]`; -inf before the first.
+      gamma: The clip factors of the last update, same keys and shapes; 1 where not clipped.
+      heads_clipped: int32, heads clipped in the last update, over all blocks.
+      nonfinite_heads: int32, running count of NaN or +Inf maxima. They clip nothing.
+      lost_heads: int32, running count of clipped heads of which some kernel, rounded to the
+        parameters' own half-precision dtype, moved less than half as far as it should. Keep
+        float32 master weights if it grows.
+    """
+
+    maxima: dict[str, jax.Array]
+    gamma: dict[str, jax.Array]
+    heads_clipped: jax.Array
+    nonfinite_heads: jax.Array
+    lost_heads: jax.Array
+
+
+def clip_by_signal(
+    layout: Layouts,
+    threshold: ArrayLike,
+    *,
+    signal: str,
+    factors: Callable[[Block, jax.Array], Mapping[Role, jax.Array]],
+    scope: Scope = "head",
+    axis_name: AxisName = None,
+    heads_axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips attention heads by a signal that they sowed: the last link of a chain.
+
+    With S the signal of a head in this step's batch and `gamma = threshold / S` where
+    S > threshold (else 1), the weights that the step arrives at are multiplied by what `factors`
+    says. `qk_clip` is the instance for `max_logits`, and its notes on cost, shardings and half
+    precision hold for all.
+
+    The model sows the signal in its attention modules, `sow_signal(self, "max_output", largest)`,
+    one number per query head; several calls keep the maximum. The update takes it as an argument
+    of this name: `tx.update(grads, state, params, max_output=intermediates)`.
+
+    Args:
+      layout: Which parameters hold the pieces of which head; several layouts as a list.
+      threshold: τ > 0, in units of the signal.
+      signal: The name under which the signal is sown, and of the update's argument.
+      factors: From an attention block and γ `[stack..., heads]` to what the weights of each role
+        are multiplied by, `[stack..., heads of that role]`; roles that it leaves out keep their
+        weights. `block.stack`, `block.heads` and `block.kv_heads` tell the shapes.
+      scope: `"head"` clips each head by its own factor, `"layer"` all of a layer by the smallest.
+      axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes of the data, see `qk_clip`.
+      heads_axis_name: Inside `jax.shard_map`, the axes of the heads, see `qk_clip`.
+
+    Returns:
+      A transformation whose `update` needs `params` and the signal; its state is a `ClipState`.
+
+    Raises:
+      TypeError: An option of the wrong type.
+      ValueError: As `qk_clip`; when applied, a role or a shape of `factors` that a block does not
+        have.
+
+    Example:
+        >>> tx = mc.clip_by_signal(
+        ...     layout, 30.0, signal="max_output", factors=lambda block, gamma: {"o": gamma}
+        ... )
+        >>> large = {"attn": {"max_output": jnp.array([60.0, 1.0])}}
+        >>> _, state = tx.update(grads, tx.init(params), params, max_output=large)
+        >>> state.gamma["attn"]
+        Array([0.5, 1. ], dtype=float32)
+    """
+    if not isinstance(signal, str) or not signal.isidentifier():
+        raise ValueError(f"signal must be a name for an argument, got {signal!r}.")
+    if not callable(factors):
+        raise TypeError(f"factors must be a function of a block and gamma, got {factors!r}.")
+    clip = Clip("clip_by_signal", layout, signal, factors, scope, axis_name, heads_axis_name)
+    clip.check(threshold)
+    return clip.transformation(ClipState, threshold)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a clip is built of; its number arguments, which may be traced, come with each call.
+
+    Attributes:
+      owner: The public function's name, for messages.
+      layout: As in `clip_by_signal`, and so are all others.
+      factors: Takes the further number arguments behind the block and γ.
+    """
+
+    owner: str
+    layout: Layouts
+    signal: str
+    factors: Factors
+    scope: Scope
+    axis_name: AxisName
+    heads_axis_name: AxisName
+
+    def check(self, threshold: ArrayLike) -> None:
+        """Raises what `clip_by_signal` raises when built."""
+        as_layouts(self.layout)
+        if self.scope not in get_args(Scope):
+            raise ValueError(f'scope must be "head" or "layer", got {self.scope!r}.')
+        unit = "a logit; Kimi K2 uses 100" if self.signal == MAX_LOGITS else f"a {self.signal}"
+        wanted = f"above 0 ({unit})"
+        check_number("threshold", threshold, lambda x: x > 0, wanted, self.owner)
+        axes = [axis for _, axes in self._axes() for axis in axes]
+        if twice := [axis for axis in axes if axes.count(axis) > 1]:
+            raise ValueError(f"axis_name and heads_axis_name name {twice[0]!r} twice.")
+
+    def transformation(
+        self, kind: Callable[..., Any], threshold: ArrayLike, *arguments: ArrayLike
+    ) -> optax.GradientTransformationExtraArgs:
+        """The link of a chain. `kind` makes its state of the five fields of `ClipState`."""
+
+        def init(params: optax.Params) -> Any:
+            blocks, _ = self._find(params, arguments)
+            observe(self.signal, self.layout, blocks, params)
+            full = lambda value: {b.name: jnp.full(b.shape, value, jnp.float32) for b in blocks}  # noqa: E731
+            # One buffer for each count: states are donated.
+            return kind(full(-jnp.inf), full(1), *(jnp.zeros([], jnp.int32) for _ in range(3)))
+
+        def update(updates, state, params=None, **extra_args):
+            if params is None:
+                raise ValueError(
+                    f"{self.owner} rescales weights: call tx.update(grads, state, params, ...)."
+                )
+            blocks, roles = self._find(params, arguments)
+            observe(self.signal, self.layout, blocks, params)
+            dtype = _dtype(params)
+
+            def clip(updates, state, params, sown, threshold, arguments):
+                plan = self._plan(blocks, sown, dtype, threshold, arguments)
+                clipped = {
+                    path: _arrive_at_multiple(update, params[path], plan.multipliers[path])
+                    for path, update in updates.items()
+                    if path in plan.multipliers
+                }
+                counts = [
+                    _count(gamma < 1 for gamma in plan.gamma.values()),
+                    _count(jnp.isnan(s) | jnp.isposinf(s) for s in plan.maxima.values()),
+                    _count(_lost_heads(blocks, roles, plan, params, updates, clipped)),
+                ]
+                if self.heads_axis_name is not None:
+                    counts = jax.lax.psum(counts, self.heads_axis_name)
+                heads_clipped, nonfinite_heads, lost_heads = counts
+                _, _, _, nonfinite_before, lost_before = state
+                return {**updates, **clipped}, kind(
+                    *jax.tree.map(lambda x: x.astype(jnp.float32), (plan.maxima, plan.gamma)),
+                    heads_clipped,
+                    nonfinite_before + nonfinite_heads,
+                    lost_before + lost_heads,
+                )
+
+            own = leaves_of(blocks, roles, params)
+            sown = self._pair(blocks, params, extra_args.get(self.signal))
+            return change_leaves(
+                clip, blocks, roles, updates, state, own, sown, threshold, arguments
+            )
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def apply(self, params: Any, sown: Any, threshold: ArrayLike, *arguments: ArrayLike) -> Any:
+        """From parameters to parameters."""
+        blocks, roles = self._find(params, arguments)
+        dtype = _dtype(params)
+
+        def clip(params, sown, threshold, arguments):
+            plan = self._plan(blocks, sown, dtype, threshold, arguments)
+            clipped = {path: _multiple(params[path], by) for path, by in plan.multipliers.items()}
+            return {**params, **clipped}, None
+
+        sown = self._pair(blocks, params, sown)
+        return change_leaves(clip, blocks, roles, params, sown, threshold, arguments)[0]
+
+    def _find(
+        self, params: Any, arguments: Sequence[ArrayLike]
+    ) -> tuple[tuple[Block, ...], set[Role]]:
+        """The blocks, and the roles of which any is clipped."""
+        blocks = find_blocks(self.layout, params)
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        roles: set[Role] = set()
+        for block in blocks:
+            gamma = jax.ShapeDtypeStruct(block.shape, jnp.float32)
+            abstract = jax.eval_shape(
+                functools.partial(self.factors, block), gamma, *(number for _ in arguments)
+            )
+            _check_factors(self.owner, block, abstract)
+            roles |= abstract.keys()
+            if any(ROLES[role].side != "value" for role in abstract):
+                refuse_qk_norm((block,))
+        return blocks, roles
+
+    def _pair(self, blocks: Sequence[Block], params: Any, given: Any) -> dict[str, list[jax.Array]]:
+        """What was sown in each block. Every value must find its block, unless the layout leaves
+        out where it was sown."""
+        signal = self.signal
+        if given is None:
+            raise ValueError(
+                f"{self.owner} got no {signal}. Pass what the forward pass sowed: "
+                f"tx.update(grads, state, params, {signal}=intermediates), where intermediates "
+                'comes from model.apply(..., mutable=["intermediates"]) in Linen or '
+                "nnx.capture(lambda model: ..., nnx.Intermediate)(model) in NNX; Flax's "
+                "TrainState.apply_gradients does not forward it, call tx.update yourself."
+            )
+        sown = read_signal(given, signal)
+        found = pair(self.layout, blocks, params, sown)
+        if found.strays:
+            raise ValueError(
+                f"{signal} were sown in {paths.show(found.strays[0])}, where the layout finds no "
+                f"query and key kernels; it has {', '.join(found.modules)}. Sow in the attention "
+                "module itself, or correct the layout."
+            )
+        for name, modules in found.modules.items():
+            if not modules:
+                how = "sow_max_logits, or sow_weights=True for Flax's attention"
+                raise ValueError(
+                    f"{name} has query and key kernels but sowed no {signal}; sown: "
+                    f"{names(sown)}. Sow them in that module "
+                    f"({how if signal == MAX_LOGITS else 'sow_signal'}), or leave the block out "
+                    "with the layout's block= pattern."
+                )
+        return {name: [sown[path] for path in modules] for name, modules in found.modules.items()}
+
+    def _plan(
+        self,
+        blocks: Sequence[Block],
+        sown: Mapping[str, Sequence[jax.Array]],
+        dtype: DTypeLike,
+        threshold: ArrayLike,
+        arguments: Sequence[ArrayLike],
+    ) -> "_Plan":
+        for option, axes in self._axes():
+            _check_bound(option, getattr(self, option), axes)
+        maxima = {
+            b.name: functools.reduce(
+                jnp.maximum, (fit(b.name, b.shape, x, self.signal) for x in sown[b.name])
+            )
+            for b in blocks
+        }
+        maxima = largest_of_devices(maxima, self.axis_name)
+        gamma = {
+            name: clip_factor(s.astype(dtype), threshold, self.scope) for name, s in maxima.items()
+        }
+        if self.scope == "layer" and self.heads_axis_name is not None:
+            gamma = jax.lax.pmin(gamma, self.heads_axis_name)
+        factors = {b.name: self.factors(b, gamma[b.name], *arguments) for b in blocks}
+        return _Plan(maxima, gamma, multipliers(blocks, factors))
+
+    def _axes(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        for option in ("axis_name", "heads_axis_name"):
+            value = getattr(self, option)
+            axes = (value,) if isinstance(value, str) else () if value is None else value
+            if not isinstance(axes, tuple) or not all(isinstance(axis, str) for axis in axes):
+                raise TypeError(
+                    f"{option} must be the name of an axis, or a tuple of names, got {value!r}."
+                )
+            yield option, axes
+
+
+def clip_factor(maxima: jax.Array, threshold: ArrayLike, scope: Scope = "head") -> jax.Array:
+    """γ = threshold / S for every head whose maximum S is finite and above it, else exactly 1.
+
+    Args:
+      maxima: `[..., heads]`. S <= 0, -inf (the head saw no key), NaN and +Inf give 1.
+      threshold: τ > 0.
+      scope: `"layer"` gives every head the smallest factor among the heads.
+
+    Returns:
+      γ in (0, 1], same shape, float32 or wider.
+    """
+    maxima = maxima.astype(accumulation_dtype(maxima.dtype))
+    threshold = jnp.asarray(threshold, maxima.dtype)
+    exceeds = jnp.isfinite(maxima) & (maxima > threshold)
+    gamma = jnp.where(exceeds, threshold / jnp.where(exceeds, maxima, 1), 1)
+    if scope == "layer":
+        gamma = jnp.broadcast_to(gamma.min(axis=-1, keepdims=True), gamma.shape)
+    return gamma
+
+
+class _Plan(NamedTuple):
+    """All that a step's maxima decide, before any weight is touched."""
+
+    maxima: dict[str, jax.Array]  # block name → [stack..., heads]
+    gamma: dict[str, jax.Array]
+    multipliers: dict[Path, jax.Array]  # parameter → broadcasts against it
+
+
+def _check_factors(owner: str, block: Block, abstract: Any) -> None:
+    if not isinstance(abstract, Mapping):
+        raise TypeError(f"{owner}: factors must return a dict by role, got {abstract!r}.")
+    for role, factor in abstract.items():
+        part = block.part(role)
+        if part is None:
+            raise ValueError(
+                f"{owner}: factors names the role {role!r}, which the layout does not give "
+                f"{block.name}; it has {', '.join(part.role for part in block.parts)}."
+            )
+        wanted = (*part.stack, part.heads)
+        if factor.shape != wanted:
+            raise ValueError(
+                f"{owner}: factors gives {role!r} of {block.name} the shape {factor.shape}; it "
+                f"must be [stack..., heads] = {wanted}. With fewer key heads than query heads, "
+                "reduce gamma over each group: "
+                "gamma.reshape(*block.stack, block.kv_heads, -1).min(-1)."
+            )
+
+
+def _check_bound(option: str, value: AxisName, axes: Sequence[str]) -> None:
+    for axis in axes:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError:
+            raise ValueError(
+                f"{option}={value!r}: no jax.shard_map or jax.pmap around this call has an axis "
+                f"{axis!r}. Under jax.jit leave {option} out: sharded arrays are whole there."
+            ) from None
+
+
+def _dtype(params: Any) -> DTypeLike:
+    return jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
+
+
+def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """The update after which the parameter is `multiplier * (param + update)`.
+
+    Written so that a multiplier of 1 gives the update back as it was.
+    """
+    dtype = jnp.promote_types(accumulation_dtype(param.dtype), update.dtype)
+    m, u, p = (x.astype(dtype) for x in (multiplier, update, param))
+    return jnp.where(m == 1, u, m * u + (m - 1) * p).astype(update.dtype)
+
+
+def _multiple(param: jax.Array, multiplier: jax.Array) -> jax.Array:
+    dtype = accumulation_dtype(param.dtype)
+    return (param.astype(dtype) * multiplier.astype(dtype)).astype(param.dtype)
+
+
+def _lost_heads(
+    blocks: Sequence[Block],
+    roles: set[Role],
+    plan: _Plan,
+    params: Leaves,
+    updates: Leaves,
+    clipped: Leaves,
+) -> Iterator[jax.Array]:
+    """For each block, the clipped heads of which a half-precision kernel did not move as asked."""
+
+    def lost(part: Part, heads: int) -> jax.Array:
+        path = part.kernel
+        before, after = (
+            _rounded(params[path].astype(jnp.float32) + step[path], params[path].dtype)
+            for step in (updates, clipped)
+        )
+        # Projected on the kernel itself, where rounding of single entries averages out.
+        asked, moved = (
+            part.sums(change * before)
+            for change in ((1 - plan.multipliers[path]) * before, before - after)
+        )
+        short = jnp.abs(asked - moved) > 0.5 * jnp.abs(asked)
+        return jnp.repeat(short, heads // part.heads, axis=-1)
+
+    for block in blocks:
+        half = [
+            lost(part, block.heads)
+            for part in block.parts
+            if part.role in roles
+            and part.kernel in plan.multipliers
+            and jnp.finfo(params[part.kernel].dtype).bits < 32
+        ]
+        if half:
+            yield functools.reduce(jnp.logical_or, half) & (plan.gamma[block.name] < 1)
+
+
+def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x as numbers of this dtype. (XLA may leave out a conversion there and back.)"""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+
+def _count(masks: Iterable[jax.Array]) -> jax.Array:
+    return sum((mask.sum(dtype=jnp.int32) for mask in masks), start=jnp.zeros([], jnp.int32))

@@ -1,0 +1,75 @@
+"""Momentum: Optax's own `trace`, held to the parameters' shardings and dtypes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from muonclip_jax._core.options import check_number
+from muonclip_jax._core.shardings import Shardings, placed
+
+
+class CorrectedTraceState(NamedTuple):
+    """State of momentum with `bias_correction`: Optax's `TraceState`, and int32 the steps taken."""
+
+    trace: Any
+    step: jax.Array
+
+
+def momentum_trace(
+    decay: ArrayLike,
+    nesterov: bool,
+    *,
+    bias_correction: bool = False,
+    mu_dtype: DTypeLike | None = None,
+    shardings: Shardings | None = None,
+) -> optax.GradientTransformation:
+    """`M ← μM + G`; the updates are `G + μM` with Nesterov, `M` without.
+
+    As `optax.trace`, but the state stays where the parameters are and in the dtype in which it
+    started. Updates are computed in the wider of the momentum's and the gradients' dtypes and come
+    out in it.
+
+    Args:
+      decay: μ in [0, 1).
+      nesterov: See above.
+      bias_correction: Nesterov's two terms are `μ M/(1-μ^{t+1})` and `G/(1-μ^t)`. Without Nesterov
+        nothing changes.
+      mu_dtype: The dtype of the momentum; None keeps the parameter's.
+      shardings: How the parameters are split, as in `scale_by_muon`.
+
+    Returns:
+      A transformation with the state `optax.TraceState`, or `CorrectedTraceState`.
+    """
+    check_number(
+        "momentum", decay, lambda x: 0 <= x < 1, "in [0, 1) (0.95 is usual)", "the transformation"
+    )
+    plain = optax.trace(decay, nesterov, mu_dtype)
+    corrected = optax.trace(decay, nesterov=False, accumulator_dtype=mu_dtype)
+
+    def keep(new: Any, old: Any) -> Any:
+        return placed(jax.tree.map(lambda a, m: a.astype(m.dtype), new, old), shardings)
+
+    def init(params: optax.Params) -> optax.TraceState | CorrectedTraceState:
+        trace = placed(optax.tree.zeros_like(params, dtype=mu_dtype), shardings)
+        if bias_correction:
+            return CorrectedTraceState(trace, jnp.zeros([], jnp.int32))
+        return optax.TraceState(trace)
+
+    def update(updates, state, params=None):
+        del params
+        if not bias_correction:
+            after: Any
+            new, after = plain.update(updates, state)
+            return new, optax.TraceState(keep(after.trace, state.trace))
+        sums, _ = corrected.update(updates, optax.TraceState(state.trace))
+        step = jnp.asarray(optax.safe_increment(state.step))
+        after = CorrectedTraceState(keep(sums, state.trace), step)
+        if not nesterov:
+            return sums, after
+        ahead, gradient_weight = decay / (1 - decay ** (step + 1)), 1 / (1 - decay**step)
+        return jax.tree.map(lambda m, g: ahead * m + gradient_weight * g, sums, updates), after
+
+    return optax.GradientTransformation(init, update)
