@@ -33,6 +33,7 @@ from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalizatio
 from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
 from muonclip_jax._transforms.quack import QuackState, quack_state, scale_by_quack
 from muonclip_jax._transforms.update_rms import scale_by_update_rms
+from muonclip_jax._transforms.upgrade import upgrade_state
 from muonclip_jax.layouts import Layout, find_layout
 from muonclip_jax.recipes import muon, muon_direction, muonclip, quack
 from muonclip_jax.schedules import Schedule
@@ -60,6 +61,7 @@ __all__ = [
     "accumulate",
     "AccumulateState",
     "accumulate_state",
+    "upgrade_state",
     # recipes: the chains
     "muon",
     "muonclip",

@@ -33,6 +33,11 @@ class AccumulateState(NamedTuple):
         the largest value in the same micro-batches, float32 `[stack..., heads]`; -inf before the
         first.
       inner_state: The state of the optimizer inside.
+
+    Example:
+        >>> state = mc.accumulate(optax.sgd(0.1), every=4).init(params)
+        >>> int(state.micro_step), int(state.step), bool(state.has_updated)
+        (0, 0, False)
     """
 
     micro_step: jax.Array
@@ -181,6 +186,11 @@ def accumulate_state(opt_state: Any) -> AccumulateState:
 
     Raises:
       ValueError: There is none, or more than one.
+
+    Example:
+        >>> tx = optax.chain(optax.clip(1.0), mc.accumulate(optax.sgd(0.1), every=4))
+        >>> bool(mc.accumulate_state(tx.init(params)).has_updated)
+        False
     """
     return find_state(opt_state, AccumulateState, "accumulate")
 

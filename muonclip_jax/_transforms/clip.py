@@ -51,6 +51,12 @@ class ClipState(NamedTuple):
       lost_heads: int32, running count of clipped heads of which some kernel, rounded to the
         parameters' own half-precision dtype, moved less than half as far as it should. Keep
         float32 master weights if it grows.
+
+    Example:
+        >>> clip = dict(signal="max_output", factors=lambda block, gamma: {"o": gamma})
+        >>> state = mc.clip_by_signal(layout, 30.0, **clip).init(params)
+        >>> state.maxima["attn"]
+        Array([-inf, -inf], dtype=float32)
     """
 
     maxima: dict[str, jax.Array]

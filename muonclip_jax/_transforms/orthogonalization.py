@@ -35,8 +35,8 @@ def scale_by_orthogonalization(
     steps; with the default schedule two thirds of them for m = 4n on accelerators, about half on
     CPU (`Method`). Matrices of one shape are orthogonalized together, as a stack.
 
-    On a mesh every device orthogonalizes its share of each stack, which gets there and back with
-    one all-to-all each, in the dtype of `newton_schulz`. Where there are fewer matrices than
+    On a mesh every device orthogonalizes its share of each stack, which travels with one
+    all-to-all each way, in the dtype of `newton_schulz`. Where there are fewer matrices than
     devices, a device group holds a matrix, each device some of its columns, and shares all
     products evenly. `describe` prints the plan. On meshes with Explicit axes this needs nothing;
     with Auto axes it needs `shardings`, since inside `jax.jit` nothing else tells how parameters

@@ -33,6 +33,11 @@ class QKClipState(NamedTuple):
       lost_heads: int32, running count of clipped heads of which some kernel, rounded to the
         parameters' own half-precision dtype, moved less than half as far as it should. Keep
         float32 master weights if it grows.
+
+    Example:
+        >>> state = mc.qk_clip(layout).init(params)
+        >>> state.max_logits["attn"]
+        Array([-inf, -inf], dtype=float32)
     """
 
     max_logits: dict[str, jax.Array]

@@ -1,0 +1,104 @@
+"""Optimizer states of earlier versions, restored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muonclip_jax._core import paths
+from muonclip_jax._core.paths import Path
+from muonclip_jax._transforms.accumulate import AccumulateState
+from muonclip_jax._transforms.momentum import CorrectedTraceState
+
+
+def upgrade_state(old: Any, like: optax.OptState) -> optax.OptState:
+    """The state of an optimizer that version 0.1.0 saved, in today's form.
+
+    | 0.1.0 | today |
+    | --- | --- |
+    | `MuonState(count, momentum)` | `(TraceState(trace), EmptyState())`; with `bias_correction` the first is `CorrectedTraceState(trace, step)` |
+    | `QuackState(initial_norms, factors, vectors)` | `QuackState(initial_norms, factors)` |
+    | `AccumulateState(..., max_logits={block: x}, ...)` | `AccumulateState(..., maxima={"max_logits": {block: x}}, ...)` |
+
+    Everything else is as it was, and a state of today comes back unchanged.
+
+    Args:
+      old: What Orbax, or `flax.serialization.msgpack_restore`, restores without a target: dicts and
+        lists of arrays, also tuples.
+      like: `tx.init(params)`, or its `jax.eval_shape`, of the same optimizer as it is built today.
+
+    Returns:
+      A state with the structure and dtypes of `like`, and its shardings where it has arrays.
+
+    Raises:
+      ValueError: Something is missing in `old`, or has another shape; with its path.
+
+    Example:
+        >>> optimizer = mc.scale_by_muon()
+        >>> kernels = {"up": jnp.ones((4, 8))}
+        >>> old = {"count": jnp.array(3), "momentum": {"up": jnp.full((4, 8), 2.0)}}
+        >>> trace, _ = mc.upgrade_state(old, like=optimizer.init(kernels))
+        >>> float(trace.trace["up"][0, 0])
+        2.0
+    """  # noqa: E501
+    return _upgrade(old, like, ())
+
+
+def _upgrade(old: Any, like: Any, path: Path) -> Any:
+    children, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: x is not like)
+    if treedef == jax.tree.structure(0):
+        return _leaf(old, like, path)
+    first = like[0] if isinstance(like, tuple) and like else None
+    if isinstance(first, optax.TraceState | CorrectedTraceState) and _is_muon_state(old):
+        trace = _upgrade(_child(old, "momentum", 1, path), first.trace, (*path, "momentum"))
+        if isinstance(first, CorrectedTraceState):
+            step = _leaf(_child(old, "count", 0, path), first.step, (*path, "count"))
+            return CorrectedTraceState(trace, step), *like[1:]
+        return optax.TraceState(trace), *like[1:]
+    if isinstance(like, AccumulateState) and like.maxima:
+        old = _with_maxima(old)
+    new = []
+    for index, (key_path, child) in enumerate(children):
+        (name,) = paths.parse(key_path) or (str(index),)
+        inside = (*path, name)
+        empty = not jax.tree.leaves(child)
+        new.append(child if empty else _upgrade(_child(old, name, index, inside), child, inside))
+    return jax.tree.unflatten(treedef, new)
+
+
+def _is_muon_state(old: Any) -> bool:
+    if isinstance(old, Mapping):
+        return "momentum" in old
+    return len(old) == 2 and jnp.ndim(jax.tree.leaves(old[0])[0]) == 0
+
+
+def _with_maxima(old: Any) -> Any:
+    """`AccumulateState` of the signals' names, where it had max logits only."""
+    if isinstance(old, Mapping):
+        return old if "maxima" in old else {**old, "maxima": {"max_logits": old["max_logits"]}}
+    told = "max_logits" in old[3]
+    return old if told else (*old[:3], {"max_logits": old[3]}, *old[4:])
+
+
+def _child(old: Any, name: str, index: int, path: Path) -> Any:
+    if not isinstance(old, Mapping):
+        return old[index]
+    for key in old:
+        if str(key) in (name, str(index)):
+            return old[key]
+    raise ValueError(
+        f"The old state has nothing at {paths.show(path)}; it has {', '.join(map(str, old))}. Is "
+        "`like` the state of the same optimizer, with the same options?"
+    )
+
+
+def _leaf(old: Any, like: Any, path: Path) -> jax.Array:
+    if jnp.shape(old) != like.shape:
+        raise ValueError(
+            f"The old state has the shape {jnp.shape(old)} at {paths.show(path)}, and `like` "
+            f"{like.shape}. Give the state of the same parameters."
+        )
+    new = jnp.asarray(old, like.dtype)
+    return jax.device_put(new, like.sharding) if isinstance(like, jax.Array) else new
