@@ -70,7 +70,7 @@ def scale_by_orthogonalization(
     Example:
         >>> tx = mc.scale_by_orthogonalization()
         >>> updates, _ = tx.update({"w": jnp.eye(4, 8)}, tx.init({"w": jnp.ones((4, 8))}))
-        >>> bool(jnp.allclose(jnp.linalg.svd(updates["w"])[1], 1, atol=0.05))
+        >>> bool(jnp.allclose(jnp.linalg.svd(updates["w"])[1], 1, atol=0.2))
         True
     """
     if not isinstance(newton_schulz, NewtonSchulz):
