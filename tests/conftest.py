@@ -21,13 +21,67 @@ settings.register_profile("few", settings.get_profile("default"), max_examples=1
 settings.load_profile("default")
 
 
+# What runs again on the newest Python, with the newest JAX, Flax and Optax: files in which we use
+# what changes between their versions. All else computes with `jax.numpy`, which does not.
+VERSIONS = {
+    "types that carry shardings, shard_map, meshes": [
+        "core",
+        "spread/test_sharded_step.py",
+        "spread/test_stacks.py",
+        "transforms/test_clip_in_shard_map.py",
+        "transforms/test_sharded_clip.py",
+    ],
+    "Flax: sow, capture, variables, names of parameters": [
+        "attention/test_flax.py",
+        "attention/test_max_logits.py",
+        "diagnostics/test_activations.py",
+        "layouts/test_layouts.py",
+        "models",
+    ],
+    "Optax: wrappers, masks, its own Muon": [
+        "transforms/test_accumulate.py",
+        "transforms/test_muon.py",
+    ],
+    "Pallas, and promotion of dtypes around it": [
+        "attention/test_attention_kernels.py",
+        "orthogonalize/test_symmetric_pallas.py",
+    ],
+    "texts: errors around those of JAX, signatures, examples": [
+        "test_docs.py",
+        "test_docstrings.py",
+        "test_errors.py",
+        "test_imports.py",
+        "test_surface.py",
+    ],
+}
+
+
+def pytest_collection_modifyitems(items):
+    tests = pathlib.Path(__file__).parent
+    chosen = [tests / place for places in VERSIONS.values() for place in places]
+    for item in items:
+        if any(item.path.is_relative_to(place) for place in chosen):
+            item.add_marker(pytest.mark.versions)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder of this session that all its workers see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
+def compile_once(shared_folder):
     """All workers, and modules whose programs were released, share what was compiled."""
     if jax.config.jax_compilation_cache_dir is None:
-        base = tmp_path_factory.getbasetemp()
-        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(shared) / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(shared_folder / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

@@ -51,7 +51,14 @@ def pages():
     return found
 
 
-@pytest.mark.parametrize(("page", "name"), pages(), ids=lambda part: part)
+LONG = {("guide.md", "linen"), ("guide.md", "heads"), ("guide.md", "kernels")}  # train models
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [pytest.param(*key, marks=[pytest.mark.slow] if key in LONG else []) for key in pages()],
+    ids=lambda part: part,
+)
 def test_blocks_run(page, name):
     code = [PRELUDES.get(name, ""), *pages()[page, name], EPILOGUES.get(name, "")]
     namespace = {"__name__": f"{page}:{name}"}

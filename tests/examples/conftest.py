@@ -1,7 +1,10 @@
 """A run of the example that is as small as it can be, made once."""
 
-import jax
+import fcntl
+import pathlib
+
 import pytest
+from matplotlib import figure
 
 from examples.mla import train
 
@@ -30,19 +33,24 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Every run compiles the same programs: keep them."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+def made_once(folder, make):
+    """`folder`, made by whichever worker comes first; the others wait for it."""
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := pathlib.Path(f"{folder}.done")).exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(300)))
-    return path
+def text_file(shared_folder):
+    def write(folder):
+        folder.mkdir()
+        lines = (f"def f{i}(x):\n    return x + {i}\n" for i in range(300))
+        (folder / "text.txt").write_text("".join(lines))
+
+    return made_once(shared_folder / "text", write) / "text.txt"
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +72,16 @@ def flags(text_file):
 
 
 @pytest.fixture(scope="session")
-def finished(flags, tmp_path_factory):
+def finished(flags, shared_folder):
     """The folder of a finished run."""
-    run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    assert train.main(flags(run_dir)) == 0
-    return run_dir
+
+    def run(run_dir):
+        assert train.main(flags(run_dir)) == 0
+
+    return made_once(shared_folder / "finished", run)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For runs whose report is not looked at: drawing it takes longer than a tiny run."""
+    monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: None)

@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def free():
     yield
     gc.collect()
@@ -114,6 +114,7 @@ def cut_arrays_short(checkpoint):
         os.truncate(path, 10)
 
 
+@pytest.mark.usefixtures("free")
 @pytest.mark.parametrize("damage", [lose_an_item, cut_arrays_short])
 def test_a_damaged_checkpoint_is_named_with_the_fix(saved, damage):
     run_dir, _ = saved
@@ -124,6 +125,7 @@ def test_a_damaged_checkpoint_is_named_with_the_fix(saved, damage):
     assert Checkpoints.existing(run_dir).restore(*make()) == {"next_index": 3}
 
 
+@pytest.mark.usefixtures("free")
 def test_another_models_checkpoint_is_refused_and_kept(saved):
     run_dir, _ = saved
     with pytest.raises(InputError, match=r"checkpoints/6: damaged, or not a checkpoint of this mo"):

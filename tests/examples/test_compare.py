@@ -33,6 +33,7 @@ def peaks(folder, name):
     return metrics.peak(steps)[HIGH["warmup"] :] / HIGH["threshold"]
 
 
+@pytest.mark.slow
 def test_muonclip_stays_near_the_threshold_that_muon_alone_passes_threefold(folder):
     # Measured: 1.2 with the clip, in the median 1.05, and 4.7 without. A maximum is of the step's
     # own batch, before its clip, so it overshoots by what one step at this rate can add.
@@ -41,6 +42,7 @@ def test_muonclip_stays_near_the_threshold_that_muon_alone_passes_threefold(fold
     assert free.max() > 3
 
 
+@pytest.mark.slow
 def test_only_the_clip_differs(folder):
     clipped, free = (select(metrics.read(folder / n), "step") for n in ("muonclip", "muon"))
     assert clipped[0]["loss"] == free[0]["loss"]
@@ -50,6 +52,7 @@ def test_only_the_clip_differs(folder):
     assert {k for k in settings[0] if settings[0][k] != settings[1][k]} == {"optimizer", "run_dir"}
 
 
+@pytest.mark.slow
 def test_the_report_has_both_in_one_picture_and_the_numbers(folder):
     html = (folder / "compare.html").read_text()
     assert re.findall("<h2>(.*)</h2>", html) == ["Max logits", "Loss", "Result", "Settings"]

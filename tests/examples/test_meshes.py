@@ -75,7 +75,10 @@ def values(*modules):
     return jax.device_get(jax.tree.leaves(nnx.state(modules)))
 
 
-MESHES = [{"fsdp": 8}, {"fsdp": 4, "tp": 2}, {"data": 2, "tp": 2}]
+MESHES = [
+    {"fsdp": 4, "tp": 2},
+    *(pytest.param(axes, marks=pytest.mark.slow) for axes in ({"fsdp": 8}, {"data": 2, "tp": 2})),
+]
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(axes))
@@ -167,6 +170,7 @@ def test_what_an_axis_does_not_divide_stays_whole():
     assert found["layers/0/attn/wk/kernel"] == P("fsdp", None)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_from_4_devices_to_8_to_1(tmp_path):
     """With the same next step everywhere, and bit for bit on the mesh that it is of."""
 
@@ -210,6 +214,7 @@ def losses(run_dir):
 close_in_bfloat16 = functools.partial(np.testing.assert_allclose, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_learns_the_same_and_tells_where_it_was(on_a_mesh, finished):
     here, alone = losses(on_a_mesh), losses(finished)
     close_in_bfloat16(here, alone)
@@ -221,6 +226,8 @@ def test_a_run_on_a_mesh_learns_the_same_and_tells_where_it_was(on_a_mesh, finis
     assert len(end["sample"]) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_resumes_without_its_mesh(on_a_mesh, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(on_a_mesh, run_dir)

@@ -53,7 +53,16 @@ def decode_all(model, tokens):
 TOKENS = jax.random.randint(jax.random.key(2), (2, 7), 0, TINY.vocab_size)
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+QUICK = ["mla", "gqa with QK-norm"]  # both ways of attention, and of decoding
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, config in VARIANTS.items()
+    ],
+)
 def test_decode_equals_training_before_and_after_a_clip(config):
     model = make(config)
     trained, sown = forward(model, TOKENS)

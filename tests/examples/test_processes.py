@@ -76,6 +76,7 @@ def uninterrupted(flags, tmp_path_factory):
     return run_dir, said
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(uninterrupted, finished):
     run_dir, _ = uninterrupted
     two, one = (
@@ -89,12 +90,14 @@ def test_two_processes_learn_what_one_does(uninterrupted, finished):
     assert metrics.read(run_dir)[0]["facts"]["device"] == "2 × cpu in 2 processes, mesh fsdp=2"
 
 
+@pytest.mark.slow
 def test_only_the_first_process_prints_and_reports(uninterrupted):
     run_dir, (first, second) = uninterrupted
     assert f"report: {run_dir}/report.html" in first and (run_dir / "report.html").exists()
     assert all(line.startswith("[Gloo]") for line in second.splitlines())
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_a_save_and_then_one_stopped(uninterrupted, flags, tmp_path):
     """The run goes on from the last complete checkpoint with the exact next losses; a signal to one
     process then stops both at the same step, and what they saved is complete."""

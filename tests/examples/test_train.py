@@ -62,6 +62,7 @@ def test_the_tiny_run_clips_and_learns(finished):
     assert last < first
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resuming_continues_bit_for_bit(finished, flags, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
@@ -72,6 +73,8 @@ def test_resuming_continues_bit_for_bit(finished, flags, tmp_path):
     chex.assert_trees_all_equal(state(run_dir, 6), state(finished, 6))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_half_written_checkpoint_is_not_resumed(finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
@@ -80,6 +83,8 @@ def test_a_half_written_checkpoint_is_not_resumed(finished, tmp_path):
     assert numbers(run_dir) == numbers(finished)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
@@ -91,6 +96,8 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path):
     assert len(select(rows, "end")) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_the_flags_of_a_run_may_be_given_again_to_resume_it(flags, tmp_path):
     def run(steps, *more):
         return train.main([*flags(tmp_path / "run", steps=steps), "--per-head", *more])
@@ -100,7 +107,10 @@ def test_the_flags_of_a_run_may_be_given_again_to_resume_it(flags, tmp_path):
     assert run(5, "--resume") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     finished, flags, tmp_path, number, monkeypatch, capsys
 ):
@@ -122,6 +132,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     chex.assert_trees_all_equal(state(run_dir, 6), state(finished, 6))
 
 
+@pytest.mark.slow
 def test_sigterm_from_outside(flags, tmp_path):
     run_dir = tmp_path / "run"
     arguments = flags(run_dir, steps=10**6, optimizer="adamw")
@@ -160,6 +171,8 @@ def test_without_a_folder_each_run_gets_a_new_one_and_resume_takes_the_newest(
     assert settings.newest_run_dir() == Path("runs/newest")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_adamclip_and_gqa(flags, tmp_path):
     changed = {"optimizer": "adamclip", "attention": "gqa", "kv_heads": 1}
     assert train.main(flags(tmp_path / "run", steps=2, **changed)) == 0
