@@ -2,6 +2,8 @@
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+import muonclip_jax as mc
 from examples.mla.cli import InputError
-from examples.mla.mesh import largest
+from examples.mla.mesh import everywhere, largest
 
 FOLDER = "checkpoints"
 
@@ -35,6 +38,11 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
             ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
         )
 
     @classmethod
@@ -82,9 +90,14 @@ class Checkpoints:
         """The newest checkpoint's settings and fingerprints."""
         return self._restore(about=ocp.args.JsonRestore())["about"]
 
+    def is_older(self, model: nnx.Module, optimizer: nnx.Optimizer) -> bool:
+        """Whether the newest checkpoint's state has another form: that of an older release."""
+        with self._one_line_errors():
+            return names(self._saved_shapes()) != names(nnx.state((model, optimizer)))
+
     def restore(self, model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
         """Puts the newest checkpoint into the model and the optimizer, each array where theirs is:
-        the mesh that saved it may have been another.
+        the mesh that saved it may have been another. The state of an older release is converted.
 
         Returns:
           The position in the data.
@@ -93,21 +106,76 @@ class Checkpoints:
           InputError: The checkpoint does not read, or holds another model.
         """
         state = nnx.state((model, optimizer))
+        older = self.is_older(model, optimizer)
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         saved = self._restore(
-            state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(self._saved_shapes() if older else shapes),
+            position=ocp.args.JsonRestore(),
         )
-        nnx.update((model, optimizer), saved["state"])
+        if older:
+            with self._one_line_errors():
+                upgrade(model, optimizer, plain(saved["state"]))
+        else:
+            nnx.update((model, optimizer), saved["state"])
         return saved["position"]
 
+    def _saved_shapes(self) -> dict[str, Any]:
+        """The newest checkpoint's state as nested dictionaries of shapes, each array replicated."""
+        tree = self._manager.item_metadata(self.latest)["state"].tree
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere()), tree
+        )
+
     def _restore(self, **items: ocp.args.CheckpointArgs) -> Any:
-        try:
+        with self._one_line_errors():
             return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
+
+    @contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # Orbax raises no less for a file cut short
             raise InputError(
                 f"{self.folder / str(self.latest)}: damaged, or not a checkpoint of this model; "
                 f"move it away to resume from the one before ({' '.join(str(error).split())[:100]})"
             ) from error
+
+
+def upgrade(model: nnx.Module, optimizer: nnx.Optimizer, saved: dict[str, Any]) -> None:
+    """Puts the state of an older release into the model and the optimizer.
+
+    Args:
+      model: The model.
+      optimizer: Its optimizer.
+      saved: Arrays in dictionaries by name: the model is "0", the optimizer "1".
+    """
+    ours = {"opt_state": optimizer.opt_state, "step": optimizer.step}
+    upgraded: Any = mc.upgrade_state(saved, like=plain((nnx.state(model), ours)))
+    nnx.update(model, upgraded[0])
+    jax.tree.map(
+        lambda variable, new: variable.set_value(new),
+        ours,
+        upgraded[1],
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def names(tree: Any) -> set[str]:
+    """The path of every array of a state, as Orbax spells it."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path in paths}
+
+
+def plain(tree: Any) -> Any:
+    """A tree with arrays in the place of NNX's variables, and of what Orbax restores of them."""
+
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, nnx.Variable) or (isinstance(x, dict) and x.keys() == {"value"})
+
+    def array(x: Any) -> Any:
+        return x["value"] if isinstance(x, dict) else x.get_value()
+
+    return jax.tree.map(lambda x: array(x) if is_variable(x) else x, tree, is_leaf=is_variable)
 
 
 class StopSignal:

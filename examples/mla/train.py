@@ -79,7 +79,7 @@ def train(settings: Settings, console: Console | None = None) -> int:
     with settings.devices.on_mesh():
         run = Run(settings)
         console.print(run.text.describe(), soft_wrap=True)
-        done = run.resume() if settings.resume else run.start()
+        done = run.resume(console) if settings.resume else run.start()
         stopped_by = run.loop(done, console)
         if stopped_by:
             console.print(
@@ -121,7 +121,7 @@ class Run:
         in_every_process(self._check_folder)
         return self._record_start(0)
 
-    def resume(self) -> int:
+    def resume(self, console: Console) -> int:
         """Goes back to the newest checkpoint; returns its step.
 
         Raises:
@@ -131,6 +131,11 @@ class Run:
         self.text.check_same(self.checkpoints.about()["text"], folder)
         if step > self.settings.steps:
             raise InputError(f"{folder} is at step {step} already, beyond --steps; raise --steps")
+        if self.checkpoints.is_older(self.model, self.optimizer):
+            console.print(
+                f"{folder}: converting the optimizer state of an older release at step {step}",
+                soft_wrap=True,
+            )
         self.batches.set_state(self.checkpoints.restore(self.model, self.optimizer))
         if is_first():
             metrics.rewind(folder, step)
