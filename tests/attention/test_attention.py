@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -132,20 +131,51 @@ def calls(draw):
     return operands, d_out, options, draw(st.integers(2, 5))
 
 
+def assert_equals_the_plain_form(operands, d_out, options, chunk_size):
+    found = value_and_grads(operands, d_out, chunk_size=chunk_size, **options)
+    expected = reference(*operands, d_out=d_out, **options)
+    # Float64 on both sides; sums of at most a few hundred terms of order one.
+    chex.assert_trees_all_close(found, expected, rtol=1e-11, atol=1e-11)
+    chex.assert_trees_all_equal_dtypes(found, jax.tree.map(jnp.float64, found))
+
+
+@pytest.mark.slow
 @settings(max_examples=20)  # each is one compilation
 @given(st.data())
 def test_output_maxima_and_gradients_equal_the_plain_form(data):
     with jax.enable_x64(True):
-        operands, d_out, options, chunk_size = data.draw(calls())
-        found = value_and_grads(operands, d_out, chunk_size=chunk_size, **options)
-        expected = reference(*operands, d_out=d_out, **options)
-        # Float64 on both sides; sums of at most a few hundred terms of order one.
-        chex.assert_trees_all_close(found, expected, rtol=1e-11, atol=1e-11)
-        chex.assert_trees_all_equal_dtypes(found, jax.tree.map(jnp.float64, found))
+        assert_equals_the_plain_form(*data.draw(calls()))
     assert jnp.ones(1).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("batch", "bias_shape", "mask_shape", "options"),
+    [
+        ((), (6, 1, 8), (7, 1), {"is_causal": True, "soft_cap": 1.5}),
+        ((2, 3), (3, 1, 7, 8), (2, 1, 6, 1, 8), {"local_window_size": (4, 2), "scale": -1.0}),
+        ((2,), None, (8,), {"is_causal": True, "local_window_size": 3, "scale": 0.3}),
+    ],
+    ids=["cap", "window", "causal window"],
+)
+def test_every_option_equals_the_plain_form(batch, bias_shape, mask_shape, options):
+    """Three calls that have everything among them; many more are the slow test above."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        operands = [
+            normal(rng, *batch, *shape) for shape in ((7, 6, 3), (8, 2, 3), (8, 2, 2))
+        ]  # 7 queries, 8 keys, groups of 3 heads, values of another size
+        if bias_shape is not None:
+            bias = rng.normal(size=bias_shape)
+            bias.flat[::7], bias.flat[3::7] = -np.inf, LOWEST
+            operands.append(jnp.asarray(bias))
+        mask = jnp.asarray(rng.random(mask_shape) < 0.7)
+        d_out = normal(rng, *batch, 7, 6, 2)
+        assert_equals_the_plain_form(operands, d_out, options | {"mask": mask}, chunk_size=3)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "float32", "float64"]
+)
 def test_every_dtype(dtype):
     with jax.enable_x64(dtype == "float64"):
         rng = np.random.default_rng(0)
@@ -174,8 +204,7 @@ def test_output_dtype_is_the_given_one_or_the_querys():
     chex.assert_type(dot_product_attention(wide, wide, wide, dtype=jnp.float16)[0], jnp.float16)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("window", [2, (0, 3), (3, 1)])
+@pytest.mark.parametrize(("window", "is_causal"), [(2, False), ((0, 3), False), ((3, 1), True)])
 def test_window_means_what_it_means_in_jax(window, is_causal):
     rng = np.random.default_rng(0)
     query, key, value = (normal(rng, 1, 9, heads, 4, dtype=np.float32) for heads in (4, 2, 2))
@@ -249,8 +278,9 @@ def test_non_finite_logits_are_visible_and_hidden_ones_are_not(bad):
     np.testing.assert_array_equal(hidden, [2.0, 2.0])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("length", [6, 33, 64, 300])
+@pytest.mark.parametrize(
+    ("length", "causal"), [(6, False), (33, True), (64, False), (300, True)]
+)  # XLA's vectors differ with the length
 def test_a_nan_is_seen_in_rows_of_any_length(length, causal):
     """A vectorized maximum may drop it, as XLA's on CPU does."""
     rng = np.random.default_rng(0)
@@ -301,7 +331,7 @@ def dropout_factors(rng, broadcast_dropout, heads=2, length=6):
     return np.moveaxis(np.asarray(out), -2, -3) * length  # [1, heads, T, S]
 
 
-@pytest.mark.parametrize("broadcast_dropout", [False, True])
+@pytest.mark.parametrize("broadcast_dropout", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dropout_is_the_same_in_both_passes(broadcast_dropout):
     rng, key = np.random.default_rng(0), jax.random.key(3)
     operands = [normal(rng, 1, 6, 2, 3, dtype=np.float32) for _ in range(3)]
@@ -362,18 +392,17 @@ class Transformations(chex.TestCase):
         chex.assert_trees_all_close(out.reshape(flat_out.shape), flat_out, rtol=1e-5)
         chex.assert_trees_all_close(max_logits, flat_max, rtol=1e-6)
 
-    @parameterized.named_parameters(
-        ("remat", lambda f: jax.checkpoint(f)),
-        ("scan", lambda f: lambda x: jax.lax.scan(lambda _, x: (None, f(x)), None, x[None])[1][0]),
-        ("vmap", lambda f: lambda x: jax.vmap(f)(x[None])[0]),
-    )
-    def test_gradient_through(self, transform):
+    def test_gradient_through_remat_scan_and_vmap(self):
         def loss(x):
             return jnp.sum(self.attend(x)[0] ** 2)
 
-        wrapped = jax.jit(jax.grad(lambda x: transform(loss)(x)))(self.x)
+        def wrapped(x):
+            layer = jax.checkpoint(jax.vmap(loss))
+            return jax.lax.scan(lambda total, x: (total + layer(x).sum(), None), 0.0, x[None])[0]
+
+        found = jax.jit(jax.grad(wrapped))(self.x)
         # The same sums, perhaps in another order.
-        chex.assert_trees_all_close(wrapped, jax.grad(loss)(self.x), rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(found, jax.grad(loss)(self.x), rtol=1e-4, atol=1e-5)
 
     def test_one_trace_for_equal_calls(self):
         chex.clear_trace_counter()
@@ -386,7 +415,9 @@ class Transformations(chex.TestCase):
             jax.jvp(self.attend, (self.x,), (self.x,))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_sharded_batch_and_heads(axis_type):
     """On however many devices there are; an Explicit mesh checks its types on one as well."""
     devices = jax.device_count()
@@ -421,7 +452,12 @@ def temporaries(length, dtype=jnp.float32, **arrays):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+both_precisions = pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16]
+)
+
+
+@both_precisions
 def test_memory_is_linear_in_the_length(dtype):
     half, full = (temporaries(length, dtype) for length in (8192, 16384))
     one_buffer = 16384 * 16384 * 4
@@ -429,7 +465,7 @@ def test_memory_is_linear_in_the_length(dtype):
     assert full / half < 2.2  # a tile's own temporaries do not grow with the length
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@both_precisions
 def test_the_maxima_are_a_by_product(dtype):
     """The compiled program has the same work without them."""
 
@@ -457,10 +493,9 @@ def test_a_callers_mask_and_bias_are_not_copied():
     length = 10_000  # not a multiple of the chunk
     shape = (1, 1, length, length)
     plain = temporaries(length)
-    masked = temporaries(length, mask=jax.ShapeDtypeStruct(shape, bool))
-    biased = temporaries(length, bias=jax.ShapeDtypeStruct(shape, jnp.float32))
-    # Beside one tile of the mask or bias, nothing is added.
-    assert max(masked, biased) < plain + 2**20
+    mask, bias = jax.ShapeDtypeStruct(shape, bool), jax.ShapeDtypeStruct(shape, jnp.float32)
+    # Beside one tile of each, nothing is added; a copy of the mask would be 100 MB.
+    assert temporaries(length, mask=mask, bias=bias) < plain + 2**21
 
 
 # ---- wrong calls ----

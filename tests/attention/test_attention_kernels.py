@@ -177,14 +177,13 @@ def visible_pairs(operands, mask=None, is_causal=False, local_window_size=None, 
     return seen if mask is None else seen & mask
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # XLA on CPU has no float16
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),  # XLA on CPU has no float16
     [
-        {"is_causal": True},
-        {"local_window_size": (2, 1)},
-        {"mask": np.random.default_rng(5).random((2, 3, 1, 7, 7)) < 0.5},
-        {"mask": np.arange(7) < 3, "scale": -2.0},
+        ("float32", {"is_causal": True}),
+        ("bfloat16", {"local_window_size": (2, 1)}),
+        ("float32", {"mask": np.random.default_rng(5).random((2, 3, 1, 7, 7)) < 0.5}),
+        ("bfloat16", {"mask": np.arange(7) < 3, "scale": -2.0}),
     ],
     ids=["causal", "window", "mask", "keys"],
 )

@@ -180,17 +180,19 @@ def test_qk_clip_clips_late_but_never_wrongly():
 
 def test_vmap_over_examples_and_over_steps():
     query, key = operands_of()
-    one_by_one = jnp.stack([measure_max_logits(q, k) for q, k in zip(query, key, strict=True)])
-    # The same products, perhaps in another order.
-    chex.assert_trees_all_close(jax.vmap(measure_max_logits)(query, key), one_by_one, rtol=1e-6)
+    each = [expected(q, k) for q, k in zip(query, key, strict=True)]
+    # Float32 sums of eight products of order one.
+    found = jax.vmap(measure_max_logits)(query, key)
+    chex.assert_trees_all_close(found, np.float32(each), rtol=1e-6)
     over_steps = jax.vmap(lambda step: measure_max_logits(query, key, every=2, step=step))
     np.testing.assert_array_equal(
         jnp.isneginf(over_steps(jnp.arange(3)))[:, 0], [False, True, False]
     )
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("options", [{}, {"every": 2, "step": 4}])
+@pytest.mark.parametrize(
+    ("axis_type", "options"), [(AxisType.Auto, {}), (AxisType.Explicit, {"every": 2, "step": 4})]
+)
 def test_sharded_batch(axis_type, options):
     devices = jax.device_count()
     mesh = jax.make_mesh((devices, 1), ("data", "heads"), axis_types=(axis_type,) * 2)

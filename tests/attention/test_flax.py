@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from muonclip_jax._attention import flax
 from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.flax import attention_fn
 from muonclip_jax._attention.max_logits import read_max_logits
@@ -25,12 +26,12 @@ def parameters(function):
     return inspect.signature(function).parameters
 
 
-@pytest.mark.parametrize("flax", [nn.dot_product_attention, nnx.dot_product_attention])
-def test_signature_is_flaxs(flax):
+@pytest.mark.parametrize("theirs", [nn.dot_product_attention, nnx.dot_product_attention])
+def test_signature_is_flaxs(theirs):
     """Names, order and defaults of all up to `module`; behind it come the options."""
     ours = list(parameters(attention_fn).values())
     order = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
-    theirs = parameters(flax)
+    theirs = parameters(theirs)
     assert [(name, theirs[name].default) for name in order] == [
         (name, parameters(attention_fn)[name].default) for name in order
     ]
@@ -43,30 +44,17 @@ def test_takes_every_option_of_dot_product_attention():
     assert all(given[name].default == option.default for name, option in options.items())
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"is_causal": True},
-        {"local_window_size": 1},
-        {"scale": 0.1},
-        {"soft_cap": 0.5},
-        {"implementation": "logsumexp"},
-        {"bias": jnp.arange(5.0)},
-        {"dtype": jnp.bfloat16},
-        {"dropout_rng": jax.random.key(0), "dropout_rate": 0.5},
-        {
-            "dropout_rng": jax.random.key(0),
-            "dropout_rate": 0.5,
-            "broadcast_dropout": False,
-            "chunk_size": 2,
-        },
-    ],
-    ids=lambda option: "-".join(option),
-)
-def test_options_reach_the_attention(option):
-    out = attention_fn(*QKV, **option)
-    np.testing.assert_array_equal(out, dot_product_attention(*QKV, **option)[0])
-    assert (out != attention_fn(*QKV)).any()
+def test_every_option_reaches_the_attention(monkeypatch):
+    options = {name: object() for name in parameters(dot_product_attention)}
+    options |= {"mask": None, "dropout_rate": 0.5}
+    bind = inspect.signature(dot_product_attention).bind
+
+    def fake(*args, **kwargs):
+        assert bind(*args, **kwargs).arguments == options
+        return "out", "max_logits"
+
+    monkeypatch.setattr(flax, "dot_product_attention", fake)
+    assert attention_fn(**options) == "out"
 
 
 def test_numbers_in_a_mask_attend_unless_zero():
@@ -131,7 +119,7 @@ def masked_maxima(params, mask):
     return np.where(mask, logits, -np.inf).max((0, 2, 3))
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kv_heads", [4, 2])
 def test_nnx_attention_unchanged_but_sown(kv_heads):
     def build(**options):
         return nnx.MultiHeadAttention(
