@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flax import nnx
 
 KEYS = "keys"
-"""The name under which `attention_report` looks for keys."""
+"""The name under which `attention_report` reads keys."""
 
 
 def sow_activations(module: "linen.Module | nnx.Module", **activations: jax.Array) -> bool:
