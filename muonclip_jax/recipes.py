@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -331,7 +332,7 @@ def muon_direction(
 def _decayed_weights(
     weight_decay: float | jax.Array, mask: Mask | None, layout: Layouts | None
 ) -> optax.GradientTransformation:
-    if isinstance(mask, jax.Array):
+    if isinstance(mask, bool | np.bool_ | jax.Array):
         raise ValueError(
             f"weight_decay_mask must be a tree of bools or a function to one, got {mask}. "
             "optax.inject_hyperparams takes every function for a schedule: name it there, "

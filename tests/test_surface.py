@@ -97,7 +97,6 @@ def test_the_packages_directory_is_its_surface():
         assert getattr(mc, name) is not None
 
 
-@pytest.mark.xfail(reason="until the recipes show their options", strict=False)
 @pytest.mark.parametrize("recipe", [mc.muon, mc.muonclip, mc.quack], ids=lambda f: f.__name__)
 def test_recipes_show_every_option(recipe):
     kinds = {p.kind for p in inspect.signature(recipe).parameters.values()}

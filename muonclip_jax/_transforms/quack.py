@@ -9,7 +9,7 @@ Axis names:  stack  leading axes of scanned or vmapped layers, carried through
 import functools
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -197,22 +197,12 @@ def scale_by_quack(
     roles = _PROJECTION_ROLES | gains
 
     def constant(blocks: Sequence[Block], tau: jax.Array) -> PerBlock:
-        return {
-            block.name: {
-                part.role: jnp.full((*part.stack, part.heads), tau) for part in _parts(block, roles)
-            }
-            for block in blocks
-        }
+        return _per_part(blocks, roles, lambda part: jnp.full((*part.stack, part.heads), tau))
 
     def measure(params, blocks: Sequence[Block], floor: ArrayLike, dtype: DTypeLike) -> PerBlock:
         if rule == "fixed":
             return {}
-        return {
-            block.name: {
-                part.role: _norm(part, params, floor, dtype) for part in _parts(block, roles)
-            }
-            for block in blocks
-        }
+        return _per_part(blocks, roles, lambda part: _norm(part, params, floor, dtype))
 
     def init(params: optax.Params) -> QuackState:
         blocks = _read_blocks(layout, params, rule)
@@ -321,8 +311,13 @@ def _check_gains(blocks: Sequence[Block]) -> None:
             )
 
 
-def _parts(block: Block, roles: Collection[Role]) -> list[Part]:
-    return [part for part in block.parts if part.role in roles]
+def _per_part(
+    blocks: Sequence[Block], roles: Collection[Role], fn: Callable[[Part], jax.Array]
+) -> PerBlock:
+    return {
+        block.name: {part.role: fn(part) for part in block.parts if part.role in roles}
+        for block in blocks
+    }
 
 
 def _dtype(params: Any, blocks: Sequence[Block]) -> DTypeLike:
