@@ -77,9 +77,10 @@ def spec_of(
                 "for another parameter."
             )
         return how
-    # Optax's dimension numbers are a tuple themselves.
-    several = isinstance(how, list | tuple) and not isinstance(how, MuonDimensionNumbers)
-    views = tuple(_view(path, shape, each) for each in (how if several else [how]))
+    patterns: Any = how
+    if not isinstance(how, list | tuple) or isinstance(how, MuonDimensionNumbers):  # a tuple, too
+        patterns = [how]
+    views = tuple(_view(path, shape, pattern) for pattern in patterns)
     spec = MatrixSpec(path, shape, views, ("",) * len(views))
     _check_covered(spec, "its patterns", "Add a pattern, or correct their select=.")
     return spec
