@@ -21,9 +21,9 @@ from muonclip_jax._diagnostics.measures import (
     stable_rank,
 )
 from muonclip_jax._diagnostics.report import AttentionReport, HeadReport, attention_report
-from muonclip_jax._orthogonalize.iteration import orthogonality_error, orthogonalize
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muonclip_jax._orthogonalize.orthogonalize import orthogonality_error, orthogonalize
 from muonclip_jax._parameters.description import describe
 from muonclip_jax._parameters.routing import muon_dimension_numbers
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 
 def mesh_of(tree: Any) -> AbstractMesh | None:
-    """The mesh on which the arrays of a tree live, else the mesh of `jax.set_mesh`.
+    """Finds the mesh on which the arrays of a tree live, else the mesh of `jax.set_mesh`.
 
     Args:
       tree: Arrays, NumPy's, tracers or `jax.ShapeDtypeStruct`s.
@@ -36,13 +37,12 @@ def free_axes(mesh: AbstractMesh) -> tuple[str, ...]:
 
 
 def specs_of(tree: Any) -> Any:
-    """For each array how its type says that it is split: a `PartitionSpec` with Explicit axes
-    only."""
+    """Each array's `PartitionSpec` as its type gives it: Explicit axes only."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
 def in_auto_axes(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
-    """`fn`, which then sees the Explicit axes of its arguments' mesh as Auto ones.
+    """Makes `fn` see the Explicit axes of its arguments' mesh as Auto ones.
 
     Inside, any reshape, slice or product may meet any sharding, as on Auto meshes. Works eagerly
     and under `jax.jit`, with and without `jax.set_mesh`, and inside a `jax.shard_map` over other
@@ -59,7 +59,7 @@ def in_auto_axes(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
         if not on_mesh:
             return fn(*args)
         # Of an array at hand the mesh of devices: outside of jit they must be known.
-        traced = isinstance(on_mesh[0], jax.core.Tracer)
+        traced = isinstance(on_mesh[0], Tracer)
         mesh = (jax.typeof(on_mesh[0]) if traced else on_mesh[0]).sharding.mesh
         shardings = jax.tree.map(
             lambda spec: NamedSharding(mesh, spec),

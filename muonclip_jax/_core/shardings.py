@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._core import paths
@@ -17,7 +18,7 @@ Shardings = Any | Callable[[Any], Any]
 
 
 def shardings_of(tree: Any, given: Shardings | None) -> dict[Path, NamedSharding | None]:
-    """Of every array by its path; None where nobody knows, or there is one device.
+    """Every array's sharding by its path; None where nobody knows, or there is one device.
 
     Types know on meshes with Explicit axes, and arrays that are no tracers; `given` is for traced
     ones on meshes with Auto axes.
@@ -56,28 +57,28 @@ def shardings_of(tree: Any, given: Shardings | None) -> dict[Path, NamedSharding
 
 
 def placed(tree: Any, given: Shardings | None) -> Any:
-    """The arrays, held to the shardings given: inside `jax.jit` the compiler may have others in
-    mind for them."""
+    """Holds arrays to the shardings given: inside `jax.jit` the compiler may choose others."""
     if given is None:
         return tree
     found = shardings_of(tree, given)
 
     def place(path: Path, x: jax.Array) -> jax.Array:
+        sharding = found[path]
         told_in_full = _from_type(x) is not None
-        if told_in_full or not isinstance(x, jax.core.Tracer) or found[path] is None:
+        if told_in_full or not isinstance(x, Tracer) or sharding is None:
             return x
         typed = jax.typeof(x).sharding
         if not typed.mesh.explicit_axes:
-            return jax.lax.with_sharding_constraint(x, found[path])
+            return jax.lax.with_sharding_constraint(x, sharding)
         # The constraint takes Auto axes only.
-        hold = functools.partial(jax.lax.with_sharding_constraint, shardings=found[path].spec)
+        hold = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.spec)
         return in_auto_axes(hold, typed.spec)(x)
 
     return paths.map_with_path(place, tree)
 
 
 def _from_type(leaf: Any) -> NamedSharding | None:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
         mesh = sharding.mesh
         told_in_full = all(mesh.shape[axis] == 1 for axis in mesh.auto_axes)
@@ -110,7 +111,7 @@ def _entry(path: Path, leaf: Any, told: dict[Path, Any]) -> Any:
 
 
 def _free(sharding: NamedSharding, mesh: AbstractMesh | None) -> NamedSharding:
-    """Of an array inside of `jax.shard_map`: along the axes of that, it is cut up already."""
+    """The sharding inside of `jax.shard_map`, along whose axes the array is cut up already."""
     manual = () if mesh is None else mesh.manual_axes
     if not manual:
         return sharding
@@ -145,11 +146,11 @@ def _check(path: Path, leaf: Any, sharding: NamedSharding, mesh: AbstractMesh | 
 
 def _check_explicit(path: Path, leaf: Any, sharding: NamedSharding) -> None:
     """Raises ValueError when a tracer's type does not say how it is split over Explicit axes."""
-    if not isinstance(leaf, jax.core.Tracer):
+    if not isinstance(leaf, Tracer):
         return
-    here = jax.typeof(leaf).sharding.mesh
+    typed = jax.typeof(leaf).sharding.mesh
     explicit = set(sharding.mesh.abstract_mesh.explicit_axes)
-    if unknown := sorted(explicit - {*here.explicit_axes, *here.manual_axes}):
+    if unknown := sorted(explicit - {*typed.explicit_axes, *typed.manual_axes}):
         raise ValueError(
             f"shardings= gives {paths.show(path)} a sharding on a mesh whose axes "
             f"{', '.join(unknown)} are Explicit, and in the parameters' types they are not: "

@@ -1,17 +1,11 @@
-"""[..., n, m] → nearly semi-orthogonal.
+"""Newton–Schulz on arrays `[..., n, m]`. It knows no mesh: `_spread` uses it on one.
 
-schedules.py   which polynomial at which step, checked when built
-iteration.py   one device: scale, iterate, and how orthogonal the result is
+newton_schulz.py   how to orthogonalize, as one value: schedule, dtype, method
+orthogonalize.py   the function, and how orthogonal a result is
+iterations.py      the algorithm: the standard and the Gram iteration
 normalization.py   what matrices are divided by before the steps
-methods.py     by which iteration and products, and what "auto" chooses
-standard.py    the iteration on the matrix itself
-gram.py        the iteration on its Gram matrix
-precision.py   what they are summed in
-products.py    matrix products, symmetric ones by half
-symmetric_tpu.py, symmetric_gpu.py   the latter as Pallas kernels
-stacks.py      many parameters' matrices: one stack for each shape
-plan.py        on a mesh: which device orthogonalizes which part of a stack, and what it costs
-spread.py      a plan carried out: there, the iteration, and back
-in_team.py     the iteration on devices that hold parts of the same matrices
-team.py        what they tell each other
+products.py        matrix products, symmetric ones by half
+symmetric_tpu.py   those as a kernel for TPUs, imported only when it is asked for
+methods.py         which iteration and which products, and what "auto" chooses
+schedules.py       which polynomial at which step, checked when built
 """

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,41 +15,47 @@ Kernel = Literal["xla", "pallas"]
 
 @dataclass(frozen=True)
 class Method:
-    """How the steps of a schedule are computed. It changes the cost; the result by rounding, and in
-    16 bits by the margins that `"gram"` needs.
+    """How the steps of a schedule are computed.
+
+    It changes the cost, and the result by rounding; in 16 bits also by the margins of `"gram"`.
 
     Attributes:
       iteration: `"standard"` multiplies the matrix `[n, m]`, n <= m, at every step: 4n²m + 2n³
         FLOPs. `"gram"` multiplies polynomials of its Gram matrix XXᵀ, which is smaller, and the
-        matrix itself between segments of two or three steps: 8n³ FLOPs a step, and 4n²m - 6n³ a
-        segment (see `gram`).
+        matrix itself at restarts, every two or three steps: 8n³ FLOPs a step, and 4n²m - 6n³ a
+        restart (see `iterations.gram_iteration`).
       smallest_block: Symmetric products compute only blocks on and below the diagonal, cut in
         halves of at least so many rows. None: they compute both sides of it.
       row_major: Copy factors that are transposed views before multiplying them.
-      kernel: What computes symmetric products. `"pallas"`: on TPU (v5 and newer) and NVIDIA GPUs a
-        Pallas kernel that leaves out the half above the diagonal, in every dtype but float64;
-        elsewhere as `"xla"`. It has been compiled, but not yet timed. On several devices it needs
+      kernel: What computes symmetric products. `"pallas"`: on TPU (v5 and newer) a Pallas
+        kernel that leaves out the half above the diagonal, in every dtype but float64; elsewhere as
+        `"xla"`. It has been compiled, but not yet timed. On several devices it needs
         `jax.shard_map`, which Muon uses wherever it knows how parameters are split.
-      entries_at_once: Of a stack of matrices, as many at a time as have so many entries.
+      chunk_entries: The chunk size: of a stack, as many matrices at a time as have so many entries.
 
     Raises:
       ValueError: Another iteration, or a number below 1.
+
+    Example:
+      >>> method = mc.Method("gram", smallest_block=256)
+      >>> mc.orthogonalize(jnp.ones((4, 8)), method=method).shape
+      (4, 8)
     """
 
     iteration: Iteration
     smallest_block: int | None = None
     row_major: bool = False
     kernel: Kernel = "xla"
-    entries_at_once: int = 2**24
+    chunk_entries: int = 2**24
 
     def __post_init__(self):
         if self.iteration not in get_args(Iteration):
             raise ValueError(f'Method: iteration={self.iteration!r}; use "standard" or "gram"')
         if self.kernel not in get_args(Kernel):
             raise ValueError(f'Method: kernel={self.kernel!r}; use "xla" or "pallas"')
-        for name in ("smallest_block", "entries_at_once"):
+        for name in ("smallest_block", "chunk_entries"):
             number = getattr(self, name)
-            optional = number is None and name != "entries_at_once"
+            optional = number is None and name != "chunk_entries"
             if not optional and (type(number) is not int or number < 1):
                 raise ValueError(f"Method: {name}={number!r} must be a whole number, at least 1")
 
@@ -64,22 +70,21 @@ MethodName = Iteration | Literal["auto"]
 # and from 1.5 on where they are not.
 _GRAM_FROM = 1.5
 
-# What else "auto" goes by, for each backend. Those of CPU are measured:
+# What else "auto" goes by, for each backend. That of CPU is measured:
 # `python -m benchmarks.methods` does it again.
-_CPU = {
+_CPU = Method(
+    "standard",
     # Smaller halves are slower by more than what they save.
-    "smallest_block": 384,
+    smallest_block=384,
     # One matrix of 768 rows at a time: three are slower by 5%, a whole stack by up to 80%.
-    "entries_at_once": 2**20,
-}
-_CPU_BFLOAT16 = _CPU | {
-    # XLA's bfloat16 product takes row-major factors. It converts others to float32, in which it
-    # takes twice as long.
-    "row_major": True,
-}
+    chunk_entries=2**20,
+)
+# XLA's bfloat16 product takes row-major factors. It converts others to float32, in which it takes
+# twice as long.
+_CPU_BFLOAT16 = replace(_CPU, row_major=True)
 # Not measured. On TPU the blocks' transposes and joins become copies that cost more than is saved,
 # as XLA's own estimates tell (docs/log.md).
-_ACCELERATOR = {"entries_at_once": 2**24}
+_ACCELERATOR = Method("standard", chunk_entries=2**24)
 
 
 def iteration_for(method: MethodName | Method, n: int, m: int) -> Iteration:
@@ -102,13 +107,13 @@ def check_method(owner: str, method: Any) -> None:
 def on_each_backend(
     run: Callable[..., jax.Array], x: jax.Array, method: MethodName | Method, dtype: jnp.dtype
 ) -> jax.Array:
-    """`run(x, method=)` with the method for wide matrices `x` iterated in `dtype`, on the backend
-    that it will be compiled for."""
+    """Calls `run(x, method=)` with the method for wide matrices `x` iterated in `dtype`, on the
+    backend that it will be compiled for."""
     if isinstance(method, Method):
         return run(x, method=method)
     iteration = iteration_for(method, *x.shape[-2:])
-    cpu = Method(iteration, **(_CPU_BFLOAT16 if dtype == jnp.bfloat16 else _CPU))
-    other = Method(iteration, **_ACCELERATOR)
+    cpu = replace(_CPU_BFLOAT16 if dtype == jnp.bfloat16 else _CPU, iteration=iteration)
+    other = replace(_ACCELERATOR, iteration=iteration)
     return lax.platform_dependent(
         x, cpu=functools.partial(run, method=cpu), default=functools.partial(run, method=other)
     )

@@ -64,7 +64,7 @@ class NewtonSchulz:
         """
         check_matrices(owner, x)
         how = replace(self, dtype=x.dtype) if self.dtype is None else self
-        _check_enabled(owner, "dtype", how.dtype)
+        _check_enabled(owner, "dtype", jnp.dtype(how.dtype).name)
         return how
 
 

@@ -10,63 +10,75 @@ from jax import lax
 
 from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._orthogonalize.methods import Method
-from muonclip_jax._orthogonalize.products import Symmetric, gram, joined, sum_of_squares, trace
+from muonclip_jax._orthogonalize.products import (
+    ONE_DEVICE,
+    OneDevice,
+    Symmetric,
+    gram,
+    joined,
+    sum_of_squares,
+    trace,
+)
 from muonclip_jax._orthogonalize.schedules import Schedule
-from muonclip_jax._spread.device_group import ALONE, Team
 
 
-def in_range(x: jax.Array, dtype: jnp.dtype, team: Team = ALONE) -> jax.Array:
-    """The matrices in `dtype`, times powers of two that bring their largest entries to 1/2 … 1, so
-    that squares neither overflow nor vanish. That rounds nothing, and since the result is
+def in_range(x: jax.Array, dtype: jnp.dtype, group: OneDevice = ONE_DEVICE) -> jax.Array:
+    """Scales matrices by powers of two that bring their largest entries to 1/2 … 1.
+
+    Squares then neither overflow nor vanish. That rounds nothing, and since the result is
     scale-invariant, holding the power constant leaves the gradient exact.
 
     Args:
       x: Matrices `[..., n, m]`, or parts of them.
-      dtype: Of the iteration.
-      team: Those with the other parts.
+      dtype: Of the result.
+      group: The devices that have the other parts.
     """
     x = x.astype(jnp.promote_types(accumulation_dtype(x.dtype), dtype))
-    largest = team.largest(lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)))
+    largest = group.largest(lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)))
     # Bounded, for the power to be a normal number: XLA may take others for zero.
     limit = -jnp.finfo(x.dtype).minexp
     exponent = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
     return (x * jnp.ldexp(jnp.ones_like(largest), -exponent)).astype(dtype)
 
 
-def rescaled_rows(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
-    """AOL's normalization, of every row by itself; other matrices as they are."""
+def rescaled_rows(
+    x: jax.Array, schedule: Schedule, method: Method, group: OneDevice = ONE_DEVICE
+) -> jax.Array:
+    """Divides each row as AOL does; for other norms, returns the matrices as they are."""
     if schedule.normalization != "aol":
         return x
-    sums = jnp.sum(jnp.abs(joined(gram(x, method))), axis=-1, keepdims=True)
+    rows = jnp.abs(joined(group.sum_rows(gram(x, method))))
+    sums = group.all_rows(jnp.sum(rows, axis=-1, keepdims=True))
     return (x / (jnp.sqrt(nonzero(sums)) * schedule.norm_factor)).astype(x.dtype)
 
 
-def scale_at(first: jax.Array, square: Symmetric, schedule: Schedule) -> jax.Array:
-    """What X is multiplied by before a step: 1 but for the first. A norm that is not needed costs
-    less than a condition, at which GPUs would wait for their host.
+def scale_at(
+    first: jax.Array | bool,
+    x: jax.Array,
+    square: Symmetric,
+    schedule: Schedule,
+    group: OneDevice,
+) -> jax.Array:
+    """What X is multiplied by before a step, `[..., 1, 1]`: 1 but for the first step.
 
     Args:
-      first: bool, whether this is the first step.
-      square: XXᵀ, `[..., n, n]`.
+      first: Whether this is the first step. A norm that an array then says is not needed costs less
+        than a condition, at which GPUs would wait for their host.
+      x: X; in a device group, this device's columns.
+      square: XXᵀ; in a device group, this device's rows.
       schedule: Which norm.
-
-    Returns:
-      `[..., 1, 1]`.
+      group: The devices that have the other parts.
     """
-    frobenius = schedule.normalization == "frobenius"
-    power_sum = trace(square) if frobenius else sum_of_squares(square)
-    return jnp.where(first, inverse_norm(power_sum, schedule), 1)
-
-
-def inverse_norm(power_sum: jax.Array, schedule: Schedule) -> jax.Array:
-    """From Σσ², or Σσ⁴ for the Schatten-4 norm; 1 for AOL, which has divided rows already."""
-    if schedule.normalization == "aol":
-        return jnp.ones_like(power_sum)
-    root = jnp.sqrt(nonzero(power_sum))
-    norm = root if schedule.normalization == "frobenius" else jnp.sqrt(root)
-    return 1 / (norm * schedule.norm_factor)
+    if first is False or schedule.normalization == "aol":  # which has divided the rows already
+        return jnp.ones((*x.shape[:-2], 1, 1), accumulation_dtype(x.dtype))
+    if schedule.normalization == "schatten4":
+        norm = jnp.sqrt(jnp.sqrt(nonzero(group.sum(sum_of_squares(square)))))
+    else:
+        power_sum = trace(square) if group.size == 1 else group.sum(sum_of_squares(x))
+        norm = jnp.sqrt(nonzero(power_sum))
+    return jnp.where(first, 1 / (norm * schedule.norm_factor), 1)
 
 
 def nonzero(x: jax.Array) -> jax.Array:
-    """1 for 0, so that zeros stay zeros; NaN stays NaN."""
+    """Replaces 0 by 1, so that zeros divided by it stay zeros; NaN stays NaN."""
     return jnp.where(x == 0, 1, x)

@@ -1,5 +1,5 @@
-"""Matrix products as the iterations need them: summed in float32 at least, and symmetric ones
-without their upper half."""
+"""What the iterations are made of: matrix products summed in float32 at least, symmetric ones
+without their upper half, and the parts of matrices on several devices."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,22 +10,52 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from muonclip_jax._core import dtypes as precision
-from muonclip_jax._orthogonalize import symmetric_gpu, symmetric_tpu
 from muonclip_jax._orthogonalize.methods import DENSE, Method
+
+
+class OneDevice:
+    """The device group of one device, which has all of every matrix.
+
+    `_spread.device_group.DeviceGroup` is that of several, each with some columns of X and some rows
+    of XXᵀ and its polynomials.
+    """
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """The maximum over the devices, entry by entry."""
+        return x
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices, entry by entry."""
+        return x
+
+    def sum_rows(self, x: "Symmetric") -> "Symmetric":
+        """This device's share of the rows of the sum."""
+        return x
+
+    def all_rows(self, x: jax.Array) -> jax.Array:
+        """All devices' shares of the rows below each other."""
+        return x
+
+
+ONE_DEVICE = OneDevice()
 
 # [[A, Bᵀ], [B, C]] as (A, B, C), of which A and C may be cut again; an array where it is not cut.
 Symmetric = jax.Array | tuple["Symmetric", jax.Array, "Symmetric"]
 
 
 def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
-    """`left @ right` in the accumulator's dtype."""
+    """`left @ right` in the accumulation dtype."""
     if method.row_major:
         left, right = _row_major(left), _row_major(right)
     return jnp.matmul(left, right, **precision.of_product(left.dtype))
 
 
 def gram(x: jax.Array, method: Method) -> Symmetric:
-    """XXᵀ. Cost: as `symmetric`."""
+    """XXᵀ, at the cost of `symmetric`."""
     # Copied here, once for all blocks.
     return symmetric(x, _row_major(x.mT) if method.row_major else x.mT, method)
 
@@ -51,16 +81,14 @@ def symmetric(left: jax.Array, right: jax.Array, method: Method) -> Symmetric:
 
 @jax.custom_jvp
 def _by_kernel(left: jax.Array, right: jax.Array) -> jax.Array:
+    # Here, so that nobody who does not ask for it loads Pallas.
+    from muonclip_jax._orthogonalize.symmetric_tpu import symmetric_product
+
     total = precision.accumulation_dtype(left.dtype)
-
-    def run(product):
-        return lambda left, right: product(left, right.mT, out_dtype=total)
-
     return lax.platform_dependent(
         left,
         right,
-        tpu=run(symmetric_tpu.symmetric_product),
-        cuda=run(symmetric_gpu.symmetric_product),
+        tpu=lambda left, right: symmetric_product(left, right.mT, out_dtype=total),
         default=lambda left, right: matmul(left, right, DENSE),
     )
 
@@ -84,7 +112,7 @@ def joined(x: Symmetric) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def concatenate(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
-    """As `jnp.concatenate`; 16-bit floats go as integers, since XLA on CPU would widen them."""
+    """Concatenates; 16-bit floats go as integers, since XLA on CPU would convert them."""
     dtype = arrays[0].dtype
     if dtype.itemsize != 2:
         return jnp.concatenate(arrays, axis)
@@ -93,24 +121,25 @@ def concatenate(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
 
 
 @concatenate.defjvp
-def _concatenate_jvp(axis, arrays, tangents):
-    return concatenate(*arrays, axis), jnp.concatenate(*tangents, axis)
+def _concatenate_jvp(axis, primals, tangents):
+    (arrays,), (dots,) = primals, tangents
+    return concatenate(arrays, axis), jnp.concatenate(dots, axis)
 
 
 def each(fn: Callable[..., jax.Array], *matrices: Symmetric) -> Symmetric:
-    """Entry by entry."""
+    """Applies `fn` entry by entry."""
     return jax.tree.map(fn, *matrices)
 
 
 def trace(x: Symmetric) -> jax.Array:
-    """`[..., 1, 1]`."""
+    """The trace, `[..., 1, 1]`."""
     if isinstance(x, tuple):
         return trace(x[0]) + trace(x[2])
     return jnp.trace(x, axis1=-2, axis2=-1)[..., None, None]
 
 
 def sum_of_squares(x: Symmetric) -> jax.Array:
-    """Of all entries, `[..., 1, 1]`."""
+    """The sum of all entries' squares, `[..., 1, 1]`."""
     if isinstance(x, tuple):
         a, b, c = x
         return sum_of_squares(a) + 2 * sum_of_squares(b) + sum_of_squares(c)
@@ -120,6 +149,7 @@ def sum_of_squares(x: Symmetric) -> jax.Array:
 
 
 def rounded(x: Symmetric, dtype: jnp.dtype) -> Symmetric:
+    """Rounds all entries to `dtype`."""
     return each(lambda block: block.astype(dtype), x)
 
 

@@ -267,7 +267,7 @@ def _as_steps(name: str, coefficients: ArrayLike) -> tuple[Step, ...]:
         table = np.asarray(coefficients, np.float64)
     except (TypeError, ValueError):
         table = np.empty(0)
-    if table.ndim != 2 or table.shape[0] == 0 or table.shape[1] != 3:
+    if table.ndim != 2 or len(table) == 0 or table.shape[-1] != 3:
         raise ValueError(
             f"schedule {name!r}: coefficients={coefficients!r}; "
             "give at least one step, each of three numbers (a, b, c)"
@@ -275,7 +275,7 @@ def _as_steps(name: str, coefficients: ArrayLike) -> tuple[Step, ...]:
     for number, step in enumerate(table.tolist(), start=1):
         if not np.isfinite(step).all():
             raise ValueError(f"schedule {name!r}: step {number} is not finite: {step}")
-    return tuple(tuple(step) for step in table.tolist())
+    return tuple((float(a), float(b), float(c)) for a, b, c in table)
 
 
 def _check_lower(owner: str, lower: float):
@@ -319,7 +319,8 @@ def _optimal_composition(steps: int, lower: float) -> tuple[Step, ...]:
         if step != _CONVERGED:
             # The cushion may have moved [p(low), p(high)] off centre; put the centre back on 1.
             recentre = 2 / (_quintic(step, low) + _quintic(step, high))
-            step = tuple(coefficient * recentre for coefficient in step)
+            a, b, c = step
+            step = (a * recentre, b * recentre, c * recentre)
         table.append(step)
         low = _quintic(step, low)
         high = 2 - low
@@ -336,6 +337,7 @@ def _optimal_quintic(low: float, high: float) -> Step:
     if low >= (1 - _CONVERGED_WIDTH) * high:
         return _CONVERGED
     q, r = (3 * low + high) / 4, (low + 3 * high) / 4
+    a, b, c = _CONVERGED
     for _ in range(12):  # converges quadratically: six are enough for the widest interval
         x = np.array([low, q, r, high])
         system = np.stack([x, x**3, x**5, [1, -1, 1, -1]], axis=1)

@@ -60,36 +60,36 @@ def symmetric_product(
     n, k = left.shape[-2:]
     factors = [_for_tpu(x.reshape(-1, n, k)) for x in (left, right)]
     adds = [] if add is None else [_for_tpu(add.reshape(-1, n, n))]
-    plan = _Plan(len(factors[0]), n, k, factors[0].dtype.itemsize)
-    out = jax.ShapeDtypeStruct((plan.batch, n, n), _kernel_dtype(out_dtype))
+    tiling = _Tiling(len(factors[0]), n, k, factors[0].dtype.itemsize)
+    out = jax.ShapeDtypeStruct((tiling.batch, n, n), _kernel_dtype(out_dtype))
     result = pl.pallas_call(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(_kernel, tiling=tiling),
         out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(plan.batch * plan.tiles, plan.steps + 1),
+            grid=(tiling.batch * tiling.tiles, tiling.steps + 1),
             in_specs=[
                 pl.BlockSpec(memory_space=pltpu.SMEM),
-                pl.BlockSpec((1, plan.tile, plan.depth), plan.left_index),
-                pl.BlockSpec((1, plan.tile, plan.depth), plan.right_index),
-                *(pl.BlockSpec((1, plan.tile, plan.tile), plan.add_index) for _ in adds),
+                pl.BlockSpec((1, tiling.tile, tiling.depth), tiling.left_index),
+                pl.BlockSpec((1, tiling.tile, tiling.depth), tiling.right_index),
+                *(pl.BlockSpec((1, tiling.tile, tiling.tile), tiling.add_index) for _ in adds),
             ],
-            out_specs=pl.BlockSpec((1, plan.tile, plan.tile), plan.out_index),
-            scratch_shapes=[pltpu.VMEM((plan.tile, plan.tile), jnp.float32)],
+            out_specs=pl.BlockSpec((1, tiling.tile, tiling.tile), tiling.out_index),
+            scratch_shapes=[pltpu.VMEM((tiling.tile, tiling.tile), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=plan.vmem_bytes([*adds, out]),
+            vmem_limit_bytes=tiling.vmem_bytes([*adds, out]),
         ),
-        cost_estimate=plan.cost([*adds, out]),
+        cost_estimate=tiling.cost([*adds, out]),
         interpret=interpret,
         name="symmetric_product",
-    )(*plan.table, jnp.stack([alpha, beta]).astype(jnp.float32), *factors, *adds)
+    )(*tiling.table, jnp.stack([alpha, beta]).astype(jnp.float32), *factors, *adds)
     return result.reshape(*left.shape[:-1], n).astype(out_dtype)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Tiling:
     """Which program, at which of its steps, works on what.
 
     Programs are (matrix, tile) in one axis, so that two cores share it evenly.
@@ -175,38 +175,40 @@ class _Plan:
         )
 
 
-def _kernel(rows, cols, scales, left, right, *refs, plan: _Plan):
+def _kernel(rows, cols, scales, left, right, *refs, tiling: _Tiling):
     *add, out, sums = refs
-    tile, step = lax.rem(pl.program_id(0), plan.tiles), pl.program_id(1)
+    tile, step = lax.rem(pl.program_id(0), tiling.tiles), pl.program_id(1)
     diagonal = rows[tile] == cols[tile]
-    coming = plan.k - step * plan.depth  # columns of the factors, perhaps fewer than are in VMEM
+    coming = (
+        tiling.k - step * tiling.depth
+    )  # columns of the factors, perhaps fewer than are in VMEM
 
     @pl.when(step == 0)
     def _start():
         sums[...] = scales[1] * add[0][0].astype(jnp.float32) if add else jnp.zeros_like(sums)
 
-    def columns(factor, start: int, stop: int, k: pl.Slice) -> jax.Array:
+    def columns(factor, start: int, stop: int, k: Any) -> jax.Array:
         x = factor[0, start:stop, k]
-        if plan.k % plan.depth == 0:
+        if tiling.k % tiling.depth == 0:
             return x
         return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < coming - k.start, x, 0)
 
-    def accumulate(k: pl.Slice, block_rows: list[range]):
+    def accumulate(k: Any, block_rows: list[range]):
         for block in block_rows:
             product = _dot(
                 columns(left, block.start, block.stop, k), columns(right, 0, block.stop, k)
             )
             sums[block.start : block.stop, : block.stop] += scales[0] * product
 
-    @pl.when((step < plan.steps) & ~diagonal)
+    @pl.when((step < tiling.steps) & ~diagonal)
     def _below():
-        _for_chunks(plan, lambda k: accumulate(k, [range(plan.tile)]))
+        _for_chunks(tiling, lambda k: accumulate(k, [range(tiling.tile)]))
 
-    @pl.when((step < plan.steps) & diagonal)
+    @pl.when((step < tiling.steps) & diagonal)
     def _on_diagonal():
-        _for_chunks(plan, lambda k: accumulate(k, _block_rows(plan.tile)))
+        _for_chunks(tiling, lambda k: accumulate(k, _block_rows(tiling.tile)))
 
-    @pl.when(step == plan.steps - 1)
+    @pl.when(step == tiling.steps - 1)
     def _finish():
         @pl.when(diagonal)
         def _symmetric():
@@ -216,7 +218,7 @@ def _kernel(rows, cols, scales, left, right, *refs, plan: _Plan):
 
         out[0] = sums[...].astype(out.dtype)
 
-    @pl.when((step == plan.steps) & ~diagonal)
+    @pl.when((step == tiling.steps) & ~diagonal)
     def _mirror():
         out[0] = sums[...].astype(out.dtype).T
 
@@ -225,16 +227,16 @@ def _block_rows(tile: int) -> list[range]:
     return [range(start, min(start + BLOCK, tile)) for start in range(0, tile, BLOCK)]
 
 
-def _for_chunks(plan: _Plan, fn: Callable[[pl.Slice], None]) -> None:
-    whole, rest = divmod(plan.depth, plan.chunk)
+def _for_chunks(tiling: _Tiling, fn: Callable[[Any], None]) -> None:
+    whole, rest = divmod(tiling.depth, tiling.chunk)
 
     def chunk(i, _):
-        fn(pl.ds(pl.multiple_of(i * plan.chunk, plan.chunk), plan.chunk))
+        fn(pl.ds(pl.multiple_of(i * tiling.chunk, tiling.chunk), tiling.chunk))
 
     if whole:
         lax.fori_loop(0, whole, chunk, None)
     if rest:
-        fn(pl.ds(whole * plan.chunk, rest))
+        fn(pl.ds(whole * tiling.chunk, rest))
 
 
 def _for_tpu(x: jax.Array) -> jax.Array:

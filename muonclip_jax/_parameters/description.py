@@ -74,7 +74,7 @@ class StackRow:
     n: int  # the shorter side
     m: int
     count: int
-    split: dict[str, str]  # mesh axis → "stack", "rows" (of n), "cols" (of m) or "copies"
+    split: dict[str, str]  # mesh axis → "stack", "rows" (of n), "cols" (of m) or "replicated"
     devices: int
     devices_per_matrix: int
     matrices_per_device: int
@@ -229,7 +229,7 @@ def _stack_row(plan: Plan) -> StackRow:
         n=plan.stack.n,
         m=plan.stack.m,
         count=plan.stack.count,
-        split=dict(zip(axes, plan.stack.here, strict=True)),
+        split=dict(zip(axes, plan.stack.stored, strict=True)),
         devices=plan.stack.devices,
         devices_per_matrix=plan.devices_per_matrix,
         matrices_per_device=plan.matrices_per_device,

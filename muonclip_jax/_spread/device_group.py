@@ -3,37 +3,38 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from muonclip_jax._orthogonalize.products import OneDevice, Symmetric
 
 
 @dataclass(frozen=True)
-class Team:
-    """A group of devices inside `jax.shard_map`, or one device.
+class DeviceGroup(OneDevice):
+    """Several devices inside `jax.shard_map`.
 
     Attributes:
       axes: The axes of the mesh.
-      groups: All teams, as indices of devices along these axes together.
+      groups: All device groups, as indices of devices along these axes together.
     """
 
-    axes: tuple[str, ...] = ()
-    groups: tuple[tuple[int, ...], ...] = ((0,),)
+    axes: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
 
     @property
     def size(self) -> int:
         return len(self.groups[0])
 
     def largest(self, x: jax.Array) -> jax.Array:
-        """The maximum over the team, entry by entry."""
-        return x if self.size == 1 else lax.pmax(x, self.axes, axis_index_groups=self.groups)
+        return lax.pmax(x, self.axes, axis_index_groups=self.groups)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """The sum over the team, entry by entry."""
-        return x if self.size == 1 else lax.psum(x, self.axes, axis_index_groups=self.groups)
+        return lax.psum(x, self.axes, axis_index_groups=self.groups)
 
-    def sum_rows(self, x: jax.Array) -> jax.Array:
+    def sum_rows(self, x: Symmetric) -> Symmetric:
         """Of the sum `[..., n, m]` this device's share of the rows, `[..., n/size, m]`."""
-        if self.size == 1:
-            return x
+        assert isinstance(x, jax.Array), "device groups take whole products"
         return lax.psum_scatter(
             x,
             self.axes,
@@ -44,20 +45,22 @@ class Team:
 
     def all_rows(self, x: jax.Array) -> jax.Array:
         """All devices' shares `[..., n/size, m]` below each other, `[..., n, m]`."""
-        return self.joined(x, x.ndim - 2)
+        return self.gathered(x, x.ndim - 2)
 
-    def joined(self, x: jax.Array, axis: int) -> jax.Array:
+    def gathered(self, x: jax.Array, axis: int) -> jax.Array:
         """All devices' shares side by side along an axis."""
-        if self.size == 1:
-            return x
         return lax.all_gather(x, self.axes, axis=axis, axis_index_groups=self.groups, tiled=True)
 
+    def own_share(self, x: jax.Array, axis: int) -> jax.Array:
+        """This device's share along an axis of what all devices have: undone by `gathered`."""
+        ranks = np.zeros(sum(map(len, self.groups)), np.int32)
+        for group in self.groups:
+            ranks[list(group)] = np.arange(self.size)
+        rank = jnp.asarray(ranks)[lax.axis_index(self.axes)]
+        length = x.shape[axis] // self.size
+        return lax.dynamic_slice_in_dim(x, rank * length, length, axis)
+
     def exchange(self, x: jax.Array) -> jax.Array:
-        """Sends `x[i]` to the team's device i: `[size, ...]`, by receiver, to `[size, ...]`, by
+        """Sends `x[i]` to the group's device i: `[size, ...]`, by receiver, to `[size, ...]`, by
         sender."""
-        if self.size == 1:
-            return x
         return lax.all_to_all(x, self.axes, 0, 0, axis_index_groups=self.groups, tiled=True)
-
-
-ALONE = Team()

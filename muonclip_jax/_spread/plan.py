@@ -1,15 +1,17 @@
-"""Which device orthogonalizes what: a stack of equal matrices on a mesh, before and meanwhile.
+"""Which device orthogonalizes what: the stored and the working sharding of a stack on a mesh.
 
-Every mesh axis, or a factor of one, has a place in a stack `[k, n, m]`, which it splits, or not:
+Every mesh axis, or a factor of one, splits a stack `[k, n, m]` in one of these ways:
 
-    stack   each device has other matrices
-    rows    each device has other rows of the same matrices (of the shorter side, n)
-    cols    each device has other columns (of the longer side, m)
-    copies  all devices have the same
-    unknown only XLA knows
+    stack       each device has other matrices
+    rows        each device has other rows of the same matrices (of the shorter side, n)
+    cols        each device has other columns (of the longer side, m)
+    replicated  all devices have the same
+    unknown     only XLA knows
 
-While matrices are orthogonalized, the devices along `stack` work on their own matrices, those along
-`cols` are a team that holds the same matrices together, those along `copies` all do the same work.
+The stored sharding is that of the parameters. In the working sharding, in which matrices are
+orthogonalized, the devices along `stack` work on their own matrices, those along `cols` are a
+device group that holds the same matrices together, and those along `replicated` all do the same
+work.
 """
 
 import itertools
@@ -19,9 +21,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
-Place = Literal["stack", "rows", "cols", "copies", "unknown"]
+Split = Literal["stack", "rows", "cols", "replicated", "unknown"]
 
-# How many devices hold a matrix together; by its shape {(n, m): devices} where they differ.
+# How many devices make a device group; by matrix shape {(n, m): devices} where they differ.
 DevicesPerMatrix = int | Mapping[tuple[int, int], int]
 
 # What the plans are chosen by: the rates of a TPU v5p (peak in bfloat16; one axis of its torus,
@@ -31,19 +33,20 @@ FLOPS_PER_SECOND = 459e12
 BYTES_PER_SECOND = 180e9
 SECONDS_PER_COLLECTIVE = 5e-6
 
-_TEAM_FIRST = ("cols", "copies", "rows", "stack")  # what to make a team of: least to move first
+# What to make a device group of: least to move first.
+_GROUP_FIRST: tuple[Split, ...] = ("cols", "replicated", "rows", "stack")
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Equal matrices that lie on a mesh in the same way.
+class MatrixStack:
+    """Matrices of one shape that have the same stored sharding.
 
     Attributes:
       count: How many, over all devices.
       n: The shorter side.
       m: The longer side.
       mesh: The mesh's axes and their sizes.
-      here: For each of the mesh's axes how it splits the stack as the parameters lie.
+      stored: The stored sharding: how each of the mesh's axes splits the stack.
       item_bytes: Bytes of an entry on its way between devices.
     """
 
@@ -51,37 +54,34 @@ class Stack:
     n: int
     m: int
     mesh: tuple[tuple[str, int], ...] = ()
-    here: tuple[Place, ...] = ()
+    stored: tuple[Split, ...] = ()
     item_bytes: int = 2
 
     @property
     def devices(self) -> int:
         return math.prod(size for _, size in self.mesh)
 
-    def local(self, place: Place) -> int:
-        """Matrices, rows or columns on one device as the parameters lie."""
-        whole = {"stack": self.count, "rows": self.n, "cols": self.m}[place]
-        splits = (
-            size for (_, size), here in zip(self.mesh, self.here, strict=True) if here == place
-        )
-        return whole // math.prod(splits)
+    def local(self, axis: Split) -> int:
+        """Matrices, rows or columns on one device in the stored sharding."""
+        whole = {"stack": self.count, "rows": self.n, "cols": self.m}[axis]
+        along = zip(self.mesh, self.stored, strict=True)
+        return whole // math.prod(size for (_, size), split in along if split == axis)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A mesh axis, or a factor of one: how it splits the stack as the parameters lie (`here`) and
-    while it is orthogonalized (`there`)."""
+    """A mesh axis, or a factor of one: how it splits the stack in either sharding."""
 
     size: int
-    here: Place
-    there: Place
+    stored: Split
+    working: Split
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a stack is spread over the mesh while it is orthogonalized.
+    """The stored and the working sharding of a stack, and what they cost, per device.
 
-    Without factors it is not: one device has it all, or XLA sees to it. Costs are per device.
+    Without factors there is one device, or XLA decides.
 
     Attributes:
       stack: The matrices.
@@ -89,25 +89,25 @@ class Plan:
       steps: Of the iteration.
     """
 
-    stack: Stack
+    stack: MatrixStack
     factors: tuple[Factor, ...]
     steps: int
 
     @property
     def devices_per_matrix(self) -> int:
-        return self._size(lambda f: f.there == "cols")
+        return self._size(lambda f: f.working == "cols")
 
     @property
     def matrices_per_device(self) -> int:
         """Including the zeros that make the shares equal."""
-        coming = self._size(lambda f: f.there == "stack" != f.here)
-        leaving = self._size(lambda f: f.here == "stack" != f.there)
+        coming = self._size(lambda f: f.working == "stack" != f.stored)
+        leaving = self._size(lambda f: f.stored == "stack" != f.working)
         return -(-self.stack.local("stack") // coming) * leaving
 
     @property
     def flops(self) -> int:
-        """2n³ + 4n²m for each step and matrix, shared by a team: those of the standard iteration.
-        What one device holds may take fewer (`Method`)."""
+        """2n³ + 4n²m for each step and matrix, shared by a device group: those of the
+        standard iteration. What one device holds may take fewer (`Method`)."""
         return self.matrices_per_device * _flops(self.stack, self.steps) // self.devices_per_matrix
 
     @property
@@ -117,22 +117,22 @@ class Plan:
 
     @property
     def bytes_sent(self) -> int:
-        """To bring the stack there and back, and within teams."""
+        """To the working sharding and back, and within device groups."""
         share = math.prod(map(self.stack.local, ("stack", "rows", "cols"))) * self.stack.item_bytes
-        shared = self._size(lambda f: f.here == "copies" != f.there)
+        shared = self._size(lambda f: f.stored == "replicated" != f.working)
         return (
             2 * share // shared * self._exchanges
             + share * (shared > 1)
-            + self.steps * self.matrices_per_device * self._bytes_in_team
+            + self.steps * self.matrices_per_device * self._bytes_in_group
         )
 
     @property
     def collectives(self) -> int:
         """How many times devices wait for each other."""
-        split = self._size(lambda f: f.here in ("rows", "cols")) > 1  # to tell the largest entry
-        shared = self._size(lambda f: f.here == "copies" != f.there) > 1
-        in_team = (3 * self.steps + 1) * (self.devices_per_matrix > 1)  # the one is for the norm
-        return 2 * self._exchanges + split + shared + in_team
+        split = self._size(lambda f: f.stored in ("rows", "cols")) > 1  # for the largest entry
+        shared = self._size(lambda f: f.stored == "replicated" != f.working) > 1
+        in_group = (3 * self.steps + 1) * (self.devices_per_matrix > 1)  # the one is for the norm
+        return 2 * self._exchanges + split + shared + in_group
 
     @property
     def seconds(self) -> float:
@@ -145,10 +145,10 @@ class Plan:
 
     @property
     def _exchanges(self) -> bool:
-        return any(f.here not in (f.there, "copies") for f in self.factors)
+        return any(f.stored not in (f.working, "replicated") for f in self.factors)
 
     @property
-    def _bytes_in_team(self) -> int:
+    def _bytes_in_group(self) -> int:
         """Of a step and matrix: the Gram matrix is summed in float32 (float64 if that is what is
         sent), and its rows and the polynomial's are shown to all."""
         summed = max(4, self.stack.item_bytes)
@@ -175,21 +175,23 @@ def _are_counts(numbers: Any, how_many: int) -> bool:
     return (
         isinstance(numbers, tuple)
         and len(numbers) == how_many
-        and all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in numbers)
+        and all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in numbers)
     )
 
 
-def choose(stack: Stack, steps: int, devices_per_matrix: DevicesPerMatrix | None = None) -> Plan:
+def choose(
+    stack: MatrixStack, steps: int, devices_per_matrix: DevicesPerMatrix | None = None
+) -> Plan:
     """The plan that takes the least time by `Plan.seconds`.
 
     Args:
       stack: What to orthogonalize.
       steps: Steps of the iteration.
-      devices_per_matrix: Only plans with teams of so many devices; by shape `{(n, m): devices}`
-        for those that differ, either side first. None: all plans. One device makes no teams.
+      devices_per_matrix: Only plans with device groups of so many; by shape `{(n, m): devices}`
+        for those that differ, either side first. None: all plans. One device makes no groups.
 
     Raises:
-      ValueError: No team of that size can be made of the mesh's axes.
+      ValueError: No device group of that size can be made of the mesh's axes.
     """
     forced = devices_per_matrix if stack.devices > 1 else None
     if isinstance(forced, Mapping):
@@ -199,37 +201,40 @@ def choose(stack: Stack, steps: int, devices_per_matrix: DevicesPerMatrix | None
         shown = " × ".join(f"{axis}={size}" for axis, size in stack.mesh)
         possible = sorted({plan.devices_per_matrix for plan in _plans(stack, steps)})
         raise ValueError(
-            f"devices_per_matrix={forced} for matrices [{stack.n}, {stack.m}]: no team of so many "
-            f"devices can be made of the mesh {shown}; choose from {possible}."
+            f"devices_per_matrix={forced} for matrices [{stack.n}, {stack.m}]: no device group of "
+            f"so many can be made of the mesh {shown}; choose from {possible}."
         )
     return min(plans, key=lambda plan: plan.seconds)
 
 
-def _plans(stack: Stack, steps: int) -> Iterator[Plan]:
-    """Every size of team, with the devices that have copies at work or not."""
+def _plans(stack: MatrixStack, steps: int) -> Iterator[Plan]:
+    """Every size of device group, with replicated work shared or repeated."""
     sizes = [size for size in range(1, stack.devices + 1) if stack.devices % size == 0]
-    for size, copies in itertools.product(sizes, dict.fromkeys(["stack", "copies"])):
-        factors = _factors(stack, size, copies)
+    options: tuple[Split, ...] = ("stack", "replicated")
+    for size, replicated in itertools.product(sizes, options):
+        factors = _factors(stack, size, replicated)
         if factors is not None:
             yield Plan(stack, factors, steps)
 
 
-def _factors(stack: Stack, team: int, copies: Place) -> tuple[Factor, ...] | None:
-    """The mesh's axes, each cut in two where only its faster part belongs to the team."""
+def _factors(stack: MatrixStack, group: int, replicated: Split) -> tuple[Factor, ...] | None:
+    """The mesh's axes, each cut in two where only its faster part belongs to the device group."""
+    # Mesh fsdp=4 × tp=2, stored as ("rows", "cols"), a group of 4: tp first, of "cols", takes 2;
+    # 2 of fsdp's 4 are left to take. Factors: 2 rows → stack, 2 rows → cols, 2 cols → cols.
     inner = {}
-    for place in _TEAM_FIRST:
-        for (axis, size), here in zip(stack.mesh, stack.here, strict=True):
-            if here == place:
-                inner[axis] = math.gcd(team, size)
-                team //= inner[axis]
-    if team > 1:
+    for split in _GROUP_FIRST:
+        for (axis, size), stored in zip(stack.mesh, stack.stored, strict=True):
+            if stored == split:
+                inner[axis] = math.gcd(group, size)
+                group //= inner[axis]
+    if group > 1:
         return None
     factors = []
-    for (axis, size), here in zip(stack.mesh, stack.here, strict=True):
-        outer = copies if here == "copies" else "stack"
-        factors += [Factor(size // inner[axis], here, outer), Factor(inner[axis], here, "cols")]
+    for (axis, size), stored in zip(stack.mesh, stack.stored, strict=True):
+        outer = replicated if stored == "replicated" else "stack"
+        factors += [Factor(size // inner[axis], stored, outer), Factor(inner[axis], stored, "cols")]
     return tuple(factor for factor in factors if factor.size > 1)
 
 
-def _flops(stack: Stack, steps: int) -> int:
+def _flops(stack: MatrixStack, steps: int) -> int:
     return steps * (2 * stack.n**3 + 4 * stack.n**2 * stack.m)

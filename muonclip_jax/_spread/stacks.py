@@ -1,9 +1,9 @@
-"""Many parameters' matrices, orthogonalized together: one stack for each shape."""
+"""Many parameters' matrices as stacks: all of one shape are orthogonalized as one array."""
 
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of
-from muonclip_jax._orthogonalize.iteration import iterate_stack, orthogonalize
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muonclip_jax._orthogonalize.orthogonalize import orthogonalize, orthogonalize_stack
 from muonclip_jax._orthogonalize.products import concatenate
 from muonclip_jax._spread.exchange import orthogonalize_spread
-from muonclip_jax._spread.plan import DevicesPerMatrix, Place, Plan, Stack, choose
+from muonclip_jax._spread.plan import DevicesPerMatrix, MatrixStack, Plan, Split, choose
 
 # Entries of a stack on one device. Beyond it matrices make no larger kernels, only more
 # temporaries: parameters go to a new stack.
@@ -31,7 +31,7 @@ _LARGEST_STACK = 2**27
 )
 @dataclass(frozen=True)
 class MatrixArray:
-    """Equal matrices of one parameter, `[batch..., rows..., cols...]`.
+    """Equal matrices of one parameter, `[array..., rows..., cols...]`.
 
     Attributes:
       values: The array, or its `jax.ShapeDtypeStruct`.
@@ -40,7 +40,7 @@ class MatrixArray:
       spec: How it is split over the mesh; None: not at all, or nobody knows.
     """
 
-    values: Any
+    values: jax.Array
     rows: int = 1
     cols: int = 1
     spec: PartitionSpec | None = None
@@ -48,7 +48,8 @@ class MatrixArray:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(count, in, out)."""
-        return tuple(math.prod(self.values.shape[i] for i in axes) for axes in self._axes)
+        count, rows, cols = (math.prod(self.values.shape[i] for i in a) for a in self._axes)
+        return count, rows, cols
 
     @property
     def turned(self) -> bool:
@@ -56,13 +57,17 @@ class MatrixArray:
         _, rows, cols = self.shape
         return rows > cols
 
-    def here(self, mesh: Mapping[str, int]) -> tuple[Place, ...]:
-        """How each axis of the mesh splits them."""
-        sides = ("cols", "rows") if self.turned else ("rows", "cols")
-        places = dict.fromkeys(mesh, "copies")
-        for place, which in zip(("stack", *sides), range(3), strict=True):
-            places |= dict.fromkeys(self._split(which), place)
-        return tuple(places[axis] for axis in mesh)
+    def stored(self, mesh: Mapping[str, int]) -> tuple[Split, ...]:
+        """The stored sharding: how each axis of the mesh splits the matrices."""
+        # [in=64, out=32] as P("tp", "fsdp") on {"fsdp": 4, "tp": 2}: its columns are the shorter
+        # side, so fsdp, which splits them, splits "rows", and tp "cols": ("rows", "cols").
+        sides: tuple[Split, ...] = ("cols", "rows") if self.turned else ("rows", "cols")
+        spec = dict(enumerate(self.spec or ()))
+        splits = dict[str, Split]()
+        for split, axes in zip(("stack", *sides), self._axes, strict=True):
+            for i in axes:
+                splits |= dict.fromkeys(mesh_axes(spec.get(i)), split)
+        return tuple(splits.get(axis, "replicated") for axis in mesh)
 
     def flat(self, values: jax.Array) -> jax.Array:
         """The values, or a device's share of them, as wide matrices `[count, n, m]`."""
@@ -71,20 +76,15 @@ class MatrixArray:
         return matrices.mT if self.turned else matrices
 
     def unflat(self, matrices: jax.Array, like: jax.Array) -> jax.Array:
-        """The inverse of `flat`, in the shape and dtype of `like`."""
+        """Undoes `flat`, in the shape and dtype of `like`."""
         return (matrices.mT if self.turned else matrices).reshape(like.shape).astype(like.dtype)
 
     @property
     def _axes(self) -> tuple[range, range, range]:
         """Which axes of the array are batch, rows and columns."""
-        ends = (0, self.values.ndim - self.rows - self.cols, self.values.ndim - self.cols)
-        return tuple(map(range, ends, (*ends[1:], self.values.ndim)))
-
-    def _split(self, which: int) -> tuple[str, ...]:
-        """The mesh axes that split batch, rows or columns."""
-        spec = tuple(self.spec or ())
-        entries = (spec[i] for i in self._axes[which] if i < len(spec))
-        return tuple(axis for entry in entries for axis in mesh_axes(entry))
+        end = self.values.ndim
+        rows, cols = end - self.rows - self.cols, end - self.cols
+        return range(rows), range(rows, cols), range(cols, end)
 
 
 def plans(
@@ -93,33 +93,40 @@ def plans(
     how: NewtonSchulz,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> Iterator[tuple[Plan, list[int]]]:
-    """The stacks that `orthogonalize_all` makes: how each is spread, and which arrays are in it.
+    """The stacks that `orthogonalize_all` makes: the plan of each, and which arrays are in it.
 
     Raises:
       TypeError, ValueError: As `orthogonalize`; as `choose`; a shape in `devices_per_matrix` that
-        no batch has.
+        no array has.
     """
-    dtypes = [jnp.dtype(how.for_matrices(batch.values).dtype) for batch in arrays]
+    # Kernels query [256, 4·64] and out [4·64, 256], a scanned mlp [12, 256, 1024], 2 devices,
+    # fsdp on axis 0, 0 and 1: one stack of 2 [256, 256], since both are split along a side, and
+    # one of 12 [256, 1024], "rows" of which are split. A [256, 256] that is replicated would be a
+    # stack of its own.
+    dtypes = [jnp.dtype(how.for_matrices(array.values).dtype) for array in arrays]
     if isinstance(devices_per_matrix, Mapping):
         _check_shapes(devices_per_matrix, arrays)
     steps = len(how.schedule.coefficients)
-    free = () if mesh is None else free_axes(mesh)
-    sizes = {axis: mesh.shape[axis] for axis in free if mesh.shape[axis] > 1}
+    sizes = {} if mesh is None else {axis: mesh.shape[axis] for axis in free_axes(mesh)}
+    on_mesh = tuple((axis, size) for axis, size in sizes.items() if size > 1)
     groups: dict[Any, list[int]] = {}
-    for i, batch in enumerate(arrays):
-        kind = (*sorted(batch.shape[1:]), batch.here(sizes), dtypes[i])
-        # What nobody knows the place of stays by itself, where XLA has it.
-        alone = i if sizes and batch.spec is None else None
+    for i, array in enumerate(arrays):
+        kind = (*sorted(array.shape[1:]), array.stored(dict(on_mesh)), dtypes[i])
+        # An array of unknown sharding stays by itself, where XLA has it.
+        alone = i if on_mesh and array.spec is None else None
         groups.setdefault((*kind, alone), []).append(i)
-    for (n, m, here, item, alone), members in groups.items():
+    for (n, m, stored, dtype, alone), members in groups.items():
         if alone is not None:
-            unknown = ("unknown",) * len(sizes)
-            stack = Stack(arrays[alone].shape[0], n, m, tuple(sizes.items()), unknown)
-            yield Plan(stack, (), steps), members
+            unknown: tuple[Split, ...] = ("unknown",) * len(on_mesh)
+            yield (
+                Plan(MatrixStack(arrays[alone].shape[0], n, m, on_mesh, unknown), (), steps),
+                members,
+            )
             continue
-        for some in _limited(members, [arrays[i] for i in members], math.prod(sizes.values())):
+        devices = math.prod(size for _, size in on_mesh)
+        for some in _limited(members, [arrays[i].values.size // devices for i in members]):
             count = sum(arrays[i].shape[0] for i in some)
-            stack = Stack(count, n, m, tuple(sizes.items()), here, item.itemsize)
+            stack = MatrixStack(count, n, m, on_mesh, stored, dtype.itemsize)
             yield choose(stack, steps, devices_per_matrix), some
 
 
@@ -129,16 +136,16 @@ def orthogonalize_all(
     *,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> list[jax.Array]:
-    """`orthogonalize` for many parameters: those of one matrix shape make one stack.
+    """Orthogonalizes many parameters: those of one matrix shape make one stack.
 
-    On a mesh every device orthogonalizes its share of each stack. Matrices go there and back in
-    one all-to-all each, in `how.dtype`; see `plan`.
+    On a mesh every device orthogonalizes its share of each stack. Matrices go to the working
+    sharding and back in one all-to-all each, in `how.dtype`; see `plan`.
 
     Args:
       arrays: The matrices. On a mesh `spec` is how they are split over it; what is split
         otherwise costs copies.
       how: The polynomials, dtype and method. The method is that of the matrices that one device
-        holds; teams have one method.
+        holds; device groups have one method.
       devices_per_matrix: As in `choose`.
 
     Returns:
@@ -148,15 +155,16 @@ def orthogonalize_all(
       TypeError, ValueError: As `orthogonalize` and `choose`.
     """
     results: dict[int, jax.Array] = {}
-    mesh = mesh_of([batch.values for batch in arrays])
+    mesh = mesh_of([array.values for array in arrays])
     for plan, members in plans(arrays, mesh, how, devices_per_matrix):
         some = [arrays[i] for i in members]
         this = how.for_matrices(some[0].values)
+        run: Callable[..., tuple[jax.Array, ...]]
         run = functools.partial(_stack, arrays=some, plan=plan, how=this)
-        if "unknown" in plan.stack.here:
+        if "unknown" in plan.stack.stored:
             run = functools.partial(_by_xla, some[0], how=this)
-        elif plan.factors:
-            specs = tuple(batch.spec for batch in some)
+        elif plan.factors and mesh is not None:
+            specs = tuple(array.spec for array in some)
             run = jax.shard_map(
                 run,
                 mesh=mesh,
@@ -165,30 +173,35 @@ def orthogonalize_all(
                 axis_names=set(free_axes(mesh)),
                 check_vma=False,
             )
-        results |= zip(members, run(*(batch.values for batch in some)), strict=True)
+        values = [array.values for array in some]
+        results |= zip(members, run(*values), strict=True)
     return [results[i] for i in range(len(arrays))]
 
 
 def _stack(
-    *values: jax.Array,
-    arrays: Sequence[MatrixArray],
-    plan: Plan,
-    how: NewtonSchulz,
+    *values: jax.Array, arrays: Sequence[MatrixArray], plan: Plan, how: NewtonSchulz
 ) -> tuple[jax.Array, ...]:
-    """One stack, or a device's share of it."""
-    flat = [batch.flat(x) for batch, x in zip(arrays, values, strict=True)]
+    """Orthogonalizes the arrays of one stack, or a device's share of them."""
+    # Arrays [3, 16, 32] and [32, 16]: flat [3, 16, 32] and [1, 16, 32], a stack [4, 16, 32]; back
+    # from places 0 and 3 of it.
+    flat = [array.flat(x) for array, x in zip(arrays, values, strict=True)]
     if plan.factors:
         done = orthogonalize_spread(concatenate(flat, 0), plan, how)
     else:
-        stack = concatenate([_compact(x, jnp.dtype(how.dtype)) for x in flat], 0)
-        done = iterate_stack(stack, how)
+        dtype = jnp.dtype(how.dtype)
+        # Rounded before they are copied, if that cannot overflow.
+        narrow = [
+            x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x
+            for x in flat
+        ]
+        done = orthogonalize_stack(concatenate(narrow, 0), how)
     starts = list(map(jnp.uint32, [0, *itertools.accumulate(map(len, flat[:-1]))]))
     # On CPU every new kernel takes some 9 ms to compile. A slice at a constant place is one of its
     # own; at places that XLA cannot know, slices share one.
     starts = lax.platform_dependent(starts, cpu=_hidden, default=lambda starts: starts)
     sizes = map(len, flat)
     parts = [lax.dynamic_slice_in_dim(done, *part) for part in zip(starts, sizes, strict=True)]
-    return tuple(b.unflat(p, x) for b, p, x in zip(arrays, parts, values, strict=True))
+    return tuple(a.unflat(p, x) for a, p, x in zip(arrays, parts, values, strict=True))
 
 
 def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
@@ -196,25 +209,19 @@ def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
     return lax.while_loop(lambda x: x[0] > 0, lambda x: [*x[1:], x[0]], numbers)
 
 
-def _compact(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rounded before it is copied, if that cannot overflow."""
-    return x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x
-
-
-def _by_xla(batch: MatrixArray, values: jax.Array, how: NewtonSchulz) -> tuple[jax.Array]:
+def _by_xla(array: MatrixArray, values: jax.Array, how: NewtonSchulz) -> tuple[jax.Array]:
     """A parameter whose batch axes stay apart, since they may be split over a mesh."""
-    leading = values.shape[: values.ndim - batch.rows - batch.cols]
-    matrices = values.reshape(*leading, *batch.shape[1:])
+    leading = values.shape[: values.ndim - array.rows - array.cols]
+    matrices = values.reshape(*leading, *array.shape[1:])
     done = orthogonalize(matrices, how.schedule, dtype=how.dtype, method=how.method)
     return (done.reshape(values.shape),)
 
 
-def _limited(members: list[int], arrays: list[MatrixArray], devices: int) -> Iterator[list[int]]:
+def _limited(members: list[int], sizes: list[int]) -> Iterator[list[int]]:
     """The members in groups of at most `_LARGEST_STACK` entries a device, or one alone."""
     some: list[int] = []
     entries = 0
-    for member, batch in zip(members, arrays, strict=True):
-        size = batch.values.size // devices
+    for member, size in zip(members, sizes, strict=True):
         if some and entries + size > _LARGEST_STACK:
             yield some
             some, entries = [], 0
@@ -223,7 +230,7 @@ def _limited(members: list[int], arrays: list[MatrixArray], devices: int) -> Ite
 
 
 def _check_shapes(wanted: Mapping[tuple[int, int], int], arrays: Sequence[MatrixArray]) -> None:
-    shapes = sorted({tuple(sorted(batch.shape[1:])) for batch in arrays})
+    shapes = sorted({tuple(sorted(array.shape[1:])) for array in arrays})
     for shape in wanted:
         if tuple(sorted(shape)) not in shapes:
             raise ValueError(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from muonclip_jax._orthogonalize.gram import gram_newton_schulz
+from muonclip_jax._orthogonalize.iterations import iterate
 from muonclip_jax._orthogonalize.methods import (
     DENSE,
     Method,
@@ -19,10 +19,9 @@ from muonclip_jax._orthogonalize.methods import (
     on_each_backend,
 )
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_matrices
-from muonclip_jax._orthogonalize.normalization import in_range, rescaled_rows
+from muonclip_jax._orthogonalize.normalization import in_range
 from muonclip_jax._orthogonalize.products import concatenate, matmul
 from muonclip_jax._orthogonalize.schedules import Schedule, polar_express
-from muonclip_jax._orthogonalize.standard import standard
 
 
 def orthogonalize(
@@ -106,43 +105,24 @@ def wide(x: jax.Array) -> jax.Array:
     return x.mT if x.shape[-2] > x.shape[-1] else x
 
 
-def iterate(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
-    """The schedule's norm and steps.
-
-    Args:
-      x: Matrices `[..., n, m]`, n <= m, as `in_range` gives them.
-      schedule: The norm and the steps.
-      method: The iteration.
-    """
-    run = gram_newton_schulz if method.iteration == "gram" else standard
-    return run(rescaled_rows(x, schedule, method), schedule, method)
-
-
-def iterate_stack(x: jax.Array, how: NewtonSchulz) -> jax.Array:
-    """Wide matrices `[k, n, m]` orthogonalized, in `how.dtype`."""
+def orthogonalize_stack(x: jax.Array, how: NewtonSchulz) -> jax.Array:
+    """Orthogonalizes wide matrices `[k, n, m]`, some at a time, to a stack in `how.dtype`."""
     dtype = jnp.dtype(how.dtype)
 
     def run(x, method):
-        def some(x):
+        def chunk(x):
             return iterate(in_range(x, dtype), how.schedule, method)
 
-        return in_slices(some, x, method.entries_at_once)
+        return in_chunks(chunk, x, method.chunk_entries)
 
     return on_each_backend(run, x, how.method, dtype)
 
 
-def in_slices(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int) -> jax.Array:
-    """`run` on as many matrices of a stack `[k, n, m]` at a time as have so many entries."""
+def in_chunks(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int) -> jax.Array:
+    """Runs `run` on chunks of a stack `[k, n, m]`: as many matrices as have so many entries."""
     size = max(1, entries // (x.shape[1] * x.shape[2]))
     if len(x) <= size:
         return run(x)
     whole, rest = jnp.split(x, [len(x) // size * size])
     done = lax.map(run, whole.reshape(-1, size, *x.shape[1:])).reshape(whole.shape)
     return concatenate([done, run(rest)], 0) if len(rest) else done
-
-
-def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """With zeros at the end of an axis, up to a multiple of a length."""
-    missing = -x.shape[axis] % multiple
-    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths) if missing else x
