@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods --json PATH
 
-The rule of `"auto"` in `muonclip_jax/orthogonalize/methods.py` was made with this: after another
+The rule of `"auto"` in `muonclip_jax/_orthogonalize/methods.py` was made with this: after another
 XLA or on another device run it again. In each cell, a shape and a dtype, every method and "auto"
 take turns on the same stack of matrices.
 """
@@ -48,7 +48,7 @@ class Options:
     least_block: int = 192
     """Symmetric products are tried whole, in halves, in halves of halves and so on, down to blocks
     of so many rows."""
-    entries_at_once: tuple[int, ...] = (2**20, 2**21, 2**24)
+    chunk_entries: tuple[int, ...] = (2**20, 2**21, 2**24)
     """Of stacks of several matrices."""
     repeats: int = 5
     """Calls of each that are timed."""
@@ -68,7 +68,7 @@ def candidates(shape: tuple[int, int, int], dtype: str, options: Options) -> lis
     if count > 1:
         blocks, row_major = [None], [copies]
         slices = [
-            *(size for size in options.entries_at_once if size < count * n * m),
+            *(size for size in options.chunk_entries if size < count * n * m),
             count * n * m,
         ]
     else:
@@ -76,7 +76,7 @@ def candidates(shape: tuple[int, int, int], dtype: str, options: Options) -> lis
         row_major = [False, True] if copies else [False]
         slices = [n * m]
     return [
-        Method(iteration, smallest_block=block, row_major=copy, entries_at_once=entries)
+        Method(iteration, smallest_block=block, row_major=copy, chunk_entries=entries)
         for iteration, block, copy, entries in itertools.product(
             ("standard", "gram"), blocks, row_major, slices
         )
@@ -184,7 +184,7 @@ def _case(shape: Sequence[int]) -> str:
 def _method(row: Mapping[str, Any]) -> str:
     """With how many matrices at a time, if there are several."""
     count, n, m = row["shape"]
-    together = max(1, row["entries_at_once"] // (n * m))
+    together = max(1, row["chunk_entries"] // (n * m))
     return row["method"] + (f", {together} at a time" if count > 1 else "")
 
 

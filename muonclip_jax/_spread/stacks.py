@@ -162,7 +162,7 @@ def orthogonalize_all(
         run: Callable[..., tuple[jax.Array, ...]]
         run = functools.partial(_stack, arrays=some, plan=plan, how=this)
         if "unknown" in plan.stack.stored:
-            run = functools.partial(_by_xla, some[0], how=this)
+            run = functools.partial(_by_xla, some[0], this)
         elif plan.factors and mesh is not None:
             specs = tuple(array.spec for array in some)
             run = jax.shard_map(
@@ -209,7 +209,7 @@ def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
     return lax.while_loop(lambda x: x[0] > 0, lambda x: [*x[1:], x[0]], numbers)
 
 
-def _by_xla(array: MatrixArray, values: jax.Array, how: NewtonSchulz) -> tuple[jax.Array]:
+def _by_xla(array: MatrixArray, how: NewtonSchulz, values: jax.Array) -> tuple[jax.Array]:
     """A parameter whose batch axes stay apart, since they may be split over a mesh."""
     leading = values.shape[: values.ndim - array.rows - array.cols]
     matrices = values.reshape(*leading, *array.shape[1:])

@@ -14,7 +14,7 @@ def test_every_method_of_a_cell_has_a_row(tmp_path, capsys):
     options = Options(
         shapes=((2, 8, 8),),
         dtypes=("float32",),
-        entries_at_once=(64,),
+        chunk_entries=(64,),
         repeats=1,
         json=file,
         picture=picture,
@@ -22,7 +22,7 @@ def test_every_method_of_a_cell_has_a_row(tmp_path, capsys):
     rows = main(options)["rows"]
     assert json.loads(file.read_text())["rows"] == json.loads(json.dumps(rows))
     assert picture.stat().st_size > 0
-    assert [(row["method"], row.get("entries_at_once")) for row in rows] == [
+    assert [(row["method"], row.get("chunk_entries")) for row in rows] == [
         ("auto", None),
         *((method, entries) for method in ("standard", "gram") for entries in (64, 128)),
     ]
@@ -41,12 +41,12 @@ def test_blocks_are_halves(n, blocks):
         assert {method.iteration for method in found} == {"standard", "gram"}
         assert {method.smallest_block for method in found} == blocks
         assert {method.row_major for method in found} == row_major
-        assert {method.entries_at_once for method in found} == {4 * n * n}
+        assert {method.chunk_entries for method in found} == {4 * n * n}
 
 
 def test_stacks_are_taken_in_slices_and_whole():
     found = methods.candidates((8, 768, 3072), "bfloat16", Options())
-    assert {method.entries_at_once for method in found} == {2**20, 2**21, 2**24, 8 * 768 * 3072}
+    assert {method.chunk_entries for method in found} == {2**20, 2**21, 2**24, 8 * 768 * 3072}
     assert all(method.row_major for method in found)
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonclip_jax._orthogonalize import schedules
-from muonclip_jax._orthogonalize.gram import segments, with_margins
-from muonclip_jax._orthogonalize.iteration import orthogonality_error, orthogonalize
+from muonclip_jax._orthogonalize.iterations import steps_between_restarts, with_margins
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muonclip_jax._orthogonalize.orthogonalize import orthogonality_error, orthogonalize
 from muonclip_jax._orthogonalize.products import concatenate
 
 SCHEDULES = [
@@ -514,7 +514,7 @@ def test_a_wrong_method_says_what_is_wrong(method):
         ({"iteration": "auto"}, 'use "standard" or "gram"'),
         ({"iteration": "gram", "smallest_block": 0}, "smallest_block=0 must be a whole number"),
         ({"iteration": "gram", "smallest_block": 2.0}, r"smallest_block=2\.0 must be a whole"),
-        ({"iteration": "gram", "entries_at_once": None}, "entries_at_once=None must be a whole"),
+        ({"iteration": "gram", "chunk_entries": None}, "chunk_entries=None must be a whole"),
         ({"iteration": "gram", "kernel": "cuda"}, 'use "xla" or "pallas"'),
     ],
 )
@@ -549,16 +549,18 @@ def test_each_backend_has_its_products():
     assert "LayoutConstraint" not in tpu
 
 
-def test_segments_grow_less_after_the_first():
+def test_steps_between_restarts_grow_less_after_the_first():
     def lengths(schedule):
-        return [len(some) for some in segments(schedule, "bfloat16")]
+        return [len(some) for some in steps_between_restarts(schedule, "bfloat16")]
 
     assert lengths(schedules.polar_express(5)) == [2, 3]
     assert lengths(schedules.polar_express(5, lower=1e-3)) == [2, 2, 1]
     assert lengths(schedules.polar_express(8)) == [2, 3, 3]
     assert lengths(schedules.jordan(5)) == [2, 2, 1]
-    assert sum(segments(schedules.you(), "float32"), ()) == schedules.you().coefficients
-    first, second = segments(schedules.polar_express(5), "bfloat16")
+    assert (
+        sum(steps_between_restarts(schedules.you(), "float32"), ()) == schedules.you().coefficients
+    )
+    first, second = steps_between_restarts(schedules.polar_express(5), "bfloat16")
     assert (*first, *second[1:]) == tuple(
         schedules.polar_express(5).coefficients[i] for i in (0, 1, 3, 4)
     )

@@ -64,6 +64,7 @@ def test_one_generated_step_equioscillates(lower):
     assert 1 + np.count_nonzero(np.diff(signs)) == 4
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(exponent=st.floats(-14, -0.01), steps=st.integers(1, 40))
 def test_generator_takes_any_lower_bound_and_step_count(exponent, steps):
@@ -76,6 +77,7 @@ def test_generator_takes_any_lower_bound_and_step_count(exponent, steps):
         assert schedule.worst_error() < 1e-12
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(exponent=st.floats(-5, -0.1), steps=st.integers(1, 12))
 def test_one_more_generated_step_is_never_worse(exponent, steps):

@@ -12,66 +12,66 @@ from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
 from benchmarks.compiled import collectives, dots, flops, totals
-from muonclip_jax._spread.plan import Stack, choose
+from muonclip_jax._spread.plan import MatrixStack, choose
 
 POD = (("fsdp", 64), ("tp", 8))
 STEPS = 5
 
 
-def test_few_large_matrices_are_shared_by_teams():
-    """61 matrices on 512 devices: 64 teams of 8, of which 61 have work."""
-    plan = choose(Stack(61, 7168, 18432, POD, ("rows", "cols")), STEPS)
+def test_few_large_matrices_are_shared_by_device_groups():
+    """61 matrices on 512 devices: 64 groups of 8, of which 61 have work."""
+    plan = choose(MatrixStack(61, 7168, 18432, POD, ("rows", "cols")), STEPS)
     assert (plan.devices_per_matrix, plan.matrices_per_device) == (8, 1)
     assert plan.ratio_to_even_share == pytest.approx(64 / 61)
 
 
 def test_many_matrices_are_whole():
     """4608 experts on 512 devices: nine each, and nothing but there and back."""
-    plan = choose(Stack(4 * 384 * 3, 2048, 7168, POD, ("stack", "cols")), STEPS)
+    plan = choose(MatrixStack(4 * 384 * 3, 2048, 7168, POD, ("stack", "cols")), STEPS)
     assert (plan.devices_per_matrix, plan.matrices_per_device) == (1, 9)
     assert plan.ratio_to_even_share == 1
     assert plan.bytes_sent == 2 * 9 * 2048 * 7168 * 2  # there and back, in bfloat16
     assert plan.collectives == 3  # and one to tell the largest entries
 
 
-def test_part_of_an_axis_can_be_a_team():
+def test_part_of_an_axis_can_be_a_device_group():
     """A mesh of one axis: FSDP, as most have it."""
-    plan = choose(Stack(61, 7168, 18432, (("fsdp", 512),), ("rows",)), STEPS)
+    plan = choose(MatrixStack(61, 7168, 18432, (("fsdp", 512),), ("rows",)), STEPS)
     assert plan.devices_per_matrix == 8
-    assert [(f.size, f.there) for f in plan.factors] == [(64, "stack"), (8, "cols")]
+    assert [(f.size, f.working) for f in plan.factors] == [(64, "stack"), (8, "cols")]
 
 
-def test_small_copies_stay():
-    plan = choose(Stack(8, 64, 64, (("data", 8),), ("copies",)), STEPS)
+def test_small_replicated_stacks_stay():
+    plan = choose(MatrixStack(8, 64, 64, (("data", 8),), ("replicated",)), STEPS)
     assert (plan.collectives, plan.matrices_per_device, plan.ratio_to_even_share) == (0, 8, 8)
 
 
 def test_one_device():
-    plan = choose(Stack(3, 64, 128), STEPS)
+    plan = choose(MatrixStack(3, 64, 128), STEPS)
     assert (plan.factors, plan.devices_per_matrix, plan.matrices_per_device) == ((), 1, 3)
     assert (plan.bytes_sent, plan.collectives, plan.ratio_to_even_share) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(
-    "places", list(itertools.product(("stack", "rows", "cols", "copies"), repeat=2))
+    "places", list(itertools.product(("stack", "rows", "cols", "replicated"), repeat=2))
 )
 @pytest.mark.parametrize("count", [4, 24, 100])
 def test_every_device_has_work_or_a_reason(places, count):
-    """Whatever the plan, the matrices all have a place, and teams are whole."""
+    """Whatever the plan, the matrices all have a place, and device groups are whole."""
     mesh = (("a", 4), ("b", 6))
     held = math.prod(n for (_, n), place in zip(mesh, places, strict=True) if place == "stack")
-    stack = Stack(count * held, 720, 1440, mesh, places)
+    stack = MatrixStack(count * held, 720, 1440, mesh, places)
     for devices in (1, 2, 3, 4, 6, 8, 12, 24):
         plan = choose(stack, STEPS, devices)
-        repeated = math.prod(f.size for f in plan.factors if f.there == "copies")
-        teams = 24 // devices // repeated
-        assert plan.matrices_per_device * teams >= stack.count
-        assert plan.matrices_per_device <= -(-count // teams) * held
+        repeated = math.prod(f.size for f in plan.factors if f.working == "replicated")
+        groups = 24 // devices // repeated
+        assert plan.matrices_per_device * groups >= stack.count
+        assert plan.matrices_per_device <= -(-count // groups) * held
         assert plan.ratio_to_even_share >= 1
 
 
 def test_forced_by_shape():
-    stack = Stack(61, 7168, 18432, POD, ("rows", "cols"))
+    stack = MatrixStack(61, 7168, 18432, POD, ("rows", "cols"))
     for shape in ((7168, 18432), (18432, 7168)):
         assert choose(stack, STEPS, {shape: 32}).devices_per_matrix == 32
     assert choose(stack, STEPS, {(1, 2): 32}).devices_per_matrix == 8
