@@ -207,7 +207,7 @@ def polar_express(
             every singular value nearer to 1 and costs nothing.
 
     Example:
-        >>> exact = mc.schedules.polar_express(12, lower=1e-6)
+        >>> exact = mc.schedules.polar_express(steps=16, lower=1e-6)
         >>> exact.worst_error(1e-6) < 1e-6
         True
 
