@@ -5,7 +5,10 @@ import re
 
 import pytest
 
+import muonclip_jax as mc
+
 ROOT = pathlib.Path(__file__).parent.parent
+REFERENCE = ROOT / "docs" / "reference.md"
 BLOCK = re.compile(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", re.DOTALL)
 
 # What "an existing train step" already has.
@@ -70,3 +73,9 @@ def test_no_python_block_is_left_out():
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = page.read_text()
         assert len(re.findall(r"```python", text)) == len(BLOCK.findall(text)), page.name
+
+
+def test_the_reference_has_every_public_name():
+    entries = set(re.findall(r"^::: muonclip_jax\.([\w.]+)$", REFERENCE.read_text(), re.MULTILINE))
+    also = {"Layout", "Schedule"}  # shown as members of layouts and schedules
+    assert {name for name in entries if not name.startswith("_")} | also == set(mc.__all__)
