@@ -61,7 +61,6 @@ def test_examples_import_only_the_public_surface():
                 assert not (node.module or "").startswith("muonclip_jax."), file.name
 
 
-@pytest.mark.xfail(reason="until the kernels of Pallas are imported lazily", strict=False)
 def test_importing_loads_nothing_slow():
     """Not what Flax does not load either: Pallas, NNX; nor matplotlib."""
     code = """
