@@ -5,8 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 PACKAGE = pathlib.Path(__file__).parent.parent / "muonclip_jax"
 
 # Each part may import the parts before it.
