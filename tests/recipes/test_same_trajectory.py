@@ -402,7 +402,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("storage", "options"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(
+    ("storage", "options"),
+    [
+        pytest.param(*wrong, marks=() if name == "keys for values" else pytest.mark.slow, id=name)
+        for name, wrong in WRONG.items()
+    ],
+)
 def test_a_wrong_reading_trains_otherwise(storage, options):
     """The comparison above can fail: by far more than its tolerance."""
     run = train(KINDS["plain"][0], storage, **options)

@@ -134,6 +134,7 @@ def test_micro_batches_are_one_batch():
     chex.assert_trees_all_close(inner, at_once.state, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_heads_were_clipped_by_micro_batches_other_than_the_last():
     """The comparison above can fail."""
     run = trained("accumulate")
@@ -148,6 +149,7 @@ def test_heads_were_clipped_by_micro_batches_other_than_the_last():
     assert max(jax.tree.leaves(difference)) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_nnx():
     class Block(nnx.Module):
         def __init__(self, rngs):
@@ -703,7 +705,9 @@ def sharded_steps(mesh=None):
     return Sharded(params, states, step.lower(params, state, maxima).compile())
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_sharded(kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):

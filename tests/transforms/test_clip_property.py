@@ -118,7 +118,13 @@ def logits_of(case, params, x, y):
 # float64: the factors' powers and products round a few times at 1e-16.
 # float32: weights round once after the clip and logits sum up to ~10 such terms that may cancel,
 # so errors are measured against the sum of magnitudes, bounded by the largest logit.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (np.float32, 1e-5),
+        pytest.param(np.float64, 1e-12, marks=pytest.mark.slow),
+    ],
+)
 @settings(max_examples=20)
 @given(case=attention_case())
 def test_logits_scale_by_gamma_on_any_input(dtype, tolerance, case):

@@ -46,7 +46,7 @@ def run(tx, params, steps=20):
 )
 @pytest.mark.parametrize(
     ("rule", "consistent_rms"),
-    [("match_adam", 0.2), ("jordan", None)],
+    [("match_adam", 0.2), pytest.param("jordan", None, marks=pytest.mark.slow)],
     ids=["match_adam", "jordan"],
 )
 def test_twenty_steps_equal_optax(nesterov, bias_correction, rule, consistent_rms):
@@ -229,6 +229,7 @@ def model_step(tx):
     return params, step
 
 
+@pytest.mark.slow
 def test_muonclip_trains_a_scanned_linen_model_in_one_trace():
     tx = mc.muonclip(0.02, layout=mc.layouts.mha(), threshold=0.05)
     params, step = model_step(tx)

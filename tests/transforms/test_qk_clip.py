@@ -1,5 +1,7 @@
 """QK-Clip: the factor, the table of roles, the transformation and its state."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -27,6 +29,19 @@ def mha_params(key, stack=(), heads=4, width=8, size=6, dtype=jnp.float32):
         },
         "mlp": {"kernel": normal(width, width)},
     }
+
+
+# Milliseconds of run time: compiling fast is all that counts, and eager calls compile every step.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def qk_clip(*args, **options):
+    tx = mc.qk_clip(*args, **options)
+    return optax.GradientTransformationExtraArgs(tx.init, quick_jit(tx.update))
+
+
+def apply_qk_clip(params, sown, *args, **options):
+    return quick_jit(lambda p, s: mc.apply_qk_clip(p, s, *args, **options))(params, sown)
 
 
 class ClipFactorTest(chex.TestCase):
@@ -79,7 +94,7 @@ class ApplyTest(chex.TestCase):
 
     def test_alpha_one_leaves_keys_alone(self):
         params = mha_params(jax.random.key(0))
-        clipped = mc.apply_qk_clip(
+        clipped = apply_qk_clip(
             params, {"attn": {"max_logits": jnp.full(4, 200.0)}}, mc.layouts.mha(), alpha=1.0
         )
         chex.assert_trees_all_equal(clipped["attn"]["key"], params["attn"]["key"])
@@ -101,7 +116,7 @@ def test_mla_table():
     }
     maxima = {"attn": {"max_logits": jnp.array([40.0, 1.0])}}
     layout = mc.layouts.mla(nope, rope, v, query="wq_b", out=None)
-    clipped = mc.apply_qk_clip(params, maxima, layout, threshold=10.0)
+    clipped = apply_qk_clip(params, maxima, layout, threshold=10.0)
     before, after = (
         {k: np.asarray(x["kernel"]) for k, x in tree["attn"].items()} for tree in (params, clipped)
     )
@@ -121,13 +136,13 @@ def test_update_arrives_where_apply_does_and_counts():
     params = mha_params(jax.random.key(1))
     updates = jax.tree.map(lambda p: 0.01 * jnp.sin(p), params)
     maxima = {"attn": {"max_logits": jnp.array([400.0, 1.0, jnp.nan, jnp.inf])}}
-    tx = mc.qk_clip(mc.layouts.mha())
+    tx = qk_clip(mc.layouts.mha())
     clipped, state = tx.update(updates, tx.init(params), params, max_logits=maxima)
     moved = optax.apply_updates(params, updates)
     # The sum p + u' rounds once more than the product: two float32 roundings of p's size.
     chex.assert_trees_all_close(
         optax.apply_updates(params, clipped),
-        mc.apply_qk_clip(moved, maxima, mc.layouts.mha()),
+        apply_qk_clip(moved, maxima, mc.layouts.mha()),
         atol=5e-7,
     )
     np.testing.assert_array_equal(state.gamma["attn"], [0.25, 1, 1, 1])
@@ -145,7 +160,7 @@ def test_update_arrives_where_apply_does_and_counts():
 
 def test_all_masked_head_is_neither_clipped_nor_a_fault():
     params = mha_params(jax.random.key(1))
-    tx = mc.qk_clip(mc.layouts.mha())
+    tx = qk_clip(mc.layouts.mha())
     maxima = {"attn": {"max_logits": jnp.full(4, -jnp.inf)}}
     updates, state = tx.update(params, tx.init(params), params, max_logits=maxima)
     chex.assert_trees_all_equal(updates, params)
@@ -181,7 +196,7 @@ def test_a_grouped_clip_that_scales_one_query_up_is_not_lost():
     """κ = ¼ for the group, so the second query takes 0.8 / ¼: upwards, and far enough to count."""
     kernel = lambda heads: jax.random.normal(jax.random.key(heads), (32, heads, 8), jnp.bfloat16)  # noqa: E731
     params = {"attn": {"query": {"kernel": kernel(2)}, "key": {"kernel": kernel(1)}}}
-    tx = mc.qk_clip(mc.layouts.gqa(value=None, out=None))
+    tx = qk_clip(mc.layouts.gqa(value=None, out=None))
     maxima = {"attn": {"max_logits": jnp.array([1600.0, 125.0])}}
     updates = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(updates, tx.init(params), params, max_logits=maxima)
@@ -191,7 +206,7 @@ def test_a_grouped_clip_that_scales_one_query_up_is_not_lost():
 def test_layer_scope_clips_every_head_of_the_layer_alike():
     params = mha_params(jax.random.key(0), stack=(2,))
     maxima = {"attn": {"max_logits": jnp.array([[400.0, 1, 1, 1], [1, 1, 1, 1]])}}
-    clipped = mc.apply_qk_clip(params, maxima, mc.layouts.mha(), scope="layer")
+    clipped = apply_qk_clip(params, maxima, mc.layouts.mha(), scope="layer")
     before, after = params["attn"]["key"]["kernel"], clipped["attn"]["key"]["kernel"]
     np.testing.assert_array_equal(after[0], before[0] * 0.5)
     np.testing.assert_array_equal(after[1], before[1])
@@ -213,9 +228,9 @@ def test_attention_that_is_left_out_does_not_clip_the_block_around_it(layouts, w
         ("outer", "op"): jnp.full(4, 1.0),  # a sub-module of the block counts
         ("outer", *where.split("/")): jnp.full(4, 1e4),
     }
-    chex.assert_trees_all_equal(mc.apply_qk_clip(params, sown, layouts), params)
+    chex.assert_trees_all_equal(apply_qk_clip(params, sown, layouts), params)
     sown["outer", "op"] *= 400
-    clipped = mc.apply_qk_clip(params, sown, layouts)
+    clipped = apply_qk_clip(params, sown, layouts)
     chex.assert_trees_all_equal(clipped["outer"]["inner"], inner)
     factor = clipped["outer"]["query"]["kernel"] / params["outer"]["query"]["kernel"]
     np.testing.assert_allclose(factor, 0.5, rtol=1e-6)
@@ -236,7 +251,7 @@ def test_nested_blocks_keep_their_own_maxima():
     maxima = {
         "outer": {"max_logits": jnp.full(4, 200.0), "inner": {"max_logits": jnp.full(4, 400.0)}}
     }
-    tx = mc.qk_clip(mc.layouts.mha())
+    tx = qk_clip(mc.layouts.mha())
     _, state = tx.update(params, tx.init(params), params, max_logits=maxima)
     np.testing.assert_array_equal(state.gamma["outer"], 0.5)
     np.testing.assert_array_equal(state.gamma["outer/inner"], 0.25)
@@ -246,7 +261,7 @@ def test_float64_weights_clip_in_float64_by_float32_maxima():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), mha_params(jax.random.key(0)))
         maxima = {"attn": {"max_logits": jnp.full(4, 300.0, jnp.float32)}}
-        clipped = mc.apply_qk_clip(params, maxima, mc.layouts.mha())
+        clipped = apply_qk_clip(params, maxima, mc.layouts.mha())
         np.testing.assert_allclose(
             clipped["attn"]["key"]["kernel"],
             params["attn"]["key"]["kernel"] * np.sqrt(1 / 3),
@@ -261,7 +276,7 @@ def test_clips_are_not_lost_with_float32_masters_of_a_bfloat16_model():
     params = attention.init(jax.random.key(1), x)["params"]
     _, sown = attention.apply({"params": params}, x, sow_weights=True, mutable=["intermediates"])
     largest = float(mc.read_max_logits(sown)[()].max())
-    tx = mc.qk_clip(mc.layouts.mha(), threshold=largest / 1.0001)
+    tx = qk_clip(mc.layouts.mha(), threshold=largest / 1.0001)
     updates = jax.tree.map(jnp.zeros_like, params)
     clipped, state = tx.update(updates, tx.init(params), params, max_logits=sown)
     assert int(state.heads_clipped) == 1 and int(state.lost_heads) == 0
@@ -304,7 +319,7 @@ def test_adamclip_is_adamw_then_clip():
     adam_clip = optax.chain(optax.adamw(1e-3), mc.qk_clip(mc.layouts.mha()))
     updates, _ = adam_clip.update(grads, adam_clip.init(params), params, max_logits=maxima)
     plain, _ = optax.adamw(1e-3).update(grads, optax.adamw(1e-3).init(params), params)
-    expected = mc.apply_qk_clip(optax.apply_updates(params, plain), maxima, mc.layouts.mha())
+    expected = apply_qk_clip(optax.apply_updates(params, plain), maxima, mc.layouts.mha())
     # Two float32 roundings at the size of the parameters (up to 4).
     chex.assert_trees_all_close(optax.apply_updates(params, updates), expected, atol=5e-7)
 
@@ -339,7 +354,7 @@ def test_an_infinite_weight_of_an_unclipped_head_spreads_no_further():
     params = mha_params(jax.random.key(1))
     params["attn"]["query"]["kernel"] = params["attn"]["query"]["kernel"].at[0, 0, 0].set(jnp.inf)
     updates = jax.tree.map(jnp.ones_like, params)
-    tx = mc.qk_clip(mc.layouts.mha())
+    tx = qk_clip(mc.layouts.mha())
     maxima = {"attn": {"max_logits": jnp.ones(4)}}
     clipped, _ = tx.update(updates, tx.init(params), params, max_logits=maxima)
     chex.assert_trees_all_equal(clipped, updates)
@@ -382,7 +397,7 @@ def test_inside_optax_wrappers():
 def test_updates_of_another_dtype_keep_it():
     params = mha_params(jax.random.key(1), dtype=jnp.bfloat16)
     updates = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    tx = mc.qk_clip(mc.layouts.mha())
+    tx = qk_clip(mc.layouts.mha())
     maxima = {"attn": {"max_logits": jnp.full(4, 400.0)}}
     clipped, _ = tx.update(updates, tx.init(params), params, max_logits=maxima)
     chex.assert_trees_all_equal_dtypes(clipped, updates)
@@ -399,7 +414,7 @@ def test_extra_axes_of_stacked_maxima_are_reduced(shape):
     """Layers stacked by 3; a vmapped call or a batch adds an axis inside or outside."""
     params = mha_params(jax.random.key(1), stack=(3,))
     sown = jax.random.uniform(jax.random.key(3), shape, minval=50, maxval=200)
-    tx = mc.qk_clip(mc.layouts.mha())
+    tx = qk_clip(mc.layouts.mha())
     _, state = tx.update(params, tx.init(params), params, max_logits={"attn": {"max_logits": sown}})
     axis = {2: (), 3: 1 if shape[0] == 3 else 0}[len(shape)]
     np.testing.assert_array_equal(state.max_logits["attn"], sown.max(axis=axis))
@@ -435,7 +450,7 @@ def test_linen_scanned_end_to_end_with_either_tree():
     model, x, variables = linen_model_and_sown()
     _, sown = model.apply(variables, x, mutable=["intermediates"])
     for params in (variables, variables["params"]):
-        clipped = mc.apply_qk_clip(params, sown, mc.layouts.mha(), threshold=1.0)
+        clipped = apply_qk_clip(params, sown, mc.layouts.mha(), threshold=1.0)
         inner = clipped if params is variables else {"params": clipped}
         _, after = model.apply(inner, x, mutable=["intermediates"])
         first = mc.read_max_logits(after)[("layers", "attn")][0]

@@ -141,6 +141,11 @@ CASES = {
 }
 
 each_case = pytest.mark.parametrize("name", CASES)
+# On Auto axes the compiler sees the same program, without its types.
+SLOW_KINDS = [
+    pytest.param(kind, marks=() if kind == AxisType.Explicit else pytest.mark.slow)
+    for kind in KINDS
+]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
@@ -223,7 +228,7 @@ def on_one_device(name, build):
     return two_steps(case, build, params, gradients, sown(case, SMALL))
 
 
-@each_kind
+@pytest.mark.parametrize("kind", SLOW_KINDS, ids=lambda kind: kind.name)
 @each_case
 def test_the_numbers_of_one_device(name, kind):
     got = on_a_mesh(CASES[name], frobenius, kind)
@@ -358,7 +363,11 @@ def test_numbers_that_are_traced_may_live_on_the_mesh():
     chex.assert_trees_all_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("context", [False, True], ids=["no context", "set_mesh"])
+@pytest.mark.parametrize(
+    "context",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["no context", "set_mesh"],
+)
 def test_an_nnx_optimizer_on_an_explicit_mesh(context):
     mesh = mesh_of(AxisType.Explicit)
     layout = mc.layouts.mha()
