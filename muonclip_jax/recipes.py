@@ -81,7 +81,7 @@ def muon(
         prints the outcome.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes, as in `scale_by_muon`.
-      devices_per_matrix: How many devices hold one matrix together while it is orthogonalized, as
+      devices_per_matrix: How many devices make a group, which holds one matrix among them, as
         in `scale_by_muon`; None chooses. `describe` prints the outcome.
 
     Raises:
@@ -171,7 +171,7 @@ def muonclip(
       dimension_numbers: Which parameters are Muon's, in place of `layout`, `per_head` and `rules`.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes.
-      devices_per_matrix: How many devices hold one matrix together.
+      devices_per_matrix: How many devices make a group, which holds one matrix among them.
 
     Raises:
       ValueError: As `muon` and `qk_clip`.
@@ -300,7 +300,7 @@ def muon_direction(
       dimension_numbers: Which parameters are Muon's, in place of these three.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes.
-      devices_per_matrix: How many devices hold one matrix together.
+      devices_per_matrix: How many devices make a group, which holds one matrix among them.
 
     Raises:
       ValueError: As `muon`.
