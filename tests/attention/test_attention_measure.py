@@ -144,7 +144,7 @@ def test_steps_without_a_look_cost_nothing():
 
 
 def test_qk_clip_clips_late_but_never_wrongly():
-    """A step that does not measure changes nothing; the next that does clips as if nothing had been."""
+    """A step that is not measured changes nothing; the next one clips as if nothing had been."""
     kernels = {name: jnp.ones((8, 4, 2)) for name in ("query", "key")}
     params = {"attn": {name: {"kernel": kernel} for name, kernel in kernels.items()}}
     layout = mc.layouts.mha(query="query", key="key", value=None, out=None)
