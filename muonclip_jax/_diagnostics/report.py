@@ -1,8 +1,6 @@
 """Every head in numbers: what the clip saw, what its kernels and its keys are like."""
 
-import io
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from rich.console import Console
 from rich.table import Table
 
 from muonclip_jax._attention.max_logits import MAX_LOGITS, read_max_logits
 from muonclip_jax._core.dtypes import accumulation_dtype, of_product
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import sown
+from muonclip_jax._core.tables import as_text
 from muonclip_jax._diagnostics.activations import KEYS, read_activations
 from muonclip_jax._diagnostics.measures import (
     effective_rank,
@@ -150,10 +148,7 @@ class AttentionReport:
         return table
 
     def __str__(self) -> str:
-        width = shutil.get_terminal_size(fallback=(10_000, 24)).columns
-        text = io.StringIO()
-        Console(file=text, width=width, color_system=None).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self)
 
     def _layers(self) -> Iterator[tuple[str, HeadReport]]:
         """Every layer by itself, on the host, `[heads]`."""

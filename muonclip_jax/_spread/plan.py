@@ -61,6 +61,11 @@ class MatrixStack:
     def devices(self) -> int:
         return math.prod(size for _, size in self.mesh)
 
+    @property
+    def split(self) -> dict[str, Split]:
+        """The stored sharding by the names of the mesh's axes."""
+        return dict(zip((axis for axis, _ in self.mesh), self.stored, strict=True))
+
     def local(self, axis: Split) -> int:
         """Matrices, rows or columns on one device in the stored sharding."""
         whole = {"stack": self.count, "rows": self.n, "cols": self.m}[axis]

@@ -90,12 +90,12 @@ def test_costs_are_those_of_the_compiled_program(devices_per_matrix):
     }
     tx = mc.scale_by_muon(**options)
     compiled = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads)).compile()
-    (stack,) = mc.describe(grads, **options).stacks
-    assert flops(dots(compiled)) == stack.flops
+    (plan,) = mc.describe(grads, **options).stacks
+    assert flops(dots(compiled)) == plan.flops
     found = totals(collectives(compiled))
     small = found.pop("all-reduce")  # of norms, which the plan does not count
-    assert small.bytes < 0.01 * stack.bytes_sent
-    assert sum(total.bytes for total in found.values()) == stack.bytes_sent
+    assert small.bytes < 0.01 * plan.bytes_sent
+    assert sum(total.bytes for total in found.values()) == plan.bytes_sent
 
 
 def test_describe_prints_the_plan(monkeypatch):
@@ -104,9 +104,9 @@ def test_describe_prints_the_plan(monkeypatch):
     shape = jax.ShapeDtypeStruct((8192, 28672), jnp.float32)
     params = {f"layer_{i}": {"mlp": {"kernel": shape}} for i in range(3)}
     rows = mc.describe(params, shardings=NamedSharding(mesh, P("fsdp", "tp")))
-    (stack,) = rows.stacks
-    assert (stack.count, stack.split) == (3, {"fsdp": "rows", "tp": "cols"})
-    assert stack.devices_per_matrix == 2 and stack.matrices_per_device == 1
+    (plan,) = rows.stacks
+    assert (plan.stack.count, plan.stack.split) == (3, {"fsdp": "rows", "tp": "cols"})
+    assert plan.devices_per_matrix == 2 and plan.matrices_per_device == 1
     text = str(rows)
     assert "3 × [8192, 28672]" in text and "fsdp: rows, tp: cols" in text and "1.33" in text
     assert "devices" not in str(mc.describe(params))  # one device: no plan to print
