@@ -342,15 +342,20 @@ MISTAKES = [
     ),
     (
         "a rule that is none",
-        lambda: mc.muon_dimension_numbers({"a": kernel(2, 3)}, rules={"a/*": "muon"}),
-        ["'a/*'", "MuonDimensionNumbers or None", "'muon'"],
+        lambda: mc.muon_dimension_numbers({"a": kernel(2, 3)}, rules={"a/*": 3}),
+        ["a/kernel", "(2, 3)", "cannot be read with 3", "MatrixPattern", "None"],
     ),
     (
-        "rules that disagree",
+        "a rule for other axes",
+        lambda: mc.muon_dimension_numbers({"a": kernel(2, 3)}, rules={"a/*": "experts in out"}),
+        ["a/kernel", "(2, 3)", "does not have the axes", "experts in out"],
+    ),
+    (
+        "a rule behind one that takes all",
         lambda: mc.muon_dimension_numbers(
             {"a": kernel(2, 3)}, rules={"a/*": None, "*kernel": MuonDimensionNumbers()}
         ),
-        ["disagree", "a/kernel", "(2, 3)"],
+        ["'*kernel'", "decides nothing", "'a/*'", "narrower rule first"],
     ),
     (
         "dimension numbers with a hole",

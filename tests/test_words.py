@@ -73,7 +73,6 @@ def found(pattern: str, places: list[str]) -> list[str]:
     return lines
 
 
-@pytest.mark.xfail(reason="until every part has its new words", strict=False)
 @pytest.mark.parametrize("old", RULES)
 def test_old_word_is_gone(old):
     new, pattern, places = RULES[old]
@@ -81,7 +80,6 @@ def test_old_word_is_gone(old):
     assert not lines, f"write {new!r}, not {old!r}:\n" + "\n".join(lines)
 
 
-@pytest.mark.xfail(reason="until every part has its new words", strict=False)
 def test_no_two_classes_share_a_name():
     names = Counter(
         node.name.strip("_")

@@ -16,7 +16,7 @@ from jax import lax
 from muonclip_jax._attention.call import Call
 from muonclip_jax._attention.tiles import (
     Operands,
-    Plan,
+    Tiling,
     cut,
     hide,
     raw_logits,
@@ -35,17 +35,17 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     return out, max_logits.reshape(num_heads)
 
 
-def _softmax_logits(plan: Plan, raw: jax.Array, bias: jax.Array | None, mask) -> jax.Array:
-    logits = raw if plan.soft_cap is None else plan.soft_cap * jnp.tanh(raw / plan.soft_cap)
+def _softmax_logits(tiling: Tiling, raw: jax.Array, bias: jax.Array | None, mask) -> jax.Array:
+    logits = raw if tiling.soft_cap is None else tiling.soft_cap * jnp.tanh(raw / tiling.soft_cap)
     return hide(logits if bias is None else logits + bias, mask)
 
 
-def _dropout(plan: Plan, tile: Operands, shape: tuple[int, ...]) -> jax.Array | float:
+def _dropout(tiling: Tiling, tile: Operands, shape: tuple[int, ...]) -> jax.Array | float:
     """The factor on a tile's probabilities, the same in both passes."""
     if tile.dropout_rng is None:
         return 1.0
-    keep = 1 - plan.dropout_rate
-    pattern = shape[-2:] if plan.broadcast_dropout else shape
+    keep = 1 - tiling.dropout_rate
+    pattern = shape[-2:] if tiling.broadcast_dropout else shape
     return jnp.where(jax.random.bernoulli(tile.dropout_rng, keep, pattern), 1 / keep, 0.0)
 
 
@@ -66,36 +66,36 @@ class _Residuals(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, x: Operands) -> tuple[jax.Array, jax.Array]:
+def _attend(tiling: Tiling, x: Operands) -> tuple[jax.Array, jax.Array]:
     """Output `[..., K, G, T, V]` and maxima `[K, G]`."""
-    return _forward(plan, x)[0]
+    return _forward(tiling, x)[0]
 
 
-def _forward(plan: Plan, x: Operands):
+def _forward(tiling: Tiling, x: Operands):
     def step(rows: _Rows, ij):
-        tile, seen = tile_of(plan, x, *ij), plan.queries.take(rows, ij[0])
-        raw = raw_logits(plan, tile)
-        logits = _softmax_logits(plan, raw, tile.bias, tile.mask)
+        tile, seen = tile_of(tiling, x, *ij), tiling.queries.take(rows, ij[0])
+        raw = raw_logits(tiling, tile)
+        logits = _softmax_logits(tiling, raw, tile.bias, tile.mask)
         peak = _highest(seen.peak, logits)
         decay = jnp.exp(seen.peak - _shift(peak))
         weights = jnp.exp(logits - _shift(peak))
-        kept = (weights * _dropout(plan, tile, weights.shape)).astype(tile.value.dtype)
+        kept = (weights * _dropout(tiling, tile, weights.shape)).astype(tile.value.dtype)
         new = _Rows(
-            out=seen.out * decay + plan.matmul("...kgts,...ksv->...kgtv", kept, tile.value),
+            out=seen.out * decay + tiling.matmul("...kgts,...ksv->...kgtv", kept, tile.value),
             total=seen.total * decay + jnp.sum(weights, -1, keepdims=True),
             peak=peak,
             top=None if seen.top is None else _highest(seen.top, hide(raw, tile.mask)),
         )
-        return plan.queries.put(rows, new, ij[0]), None
+        return tiling.queries.put(rows, new, ij[0]), None
 
     zero = jnp.zeros_like(x.query[..., :1], accumulation_dtype(x.query.dtype))
     nothing = _Rows(
         out=jnp.repeat(zero, x.value.shape[-1], -1),
         total=zero,
         peak=zero - jnp.inf,
-        top=None if plan.soft_cap is None and x.bias is None else zero - jnp.inf,
+        top=None if tiling.soft_cap is None and x.bias is None else zero - jnp.inf,
     )
-    rows, _ = lax.scan(step, nothing, plan.tiles())
+    rows, _ = lax.scan(step, nothing, tiling.tiles())
     inverse = jnp.where(rows.total == 0, 0, 1 / rows.total)
     out = (rows.out * inverse).astype(x.value.dtype)
     top = rows.peak if rows.top is None else rows.top
@@ -114,7 +114,7 @@ def _shift(peak: jax.Array) -> jax.Array:
     return jnp.where(peak == -jnp.inf, 0, peak)
 
 
-def _backward(plan: Plan, saved: _Residuals, cotangents) -> tuple[Operands]:
+def _backward(tiling: Tiling, saved: _Residuals, cotangents) -> tuple[Operands]:
     x, d_out = saved.operands, cotangents[0]  # the maxima carry no gradient
     accumulated = accumulation_dtype(x.query.dtype)
     slope = jnp.sum(d_out.astype(accumulated) * saved.out.astype(accumulated), -1, keepdims=True)
@@ -124,44 +124,44 @@ def _backward(plan: Plan, saved: _Residuals, cotangents) -> tuple[Operands]:
     columns = jax.tree.map(lambda v: jnp.moveaxis(v, -1, -3), (x.query, d_out))
 
     def step(grads: Operands, ij):
-        tile = tile_of(plan, x, *ij)
-        d_rows, shift, inverse, slope = plan.queries.take(row_values, ij[0])
-        query_columns, d_columns = plan.queries.take(columns, ij[0], -1)
+        tile = tile_of(tiling, x, *ij)
+        d_rows, shift, inverse, slope = tiling.queries.take(row_values, ij[0])
+        query_columns, d_columns = tiling.queries.take(columns, ij[0], -1)
         logits, logits_vjp = jax.vjp(
-            lambda raw, bias: _softmax_logits(plan, raw, bias, tile.mask),
-            raw_logits(plan, tile),
+            lambda raw, bias: _softmax_logits(tiling, raw, bias, tile.mask),
+            raw_logits(tiling, tile),
             tile.bias,
         )
         weights = jnp.exp(logits - shift) * inverse
-        dropout = _dropout(plan, tile, weights.shape)
+        dropout = _dropout(tiling, tile, weights.shape)
         kept = (weights * dropout).astype(tile.value.dtype)
-        d_weights = plan.matmul("...kgtv,...ksv->...kgts", d_rows, tile.value) * dropout
+        d_weights = tiling.matmul("...kgtv,...ksv->...kgts", d_rows, tile.value) * dropout
         d_raw, d_bias = logits_vjp(weights * (d_weights - slope))
         d_raw = d_raw.astype(tile.query.dtype)
-        d_query = plan.matmul("...kgts,...ksh->...kgth", d_raw, tile.key)
-        d_key = plan.matmul("...khgt,...kgts->...khs", query_columns, d_raw)
-        d_value = plan.matmul("...kvgt,...kgts->...kvs", d_columns, kept)
+        d_query = tiling.matmul("...kgts,...ksh->...kgth", d_raw, tile.key)
+        d_key = tiling.matmul("...khgt,...kgts->...khs", query_columns, d_raw)
+        d_value = tiling.matmul("...kvgt,...kgts->...kvs", d_columns, kept)
         return grads._replace(
-            query=plan.queries.add(grads.query, d_query, ij[0]),
-            key=plan.keys.add(grads.key, d_key, ij[1], -1),
-            value=plan.keys.add(grads.value, d_value, ij[1], -1),
-            bias=_add_tile(plan, grads.bias, d_bias, *ij),
+            query=tiling.queries.add(grads.query, d_query, ij[0]),
+            key=tiling.keys.add(grads.key, d_key, ij[1], -1),
+            value=tiling.keys.add(grads.value, d_value, ij[1], -1),
+            bias=_add_tile(tiling, grads.bias, d_bias, *ij),
         ), None
 
     differentiable = x._replace(mask=None, dropout_rng=None)
     zeros = jax.tree.map(lambda v: jnp.zeros_like(v, accumulated), differentiable)
     zeros = zeros._replace(key=zeros.key.mT, value=zeros.value.mT)
-    grads, _ = lax.scan(step, zeros, plan.tiles())
+    grads, _ = lax.scan(step, zeros, tiling.tiles())
     grads = grads._replace(
-        query=plan.scale * grads.query, key=plan.scale * grads.key.mT, value=grads.value.mT
+        query=tiling.scale * grads.query, key=tiling.scale * grads.key.mT, value=grads.value.mT
     )
     return (jax.tree.map(lambda g, v: g.astype(v.dtype), grads, differentiable),)
 
 
-def _add_tile(plan: Plan, x: jax.Array | None, tile: jax.Array | None, i, j):
+def _add_tile(tiling: Tiling, x: jax.Array | None, tile: jax.Array | None, i, j):
     if x is None or tile is None:
         return None
-    starts, sizes = tile_bounds(plan, x, i, j)
+    starts, sizes = tile_bounds(tiling, x, i, j)
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, starts, sizes) + tile, starts)
 
 

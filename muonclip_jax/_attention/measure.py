@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._attention import call as arguments
-from muonclip_jax._attention.tiles import Operands, Plan, cut, hide, raw_logits, tile_of
+from muonclip_jax._attention.tiles import Operands, Tiling, cut, hide, raw_logits, tile_of
 from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.maxima import largest
 
@@ -90,7 +90,7 @@ def measure_max_logits(
         mask = arguments.per_weight("mask", arguments.boolean(mask), query, key)
     if examples is not None:
         query, key, mask = _first(arguments.integer("examples", examples, 1), query, key, mask)
-    plan, operands = cut(
+    tiling, operands = cut(
         arguments.Call(
             query=query,
             key=key,
@@ -105,11 +105,11 @@ def measure_max_logits(
     )
     nothing = jnp.full_like(operands.query[..., 0, 0], -jnp.inf, accumulation_dtype(query.dtype))
     if every == 1:
-        highest = _highest(plan, operands, nothing)
+        highest = _highest(tiling, operands, nothing)
     else:
         highest = lax.cond(
             step % every == 0,
-            lambda x, nothing: _highest(plan, x, nothing),
+            lambda x, nothing: _highest(tiling, x, nothing),
             lambda x, nothing: nothing,
             operands,
             nothing,
@@ -138,13 +138,13 @@ def _first(count: int, query: jax.Array, key: jax.Array, mask: jax.Array | None)
     return query[:count], key[:count], mask
 
 
-def _highest(plan: Plan, x: Operands, nothing: jax.Array) -> jax.Array:
+def _highest(tiling: Tiling, x: Operands, nothing: jax.Array) -> jax.Array:
     """`[..., K, G]`. The batch is kept to the end: spread over devices, it costs one reduction."""
 
     def step(highest: jax.Array, ij):
-        tile = tile_of(plan, x, *ij)
+        tile = tile_of(tiling, x, *ij)
         return jnp.maximum(
-            highest, largest(hide(raw_logits(plan, tile), tile.mask), (-2, -1))
+            highest, largest(hide(raw_logits(tiling, tile), tile.mask), (-2, -1))
         ), None
 
-    return lax.scan(step, nothing, plan.tiles())[0]
+    return lax.scan(step, nothing, tiling.tiles())[0]

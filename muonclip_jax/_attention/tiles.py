@@ -64,8 +64,8 @@ class Chunks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is known when the attention is traced."""
+class Tiling:
+    """How an attention is cut into tiles: all that is known when it is traced."""
 
     queries: Chunks
     keys: Chunks
@@ -109,8 +109,8 @@ class Operands(NamedTuple):
     dropout_rng: jax.Array | None
 
 
-def cut(call: Call) -> tuple[Plan, Operands]:
-    """A call's plan, and its operands with the heads first.
+def cut(call: Call) -> tuple[Tiling, Operands]:
+    """A call's tiling, and its operands with the heads first.
 
     Example: query `[2, 512, 8, 64]` and key `[2, 512, 4, 64]` become `[2, 4, 2, 512, 64]` and
     `[2, 4, 512, 64]`; with chunks of 128 and `is_causal`, 10 of 16 tiles `[2, 4, 2, 128, 128]`.
@@ -118,7 +118,7 @@ def cut(call: Call) -> tuple[Plan, Operands]:
     left, right = call.window or (None, None)
     *batch, length, num_heads, _ = call.query.shape
     chunk_size = call.chunk_size or _chunk_size(math.prod(batch) * num_heads)
-    plan = Plan(
+    tiling = Tiling(
         queries=Chunks(length, chunk_size),
         keys=Chunks(call.key.shape[-3], chunk_size),
         left=left,
@@ -133,7 +133,7 @@ def cut(call: Call) -> tuple[Plan, Operands]:
     query, bias, mask = jax.tree.map(  # None stays None
         lambda x: _per_group(x, kv_heads=key.shape[-3]), (query, call.bias, call.mask)
     )
-    return plan, Operands(query, key, value, bias, mask, call.dropout_rng)
+    return tiling, Operands(query, key, value, bias, mask, call.dropout_rng)
 
 
 def _chunk_size(heads: int) -> int:
@@ -150,44 +150,44 @@ def _per_group(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(*batch, *heads, rows, columns)
 
 
-def tile_of(plan: Plan, x: Operands, i, j) -> Operands:
+def tile_of(tiling: Tiling, x: Operands, i, j) -> Operands:
     """The operands of query chunk i and key chunk j; the mask says all about visibility."""
     bias, mask = (
-        None if v is None else lax.dynamic_slice(v, *tile_bounds(plan, v, i, j))
+        None if v is None else lax.dynamic_slice(v, *tile_bounds(tiling, v, i, j))
         for v in (x.bias, x.mask)
     )
     rng = x.dropout_rng
     return Operands(
-        query=plan.queries.take(x.query, i),
-        key=plan.keys.take(x.key, j),
-        value=plan.keys.take(x.value, j),
+        query=tiling.queries.take(x.query, i),
+        key=tiling.keys.take(x.key, j),
+        value=tiling.keys.take(x.value, j),
         bias=None if bias is None else bias.astype(accumulation_dtype(x.query.dtype)),
-        mask=_visible(plan, bias, mask, i, j),
-        dropout_rng=None if rng is None else jax.random.fold_in(rng, i * plan.keys.count + j),
+        mask=_visible(tiling, bias, mask, i, j),
+        dropout_rng=None if rng is None else jax.random.fold_in(rng, i * tiling.keys.count + j),
     )
 
 
-def tile_bounds(plan: Plan, x: jax.Array, i, j) -> tuple[list[Any], list[int]]:
+def tile_bounds(tiling: Tiling, x: jax.Array, i, j) -> tuple[list[Any], list[int]]:
     """Start and size of a tile in a mask or bias, whose axes may be broadcast."""
     zero = jnp.zeros_like(i)  # all starts must have the index's dtype
     starts, sizes = [zero] * (x.ndim - 2), list(x.shape[:-2])
-    for chunks, index, length in ((plan.queries, i, x.shape[-2]), (plan.keys, j, x.shape[-1])):
+    for chunks, index, length in ((tiling.queries, i, x.shape[-2]), (tiling.keys, j, x.shape[-1])):
         starts.append(zero if length == 1 else chunks.start(index))
         sizes.append(1 if length == 1 else chunks.size)
     return starts, sizes
 
 
-def _visible(plan: Plan, bias, mask, i, j) -> jax.Array | None:
-    rows, columns = plan.queries.positions(i)[:, None], plan.keys.positions(j)
+def _visible(tiling: Tiling, bias, mask, i, j) -> jax.Array | None:
+    rows, columns = tiling.queries.positions(i)[:, None], tiling.keys.positions(j)
     conditions = []
-    if plan.queries.length % plan.queries.size:
-        conditions.append(rows >= i * plan.queries.size)
-    if plan.keys.length % plan.keys.size:
-        conditions.append(columns >= j * plan.keys.size)
-    if plan.right is not None:
-        conditions.append(columns <= rows + plan.right)
-    if plan.left is not None:
-        conditions.append(columns >= rows - plan.left)
+    if tiling.queries.length % tiling.queries.size:
+        conditions.append(rows >= i * tiling.queries.size)
+    if tiling.keys.length % tiling.keys.size:
+        conditions.append(columns >= j * tiling.keys.size)
+    if tiling.right is not None:
+        conditions.append(columns <= rows + tiling.right)
+    if tiling.left is not None:
+        conditions.append(columns >= rows - tiling.left)
     if mask is not None:
         conditions.append(mask)
     if bias is not None:  # written so that a NaN stays visible
@@ -195,9 +195,9 @@ def _visible(plan: Plan, bias, mask, i, j) -> jax.Array | None:
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
-def raw_logits(plan: Plan, tile: Operands) -> jax.Array:
+def raw_logits(tiling: Tiling, tile: Operands) -> jax.Array:
     """`scale · q kᵀ`, hidden or not: `[..., K, G, T, S]` of the tile."""
-    return plan.scale * plan.matmul("...kgth,...ksh->...kgts", tile.query, tile.key)
+    return tiling.scale * tiling.matmul("...kgth,...ksh->...kgts", tile.query, tile.key)
 
 
 def hide(logits: jax.Array, mask: jax.Array | None) -> jax.Array:

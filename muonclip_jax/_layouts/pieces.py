@@ -191,6 +191,11 @@ class Part:
       bias: The path of its bias, if it has one.
       view: The heads in the parameter.
       bias_view: The heads in the bias, as matrices of one row.
+
+    Example:
+      >>> query = mc.layouts.find_blocks(layout, params)[0].part("q")
+      >>> query.take(params["attn"]["query"]["kernel"]).shape  # [heads, in, features]
+      (2, 8, 4)
     """
 
     role: Role

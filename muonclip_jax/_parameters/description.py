@@ -195,7 +195,8 @@ def describe(
         optimizer = "other" if spec is None else "muon"
         role = tuple(attention.get(path, ()))
         rows.append(ParameterRow(paths.show(path), shape, optimizer, kinds, role, path in norms))
-    mesh = next((sharding.mesh for sharding in places.values() if sharding), mesh_of(params))
+    known = (sharding.mesh.abstract_mesh for sharding in places.values() if sharding)
+    mesh = next(known, mesh_of(params))
     stacks = (plan for plan, _ in plans(arrays, mesh, newton_schulz, devices_per_matrix))
     return Description(rows, stacks)
 

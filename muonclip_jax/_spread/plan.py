@@ -10,8 +10,8 @@ Every mesh axis, or a factor of one, splits a stack `[k, n, m]` in one of these 
 
 The stored sharding is that of the parameters. In the working sharding, in which matrices are
 orthogonalized, the devices along `stack` work on their own matrices, those along `cols` are a
-device group that holds the same matrices together, and those along `replicated` all do the same
-work.
+device group, each with some columns of the same matrices, and those along `replicated` all do the
+same work.
 """
 
 import itertools

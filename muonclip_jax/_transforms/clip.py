@@ -176,23 +176,23 @@ class Clip:
             dtype = _dtype(params)
 
             def clip(updates, state, params, sown, threshold, arguments):
-                plan = self._plan(blocks, sown, dtype, threshold, arguments)
+                decided = self._decide(blocks, sown, dtype, threshold, arguments)
                 clipped = {
-                    path: _arrive_at_multiple(update, params[path], plan.multipliers[path])
+                    path: _arrive_at_multiple(update, params[path], decided.multipliers[path])
                     for path, update in updates.items()
-                    if path in plan.multipliers
+                    if path in decided.multipliers
                 }
                 counts = [
-                    _count(gamma < 1 for gamma in plan.gamma.values()),
-                    _count(jnp.isnan(s) | jnp.isposinf(s) for s in plan.maxima.values()),
-                    _count(_lost_heads(blocks, roles, plan, params, updates, clipped)),
+                    _count(gamma < 1 for gamma in decided.gamma.values()),
+                    _count(jnp.isnan(s) | jnp.isposinf(s) for s in decided.maxima.values()),
+                    _count(_lost_heads(blocks, roles, decided, params, updates, clipped)),
                 ]
                 if self.heads_axis_name is not None:
                     counts = jax.lax.psum(counts, self.heads_axis_name)
                 heads_clipped, nonfinite_heads, lost_heads = counts
                 _, _, _, nonfinite_before, lost_before = state
                 return {**updates, **clipped}, kind(
-                    *jax.tree.map(lambda x: x.astype(jnp.float32), (plan.maxima, plan.gamma)),
+                    *jax.tree.map(lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma)),
                     heads_clipped,
                     nonfinite_before + nonfinite_heads,
                     lost_before + lost_heads,
@@ -212,8 +212,10 @@ class Clip:
         dtype = _dtype(params)
 
         def clip(params, sown, threshold, arguments):
-            plan = self._plan(blocks, sown, dtype, threshold, arguments)
-            clipped = {path: _multiple(params[path], by) for path, by in plan.multipliers.items()}
+            decided = self._decide(blocks, sown, dtype, threshold, arguments)
+            clipped = {
+                path: _multiple(params[path], by) for path, by in decided.multipliers.items()
+            }
             return {**params, **clipped}, None
 
         sown = self._pair(blocks, params, sown)
@@ -268,14 +270,14 @@ class Clip:
                 )
         return {name: [sown[path] for path in modules] for name, modules in found.modules.items()}
 
-    def _plan(
+    def _decide(
         self,
         blocks: Sequence[Block],
         sown: Mapping[str, Sequence[jax.Array]],
         dtype: DTypeLike,
         threshold: ArrayLike,
         arguments: Sequence[ArrayLike],
-    ) -> "_Plan":
+    ) -> "_Decided":
         for option, axes in self._axes():
             _check_bound(option, getattr(self, option), axes)
         maxima = {
@@ -291,7 +293,7 @@ class Clip:
         if self.scope == "layer" and self.heads_axis_name is not None:
             gamma = jax.lax.pmin(gamma, self.heads_axis_name)
         factors = {b.name: self.factors(b, gamma[b.name], *arguments) for b in blocks}
-        return _Plan(maxima, gamma, multipliers(blocks, factors))
+        return _Decided(maxima, gamma, multipliers(blocks, factors))
 
     def _axes(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         for option in ("axis_name", "heads_axis_name"):
@@ -324,7 +326,7 @@ def clip_factor(maxima: jax.Array, threshold: ArrayLike, scope: Scope = "head") 
     return gamma
 
 
-class _Plan(NamedTuple):
+class _Decided(NamedTuple):
     """All that a step's maxima decide, before any weight is touched."""
 
     maxima: dict[str, jax.Array]  # block name → [stack..., heads]
@@ -385,7 +387,7 @@ def _multiple(param: jax.Array, multiplier: jax.Array) -> jax.Array:
 def _lost_heads(
     blocks: Sequence[Block],
     roles: set[Role],
-    plan: _Plan,
+    decided: _Decided,
     params: Leaves,
     updates: Leaves,
     clipped: Leaves,
@@ -401,7 +403,7 @@ def _lost_heads(
         # Projected on the kernel itself, where rounding of single entries averages out.
         asked, moved = (
             part.sums(change * before)
-            for change in ((1 - plan.multipliers[path]) * before, before - after)
+            for change in ((1 - decided.multipliers[path]) * before, before - after)
         )
         short = jnp.abs(asked - moved) > 0.5 * jnp.abs(asked)
         return jnp.repeat(short, heads // part.heads, axis=-1)
@@ -411,11 +413,11 @@ def _lost_heads(
             lost(part, block.heads)
             for part in block.parts
             if part.role in roles
-            and part.kernel in plan.multipliers
+            and part.kernel in decided.multipliers
             and jnp.finfo(params[part.kernel].dtype).bits < 32
         ]
         if half:
-            yield functools.reduce(jnp.logical_or, half) & (plan.gamma[block.name] < 1)
+            yield functools.reduce(jnp.logical_or, half) & (decided.gamma[block.name] < 1)
 
 
 def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -9,7 +9,7 @@ from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import routing
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.momentum import momentum_trace
-from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
+from muonclip_jax._transforms.orthogonalization import check_leaves, scale_by_orthogonalization
 
 
 def scale_by_muon(
@@ -83,6 +83,7 @@ def scale_by_muon(
     )
 
     def update(updates, state, params=None):
+        check_leaves(newton_schulz, updates)  # before momentum makes floats of whole numbers
         directions, state = links.update(updates, state, params)
         return jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates), state
 

@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import jax
 import optax
 
 from muonclip_jax._core import paths
@@ -82,14 +81,14 @@ def scale_by_orthogonalization(
         check_devices_per_matrix(devices_per_matrix)
 
     def init(params: optax.Params) -> optax.EmptyState:
+        check_leaves(newton_schulz, params)
         routing.resolve_matrices(dimension_numbers, params)
         return optax.EmptyState()
 
     def update(updates, state, params=None):
         del params
+        check_leaves(newton_schulz, updates)
         specs = routing.resolve_matrices(dimension_numbers, updates)
-        for update in jax.tree.leaves(updates):
-            newton_schulz.for_matrices(update)
         known = shardings_of(updates, shardings)
         _warn_of_unknown(updates, known)
 
@@ -109,6 +108,12 @@ def scale_by_orthogonalization(
         return in_auto_axes(orthogonalized, specs_of(updates))(updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def check_leaves(newton_schulz: NewtonSchulz, tree: Any) -> None:
+    """Raises TypeError or ValueError for a leaf that cannot be orthogonalized, with its path."""
+    for path, leaf in paths.leaves(tree):
+        newton_schulz.for_matrices(leaf, f"Muon's {paths.show(path)}")
 
 
 def _warn_of_unknown(updates: Any, known: dict[Path, Any]) -> None:

@@ -537,8 +537,11 @@ def test_one_device_makes_no_device_groups():
 def test_every_matrix_of_a_stack_is_checked(second, error):
     grads = {"first": jnp.ones((16, 32)), "second": second}
     tx = mc.scale_by_muon(dimension_numbers=MATRIX)
-    with pytest.raises(error, match="orthogonalize: x "):
-        tx.update(grads, tx.init(grads))
+    with pytest.raises(error, match="Muon's second: x "):
+        tx.init(grads)
+    params = {"first": jnp.ones((16, 32)), "second": jnp.ones((16, 32))}
+    with pytest.raises(error, match="Muon's second: x "):
+        tx.update(grads, tx.init(params))
 
 
 def test_device_groups_that_the_mesh_does_not_have_raise():
