@@ -60,7 +60,7 @@ def symmetric_product(
     n, k = left.shape[-2:]
     factors = [_for_tpu(x.reshape(-1, n, k)) for x in (left, right)]
     adds = [] if add is None else [_for_tpu(add.reshape(-1, n, n))]
-    tiling = _Tiling(len(factors[0]), n, k, factors[0].dtype.itemsize)
+    tiling = _Tiles(len(factors[0]), n, k, factors[0].dtype.itemsize)
     out = jax.ShapeDtypeStruct((tiling.batch, n, n), _kernel_dtype(out_dtype))
     result = pl.pallas_call(
         functools.partial(_kernel, tiling=tiling),
@@ -89,7 +89,7 @@ def symmetric_product(
 
 
 @dataclass(frozen=True)
-class _Tiling:
+class _Tiles:
     """Which program, at which of its steps, works on what.
 
     Programs are (matrix, tile) in one axis, so that two cores share it evenly.
@@ -175,7 +175,7 @@ class _Tiling:
         )
 
 
-def _kernel(rows, cols, scales, left, right, *refs, tiling: _Tiling):
+def _kernel(rows, cols, scales, left, right, *refs, tiling: _Tiles):
     *add, out, sums = refs
     tile, step = lax.rem(pl.program_id(0), tiling.tiles), pl.program_id(1)
     diagonal = rows[tile] == cols[tile]
@@ -227,7 +227,7 @@ def _block_rows(tile: int) -> list[range]:
     return [range(start, min(start + BLOCK, tile)) for start in range(0, tile, BLOCK)]
 
 
-def _for_chunks(tiling: _Tiling, fn: Callable[[Any], None]) -> None:
+def _for_chunks(tiling: _Tiles, fn: Callable[[Any], None]) -> None:
     whole, rest = divmod(tiling.depth, tiling.chunk)
 
     def chunk(i, _):
