@@ -21,9 +21,7 @@ from studies.rank.__main__ import STUDY as RANK
 from studies.spectrum.__main__ import STUDY as SPECTRUM
 
 STUDIES = {study.folder.name: study for study in (CLIP, RANK, SPECTRUM, QUACK)}
-SIZES = [  # smoke runs anyway
-    (name, size) for name, study in STUDIES.items() for size in study.grids if size != "smoke"
-]
+SIZES = [(name, size) for name, study in STUDIES.items() for size in study.grids]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def refuse(*args, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", ["spectrum", "quack"])  # with what they measure, and aside
 def test_smoke_runs_resumes_and_rebuilds(name, cache, tmp_path, monkeypatch, capsys):
     check_a_smoke_run(elsewhere(STUDIES[name], tmp_path), monkeypatch, capsys)
 
@@ -156,7 +154,7 @@ def test_a_size_that_a_study_has_not_gets_one_line(capsys):
     assert "--size gpu_long: there is only smoke, cpu, gpu here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "size"), SIZES)
+@pytest.mark.parametrize(("name", "size"), [each for each in SIZES if each[1] != "smoke"])
 def test_the_readme_shows_what_the_committed_records_say(name, size, tmp_path):
     """And that this code made them. Pictures are drawn anew elsewhere."""
     study = STUDIES[name]
