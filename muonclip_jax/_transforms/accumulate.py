@@ -116,9 +116,9 @@ def accumulate(
 
     Example:
         >>> tx = mc.accumulate(mc.muonclip(1e-3, layout=layout), every=2)
-        >>> state = tx.init(params)
+        >>> update, state = jax.jit(tx.update), tx.init(params)
         >>> for _ in range(2):
-        ...     updates, state = tx.update(grads, state, params, max_logits=sown)
+        ...     updates, state = update(grads, state, params, max_logits=sown)
         >>> bool(mc.accumulate_state(state).has_updated)
         True
     """

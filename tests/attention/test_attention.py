@@ -392,6 +392,7 @@ class Transformations(chex.TestCase):
         chex.assert_trees_all_close(out.reshape(flat_out.shape), flat_out, rtol=1e-5)
         chex.assert_trees_all_close(max_logits, flat_max, rtol=1e-6)
 
+    @pytest.mark.slow
     def test_gradient_through_remat_scan_and_vmap(self):
         def loss(x):
             return jnp.sum(self.attend(x)[0] ** 2)
@@ -465,6 +466,7 @@ def test_memory_is_linear_in_the_length(dtype):
     assert full / half < 2.2  # a tile's own temporaries do not grow with the length
 
 
+@pytest.mark.slow
 @both_precisions
 def test_the_maxima_are_a_by_product(dtype):
     """The compiled program has the same work without them."""
@@ -489,6 +491,7 @@ def test_the_maxima_are_a_by_product(dtype):
     np.testing.assert_allclose(*costs, rtol=3e-3)
 
 
+@pytest.mark.slow
 def test_a_callers_mask_and_bias_are_not_copied():
     length = 10_000  # not a multiple of the chunk
     shape = (1, 1, length, length)

@@ -177,6 +177,7 @@ def visible_pairs(operands, mask=None, is_causal=False, local_window_size=None, 
     return seen if mask is None else seen & mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "options"),  # XLA on CPU has no float16
     [

@@ -105,6 +105,7 @@ def test_nnx_and_half_precision_keep_their_dtype():
     chex.assert_trees_all_equal(found["q"], jnp.moveaxis(kernel, 1, 0))
 
 
+@pytest.mark.slow
 def test_explicit_mesh():
     """Heads keep their sharding, numbers are those of one device."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Explicit,) * 2)

@@ -114,6 +114,7 @@ class CommonTest(chex.TestCase):
         chex.assert_trees_all_equal(jnp.isnan(mc.singular_values(x)).all(-1), jnp.isnan(found))
 
 
+@pytest.mark.slow
 def test_dtypes_and_batches():
     """Of one measure: all share the spectrum."""
     measure, reference = mc.effective_rank, REFERENCE["effective_rank"]
@@ -189,6 +190,7 @@ def test_effective_rank_refuses(error, gamma):
         mc.effective_rank(np.ones((2, 2), np.float32), gamma)
 
 
+@pytest.mark.slow
 def test_a_program_with_many_batches_ends():
     """On CPUs of few cores JAX 0.10 does not end some that hand whole batches to LAPACK."""
     x = [jax.random.normal(jax.random.key(i), (4, 128, 32)) for i in range(12)]

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from examples.mla import data, metrics, train
 from examples.mla.metrics import column, per_head, select
@@ -24,6 +25,7 @@ def use_fingerprints(about, text_file):
     about.write_text(json.dumps({**json.loads(about.read_text()), "text": text.fingerprints}))
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_release_goes_on(flags, text_file, tmp_path, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(GOLDEN, run_dir)

@@ -81,6 +81,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(axes))
 def test_a_mesh_changes_no_number(axes):
     here, alone = trained(**axes), trained()
@@ -105,6 +106,7 @@ def test_every_matrix_and_its_optimizer_state_stay_in_parts(axes):
     assert split == (22 if "fsdp" in axes else 18)
 
 
+@pytest.mark.slow
 def test_activations_never_move_over_fsdp():
     """Weights are gathered and gradients summed: no all-to-all, and no gather of a batch. With few
     tokens for its width, as here, the compiler would rather move those, were it not told."""

@@ -62,6 +62,7 @@ def test_the_tiny_run_clips_and_learns(finished):
     assert last < first
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_resuming_continues_bit_for_bit(finished, flags, tmp_path):
     run_dir = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen, nnx
 
 import muonclip_jax as mc
@@ -99,6 +100,7 @@ def test_linen():
     check_step_and_clip(model)
 
 
+@pytest.mark.slow
 def test_nnx_with_grouped_queries():
     model = make_nnx()
     model.check_matrices(

@@ -167,6 +167,7 @@ def test_sixteen_bits_are_stable_for_any_spectrum(schedule, method, dtype):
     assert largest < 1.3  # exactly, no p(σ) of these schedules is above 1.21
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("iteration", "n", "m"), [("standard", 7, 20), ("gram", 9, 9)])
 def test_blocks_and_copies_change_rounding_only(iteration, n, m):
     x = jnp.asarray(gaussian(2, n, m), jnp.float32)
@@ -616,6 +617,7 @@ def test_steps_between_restarts_grow_less_after_the_first():
     assert second[0][0] == schedules.polar_express(5).coefficients[2][0] / 1.2
 
 
+@pytest.mark.slow
 def test_the_kernel_is_for_accelerators_only():
     x = jnp.asarray(gaussian(3, 5), jnp.float32)
     methods = Method("standard", kernel="pallas"), Method("standard")

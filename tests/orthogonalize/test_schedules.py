@@ -223,6 +223,7 @@ def gaussian_error(schedule, shape):
     return np.sqrt(np.mean((schedule.apply(sigma) ** 2 - 1) ** 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", documented(), ids=lambda row: row[0].strip("`"))
 def test_documented_accuracy(row):
     name, steps, norm, factor, slope, worst, worst_of_large, wide, square, source = row

@@ -344,6 +344,7 @@ def test_muon_per_piece():
                 np.testing.assert_allclose(update[name][:, head], expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_head", [("q", "k", "v", "o"), ("k",)])
 def test_muon_does_the_same_to_fused_and_separate_kernels(per_head):
     grads = gaussian(**FUSED_SHAPES)
@@ -364,6 +365,7 @@ def test_muon_does_the_same_to_fused_and_separate_kernels(per_head):
     np.testing.assert_allclose(update["out"].reshape(fused["out"].shape), fused["out"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_per_head_is_not_the_whole():
     """The tests above would notice the wrong one: their updates differ by far more."""
     grads = gaussian(**FUSED_SHAPES)

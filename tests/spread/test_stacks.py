@@ -160,6 +160,7 @@ LAYER_BYTES = 8 * 32 * 64 * 4  # eight matrices [32, 64], float32
 PER_DEVICE = LAYER_BYTES // 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )
@@ -203,8 +204,8 @@ def test_replicated_stacks_share_large_work():
     )
     state = jax.eval_shape(tx.init, matrices)
     assert moved(tx, matrices, state) == {"all-gather": (1, 16 * 1024 * 1024 * 2)}
-    (stack,) = mc.describe(matrices, dimension_numbers={"w": MATRIX}, shardings=sharding).stacks
-    assert (stack.split, stack.matrices_per_device) == (
+    (plan,) = mc.describe(matrices, dimension_numbers={"w": MATRIX}, shardings=sharding).stacks
+    assert (plan.stack.split, plan.matrices_per_device) == (
         {"fsdp": "replicated", "tp": "replicated"},
         2,
     )
@@ -233,6 +234,7 @@ def test_matrices_travel_in_the_dtype_of_the_iteration():
     assert moved(tx, grads, tx.init(grads))["all-to-all"] == (2, PER_DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_as_on_one_device(dtype):
     """Norms are taken before anything is rounded, so scale does not matter on the way either."""
@@ -253,6 +255,7 @@ def test_half_precision_as_on_one_device(dtype):
             assert difference < 8 * jnp.finfo(dtype).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices_per_matrix", [1, 2, 8])
 def test_hard_matrices(devices_per_matrix):
     """Zero stays zero, rank one becomes its singular vectors, NaN and Inf stay in their matrix."""
@@ -281,6 +284,7 @@ def test_hard_matrices(devices_per_matrix):
     np.testing.assert_allclose(directions["healthy"], whole, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("fsdp", "tp"), P("tp", "fsdp")], ids=str)
 @pytest.mark.parametrize("name", ["wide", "square"])
 def test_aol_in_device_groups(name, spec):
@@ -300,6 +304,7 @@ def test_aol_in_device_groups(name, spec):
     np.testing.assert_allclose(directions["w"], expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("specs", [P(), P("fsdp", "tp")], ids=str)
 def test_results_share_a_kernel(specs):
     """On CPU a slice at a constant place would be a kernel for each parameter."""
@@ -330,6 +335,7 @@ def check_few(tx, grads):
     chex.assert_trees_all_close(directions, expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_arrays_at_hand_tell_themselves():
     """Outside of jit nothing has to be given, on Auto meshes either."""
     sharding = NamedSharding(mesh_of(AxisType.Auto), SPECS["both"]["wide"])
@@ -341,6 +347,7 @@ def test_arrays_at_hand_tell_themselves():
     np.testing.assert_allclose(directions["wide"], on_one_device()[0]["wide"], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [
@@ -366,6 +373,7 @@ def test_arrays_that_are_not_on_the_mesh_yet():
     assert tx.init(params)[0].trace["on"].sharding == sharding
 
 
+@pytest.mark.slow
 def test_wrong_shardings_cost_moves_only():
     mesh = mesh_of(AxisType.Auto)
     grads = on_mesh(mesh, SPECS["both"])[1]
@@ -444,6 +452,7 @@ def test_mixed_meshes_are_told_by_shardings():
         jax.jit(untold.update).lower(grads, untold.init(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("fsdp", "tp"), P(("fsdp", "tp")), P("tp", "fsdp")], ids=str)
 def test_momentum_stays_on_mixed_meshes(spec):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Explicit, AxisType.Auto))

@@ -244,6 +244,7 @@ def compiled_update(tx):
     return update.lower(tx.init(params), params).compile()
 
 
+@pytest.mark.slow
 def test_newton_schulz_is_executed_once_for_a_real_step():
     executions, of_every_micro_step, of_a_real_step = {}, {}, {}
     once = flops(dots(compiled_update(muonclip())))
@@ -705,6 +706,7 @@ def sharded_steps(mesh=None):
     return Sharded(params, states, step.lower(params, state, maxima).compile())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )

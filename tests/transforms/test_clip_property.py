@@ -118,6 +118,7 @@ def logits_of(case, params, x, y):
 # float64: the factors' powers and products round a few times at 1e-16.
 # float32: weights round once after the clip and logits sum up to ~10 such terms that may cancel,
 # so errors are measured against the sum of magnitudes, bounded by the largest logit.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [

@@ -115,6 +115,7 @@ def test_update_rms_rules_for_in_out_kernels(rule):
     np.testing.assert_allclose(flipped["w"], back.get(rule, 4.0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_match_adam_has_an_rms_of_a_fifth():
     for shape in [(64, 256), (256, 64), (128, 128)]:
         w = {"w": jax.random.normal(jax.random.key(0), shape)}

@@ -257,6 +257,7 @@ def test_nested_blocks_keep_their_own_maxima():
     np.testing.assert_array_equal(state.gamma["outer/inner"], 0.25)
 
 
+@pytest.mark.slow
 def test_float64_weights_clip_in_float64_by_float32_maxima():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), mha_params(jax.random.key(0)))
