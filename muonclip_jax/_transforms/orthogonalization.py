@@ -81,14 +81,14 @@ def scale_by_orthogonalization(
         check_devices_per_matrix(devices_per_matrix)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        check_leaves(newton_schulz, params)
         routing.resolve_matrices(dimension_numbers, params)
+        check_leaves(newton_schulz, params)
         return optax.EmptyState()
 
     def update(updates, state, params=None):
         del params
-        check_leaves(newton_schulz, updates)
         specs = routing.resolve_matrices(dimension_numbers, updates)
+        check_leaves(newton_schulz, updates)
         known = shardings_of(updates, shardings)
         _warn_of_unknown(updates, known)
 

@@ -90,6 +90,7 @@ def test_a_mesh_changes_no_number(axes):
     close(here.values, alone.values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(axes))
 def test_every_matrix_and_its_optimizer_state_stay_in_parts(axes):
     state = nnx.state((trained(**axes).model, trained(**axes).optimizer))

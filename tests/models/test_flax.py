@@ -87,6 +87,7 @@ def make_nnx() -> Model:
     return Model(moved(params), loss, mc.find_layout(params))
 
 
+@pytest.mark.slow
 def test_linen():
     model = make_linen()
     model.check_matrices(

@@ -184,11 +184,11 @@ def on_one_device():
 @pytest.mark.parametrize(
     ("name", "axis_type"),
     [
-        ("fsdp and tp", AxisType.Auto),
         ("experts and layers", AxisType.Explicit),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in [
+                ("fsdp and tp", AxisType.Auto),
                 ("data parallel", AxisType.Explicit),
                 ("fsdp", AxisType.Auto),
                 ("fsdp and tp", AxisType.Explicit),

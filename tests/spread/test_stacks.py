@@ -119,12 +119,12 @@ def on_mesh(mesh, specs, **options):
     ("specs", "axis_type", "devices_per_matrix"),
     [
         ("both", AxisType.Auto, 2),
-        ("rows", AxisType.Auto, 1),
         ("columns", AxisType.Explicit, 4),
         ("replicated", AxisType.Auto, 8),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in [
+                ("rows", AxisType.Auto, 1),
                 ("both", AxisType.Auto, 1),
                 ("both", AxisType.Explicit, 4),
                 ("rows", AxisType.Auto, 8),

@@ -418,6 +418,7 @@ def clip_after_three(state, maxima):
     return tx.update(kernels(), state, kernels(), max_logits=sown(maxima))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", range(3))
 def test_a_fault_in_any_micro_batch_is_counted_once_and_clips_nothing(bad, where):
