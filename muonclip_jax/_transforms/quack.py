@@ -412,9 +412,8 @@ def _sensitivities(norms: PerRole) -> dict[Role, list[jax.Array]]:
             product = jnp.broadcast_to(product, (*stack, heads)).reshape(*stack, own_heads, -1)
             found[role].append(product.max(-1))
     for down, gain in gains.items():
-        if (
-            down and down in norms
-        ):  # relative changes of `down` count: only the latent's direction does
+        # Behind a norm only the latent's direction counts: relative changes of `down`.
+        if down and down in norms:
             found[down] = [norms[gain] / norms[down] * s for s in found[gain]]
     return found
 
