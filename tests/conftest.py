@@ -56,12 +56,19 @@ VERSIONS = {
 }
 
 
+# What tests no code that a user imports or runs.
+ASIDE = ["benchmarks", "studies"]
+
+
 def pytest_collection_modifyitems(items):
     tests = pathlib.Path(__file__).parent
     chosen = [tests / place for places in VERSIONS.values() for place in places]
+    aside = [tests / place for place in ASIDE]
     for item in items:
         if any(item.path.is_relative_to(place) for place in chosen):
             item.add_marker(pytest.mark.versions)
+        if any(item.path.is_relative_to(place) for place in aside):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():

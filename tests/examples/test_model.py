@@ -53,7 +53,7 @@ def decode_all(model, tokens):
 TOKENS = jax.random.randint(jax.random.key(2), (2, 7), 0, TINY.vocab_size)
 
 
-QUICK = ["mla", "gqa with QK-norm"]  # both ways of attention, and of decoding
+QUICK = ["mla"]  # the model that `make train` trains
 
 
 @pytest.mark.parametrize(

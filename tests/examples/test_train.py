@@ -108,10 +108,9 @@ def test_the_flags_of_a_run_may_be_given_again_to_resume_it(flags, tmp_path):
     assert run(5, "--resume") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     finished, flags, tmp_path, number, monkeypatch, capsys
 ):
