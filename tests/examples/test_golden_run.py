@@ -15,6 +15,9 @@ from examples.mla import data, metrics, train
 from examples.mla.metrics import column, per_head, select
 
 GOLDEN = Path(__file__).parent / "golden-run"
+# Newton–Schulz rounds to bfloat16, and sums in another order elsewhere: JAX 0.12 moves the last loss
+# by 2e-4. With the momentum lost the last two losses are off by 1.5e-2 and 5e-3.
+LOSSES, MAXIMA = 1e-3, 1e-2
 
 
 def use_fingerprints(about, text_file):
@@ -36,12 +39,12 @@ def test_a_run_of_an_older_release_goes_on(flags, text_file, tmp_path, capsys):
 
     steps, golden = (select(metrics.read(folder), "step") for folder in (run_dir, GOLDEN))
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    np.testing.assert_allclose(column(steps, "loss"), column(golden, "loss"), rtol=1e-4)
+    np.testing.assert_allclose(column(steps, "loss"), column(golden, "loss"), rtol=LOSSES)
     for name in ("max_logits", "gamma"):
         found, expected = (per_head(rows, name) for rows in (steps, golden))
         assert found.keys() == expected.keys()
         for block, heads in found.items():
-            np.testing.assert_allclose(heads, expected[block], rtol=1e-3)
+            np.testing.assert_allclose(heads, expected[block], rtol=MAXIMA)
 
     assert train.main(["--resume", "--run-dir", str(run_dir), "--steps", "7"]) == 0
     assert "older release" not in capsys.readouterr().out  # what it saved is of today's form
