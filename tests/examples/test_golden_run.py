@@ -15,8 +15,8 @@ from examples.mla import data, metrics, train
 from examples.mla.metrics import column, per_head, select
 
 GOLDEN = Path(__file__).parent / "golden-run"
-# Newton–Schulz rounds to bfloat16, and sums in another order elsewhere: JAX 0.12 moves the last loss
-# by 2e-4. With the momentum lost the last two losses are off by 1.5e-2 and 5e-3.
+# Newton–Schulz rounds to bfloat16, and sums in another order elsewhere: JAX 0.12 moves the last
+# loss by 2e-4. With the momentum lost the last two losses are off by 1.5e-2 and 5e-3.
 LOSSES, MAXIMA = 1e-3, 1e-2
 
 
