@@ -105,8 +105,9 @@ def muon_dimension_numbers(
     if layout is None and per_head is not EVERY_ROLE:
         raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
     described = {} if layout is None else _described(layout, params, per_head)
-    _check_rules(rules, tree.shapes)
-    return paths.map_with_path(lambda path, _: _route(path, tree, rules, described), params)
+    deciding = _deciding_rules(rules, tree.shapes)
+    ruled = {path: rules[pattern] for path, pattern in deciding.items()}
+    return paths.map_with_path(lambda path, _: _route(path, tree, ruled, described), params)
 
 
 def choose(
@@ -205,11 +206,15 @@ def decay_mask(params: Any, layout: Layouts | None = None) -> Any:
     )
 
 
-def _check_rules(rules: Rules, shapes: Mapping[Path, tuple[int, ...]]) -> None:
-    """Raises ValueError for a rule that matches nothing, or only what an earlier one takes."""
+def _deciding_rules(rules: Rules, shapes: Mapping[Path, tuple[int, ...]]) -> dict[Path, str]:
+    """The rule that decides each parameter that any rule matches: the first.
+
+    Raises:
+      ValueError: A rule that matches nothing, or only what an earlier one takes.
+    """
     taken: dict[Path, str] = {}
     for pattern in rules:
-        matching = [path for path in shapes if _matches(path, pattern)]
+        matching = [path for path in shapes if fnmatchcase(paths.show(path), pattern)]
         if not matching:
             nearest = get_close_matches(pattern, map(paths.show, shapes), n=8, cutoff=0)
             raise ValueError(
@@ -223,6 +228,7 @@ def _check_rules(rules: Rules, shapes: Mapping[Path, tuple[int, ...]]) -> None:
                 f"parameter decides, and {earlier} comes before it. Put the narrower rule first."
             )
         taken |= {path: pattern for path in matching if path not in taken}
+    return taken
 
 
 def _described(
@@ -257,14 +263,13 @@ def _described(
 def _route(
     path: Path,
     tree: "_Tree",
-    rules: Rules,
+    ruled: Mapping[Path, OnePattern | Sequence[OnePattern] | None],
     described: Mapping[Path, Callable[[], MatrixSpec | None]],
 ) -> MatrixSpec | None:
     """Rules, then the layout, then names and shapes."""
     shape = tree.shapes[path]
-    for pattern, rule in rules.items():
-        if _matches(path, pattern):
-            return spec_of(path, shape, rule)
+    if path in ruled:
+        return spec_of(path, shape, ruled[path])
     if path in described:
         return described[path]()
     if _is_vector(path, shape) or _is_embedding(path):
@@ -364,7 +369,3 @@ def _is_embedding(path: Path) -> bool:
     return any("embed" in part.lower() for part in path[-2:]) or any(
         _UNEMBEDDING.search(part.lower()) for part in path[-2:]
     )
-
-
-def _matches(path: Path, pattern: str) -> bool:
-    return fnmatchcase(paths.show(path), pattern)
