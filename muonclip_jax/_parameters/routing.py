@@ -1,6 +1,5 @@
 """Which parameters Muon takes, and as which matrices."""
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,12 +12,11 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.blocks import Layouts, find_blocks, module_path
+from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.checks import some
-from muonclip_jax._layouts.find import is_flax_attention
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role, family
-from muonclip_jax._parameters import matrices
+from muonclip_jax._parameters import matrices, reading
 from muonclip_jax._parameters.matrices import MatrixSpec, spec_of, spec_of_parts
 
 # A tree of patterns (None: not for Muon), or a function from parameters to one.
@@ -26,17 +24,6 @@ DimensionNumbers = Any | Callable[[Any], Any]
 
 OnePattern = str | MatrixPattern | MuonDimensionNumbers
 Rules = Mapping[str, OnePattern | Sequence[OnePattern] | None]
-
-# What a parameter is without a rule. Flax kernels are [in, out].
-_MATRIX = MatrixPattern("... in out")
-_INPUT_HEADS = MatrixPattern("... in heads features -> ... heads in features")
-_FIX = (
-    "Say how to treat it: rules={{'{pattern}': 'experts in out'}} (names of its axes as in einops, "
-    "inputs and outputs last; or a muonclip_jax.MatrixPattern, or an "
-    "optax.contrib.MuonDimensionNumbers), or None for the other optimizer."
-)
-
-_UNEMBEDDING = re.compile(r"(^|_)(head|unembed\w*|logits\w*|classifier|output_layer)$")
 
 
 def muon_dimension_numbers(
@@ -101,7 +88,7 @@ def muon_dimension_numbers(
     """
     _check_tree(params)
     rules = rules or {}
-    tree = _Tree(params)
+    tree = reading.Surroundings(params)
     if layout is None and per_head is not EVERY_ROLE:
         raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
     described = {} if layout is None else _described(layout, params, per_head)
@@ -177,9 +164,11 @@ def resolve_matrices(
       ValueError: As `resolve`, and a parameter that is no matrix.
     """
     if dimension_numbers is None:
-        tree = _Tree(params)
+        tree = reading.Surroundings(params)
         found = {
-            path: spec_of(path, shape, _MATRIX) if len(shape) == 2 else _route(path, tree, {}, {})
+            path: spec_of(path, shape, reading.MATRIX)
+            if len(shape) == 2
+            else _route(path, tree, {}, {})
             for path, shape in tree.shapes.items()
         }
     else:
@@ -202,7 +191,7 @@ def decay_mask(params: Any, layout: Layouts | None = None) -> Any:
     blocks = () if layout is None else find_blocks(layout, params)
     biases = {part.bias for block in blocks for part in block.parts}
     return paths.map_with_path(
-        lambda path, leaf: path not in biases and not _is_vector(path, leaf.shape), params
+        lambda path, leaf: path not in biases and not reading.is_vector(path, leaf.shape), params
     )
 
 
@@ -262,7 +251,7 @@ def _described(
 
 def _route(
     path: Path,
-    tree: "_Tree",
+    tree: reading.Surroundings,
     ruled: Mapping[Path, OnePattern | Sequence[OnePattern] | None],
     described: Mapping[Path, Callable[[], MatrixSpec | None]],
 ) -> MatrixSpec | None:
@@ -272,85 +261,7 @@ def _route(
         return spec_of(path, shape, ruled[path])
     if path in described:
         return described[path]()
-    if _is_vector(path, shape) or _is_embedding(path):
-        return None
-    if path[-1] != "kernel":
-        raise ValueError(
-            f"{paths.show(path)} of shape {shape} is neither a kernel nor an embedding, bias or "
-            "scale by its name. If it belongs to attention, describe it with layout=. Else: "
-            + _FIX.format(pattern=paths.show(path))
-        )
-    return spec_of(path, shape, _kernel_pattern(path, tree))
-
-
-def _kernel_pattern(path: Path, tree: "_Tree") -> MatrixPattern:
-    shape, module = tree.shapes[path], path[:-1]
-    # What one layer's kernel looks like, and which of its axes its bias has.
-    in_attention = is_flax_attention(module[:-1], tree.shapes)
-    if in_attention and module[-1] in ("query", "key", "value"):
-        own_axes, bias_axes, pattern = 3, 2, _INPUT_HEADS
-    elif in_attention and module[-1] == "out":
-        own_axes, bias_axes, pattern = 3, 1, _MATRIX  # [heads, head_features, out]
-    else:
-        own_axes, bias_axes, pattern = 2, 1, _MATRIX
-    stack = shape[: len(shape) - own_axes]
-    bias = tree.shapes.get((*module, "bias"), (*stack, *shape[-bias_axes:]))
-    if bias == (*stack, *shape[-bias_axes:]) and (not stack or tree.stacked_by(path, stack)):
-        return pattern
-    raise ValueError(
-        f"{paths.show(path)} of shape {shape} does not look like "
-        f"{'a stack of kernels' if stack else 'one kernel'} [stack..., "
-        f"{'in, heads, head_features' if own_axes == 3 else 'in, out'}] to the parameters around "
-        f"it ({tree.around(path)}): is it a convolution ('h w in out -> (h w in) out'), a stack of "
-        "experts ('experts in out'), a projection to heads (one matrix per head: 'in heads "
-        "features -> heads in features'), a scan axis other than 0? "
-        + _FIX.format(pattern=paths.show(path))
-    )
-
-
-class _Tree:
-    """The shapes of a parameter tree, and what they tell about stacked layers."""
-
-    def __init__(self, params: Any):
-        self.shapes = paths.shapes(params)
-        self._scales: dict[Path, list[Path]] = {}  # module → norm scales anywhere inside
-        self._modules: dict[Path, list[Path]] = {}  # top-level module → its parameters
-        for path, shape in self.shapes.items():
-            self._modules.setdefault(module_path(path)[:1], []).append(path)
-            if path[-1] == "scale" and shape:
-                for depth in range(len(path) - 1):
-                    self._scales.setdefault(path[:depth], []).append(path)
-
-    def stacked_by(self, kernel: Path, stack: tuple[int, ...]) -> bool:
-        """Whether the kernel's first axes are a stack of layers: the bias beside it has been
-        compared, the nearest norm has these axes in front of its own one, or, where there is
-        neither, everything in the top-level module has the same first axis."""
-        scales = self._nearest_scales(kernel)
-        if scales:
-            return stack == min((self.shapes[path][:-1] for path in scales), key=len)
-        if (*kernel[:-1], "bias") in self.shapes:
-            return True
-        shapes = {path: self.shapes[path] for path in self._modules[module_path(kernel)[:1]]}
-        return (
-            len(stack) == 1
-            and "conv" not in "".join(kernel[-2:]).lower()
-            and all(
-                shape[:1] == stack and len(shape) >= (3 if path[-1] == "kernel" else 2)
-                for path, shape in shapes.items()
-            )
-        )
-
-    def around(self, kernel: Path) -> str:
-        """What `stacked_by` looked at, in words."""
-        bias = (*kernel[:-1], "bias")
-        looked_at = [bias] * (bias in self.shapes) + self._nearest_scales(kernel)[:2]
-        return (
-            ", ".join(f"{paths.show(p)} {self.shapes[p]}" for p in looked_at) or "no bias, no norm"
-        )
-
-    def _nearest_scales(self, kernel: Path) -> list[Path]:
-        nearest = (self._scales.get(kernel[:depth]) for depth in reversed(range(len(kernel) - 1)))
-        return next(filter(None, nearest), [])
+    return spec_of(path, shape, reading.read(path, tree))
 
 
 def _check_tree(params: Any) -> None:
@@ -359,13 +270,3 @@ def _check_tree(params: Any) -> None:
             "Expected the parameters, got one number. optax.inject_hyperparams takes every "
             'function for a schedule: name this argument in static_args=("dimension_numbers", ...).'
         )
-
-
-def _is_vector(path: Path, shape: tuple[int, ...]) -> bool:
-    return len(shape) < 2 or path[-1] in ("bias", "scale")
-
-
-def _is_embedding(path: Path) -> bool:
-    return any("embed" in part.lower() for part in path[-2:]) or any(
-        _UNEMBEDDING.search(part.lower()) for part in path[-2:]
-    )
