@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
@@ -352,13 +353,15 @@ def _partition(
 
     def build(tree: Any) -> optax.GradientTransformationExtraArgs:
         specs = routing.resolve(dimension_numbers, tree)
-        numbers = paths.map_with_path(lambda path, _: specs[path], tree)
         labels = paths.map_with_path(
             lambda path, _: "other" if specs[path] is None else "muon", tree
         )
-        return optax.partition({"muon": for_matrices(numbers), "other": other}, labels)
+        muon = for_matrices(routing.Resolved(specs))
+        # As a function: Optax would call a tree of labels that can be called.
+        return optax.partition({"muon": muon, "other": other}, lambda _: labels)
 
     def init(params):
+        paths.check_trainable("muon", params, jnp.inexact)  # `other` may take complex numbers
         return build(params).init(params)
 
     def update(updates, state, params=None, **extra_args):

@@ -1,33 +1,42 @@
-"""Parameter paths, the same for Linen dicts, NNX States and plain trees.
+"""Parameter paths, the same in every kind of tree.
 
-A path is a tuple of strings such as `("layers", "0", "attn", "query", "kernel")`.
+A path is a tuple of strings such as `("layers", "0", "attn", "query", "kernel")`. Keys that hold
+slashes are paths themselves (Haiku's `{"net/attn/q": {"w": ...}}`), and the key under which a
+wrapper holds its one array (NNX's Variables, Flax's boxes, named arrays) is no part of any.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+import jax.numpy as jnp
+import numpy as np
+from flax.core.meta import AxisMetadata
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, all_leaves
+from optax import MaskedNode
 
 Path = tuple[str, ...]
+IsLeaf = Callable[[Any], bool] | None
 
 
-def _part(key: Any) -> str:
+def name(key: Any) -> Any:
+    """What one key of a JAX key path says: a dict's key, an attribute's name, a position."""
     match key:
-        case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
-            return str(name)
+        case DictKey(key=found) | FlattenedIndexKey(key=found) | GetAttrKey(name=found):
+            return found
         case SequenceKey(idx=index):
-            return str(index)
+            return index
         case _:
             return str(key)
 
 
-def parse(key_path: tuple[Any, ...]) -> Path:
-    """A JAX key path as strings, without the attribute in which NNX Variables and
-    Linen boxes (e.g. `nn.Partitioned`) hold their array."""
-    if key_path and isinstance(key_path[-1], GetAttrKey) and key_path[-1].name == "value":
-        key_path = key_path[:-1]
-    return tuple(_part(key) for key in key_path)
+def parse(names: Iterable[Any]) -> Path:
+    """A path out of names: `("layers", 0)`, `("layers/0",)` and `(("layers", 0),)` are the same."""
+    path: Path = ()
+    for found in names:
+        path += parse(found) if isinstance(found, tuple) else tuple(str(found).split("/"))
+    return path
 
 
 def show(path: Path) -> str:
@@ -35,19 +44,140 @@ def show(path: Path) -> str:
     return "/".join(path) if path else "<root>"
 
 
-def leaves(tree: Any, is_leaf=None) -> Iterator[tuple[Path, Any]]:
-    """Every leaf with its path."""
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        yield parse(key_path), leaf
+def leaves(tree: Any, is_leaf: IsLeaf = None) -> Iterator[tuple[Path, Any]]:
+    """Every leaf with its path.
+
+    Raises:
+      ValueError: Two leaves have one path, by slashes in their keys.
+    """
+    seen: set[Path] = set()
+    for path, leaf in _walk(tree, is_leaf):
+        if path in seen:
+            raise ValueError(
+                f"Two parameters have the path {show(path)}: keys with slashes in them count as "
+                "paths. Rename one of them."
+            )
+        seen.add(path)
+        yield path, leaf
 
 
 def shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
-    """The shape of every leaf, arrays or `jax.ShapeDtypeStruct`s, by its path."""
-    return {path: tuple(leaf.shape) for path, leaf in leaves(tree)}
+    """The shape of every leaf, arrays, numbers or `jax.ShapeDtypeStruct`s, by its path.
+
+    Raises:
+      TypeError: A leaf that is none of these.
+    """
+    found = {}
+    for path, leaf in leaves(tree):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"{show(path)} is no array, it is {leaf!r}. Give the arrays of the model only: of "
+                "an Equinox module eqx.filter(model, eqx.is_inexact_array)."
+            )
+        found[path] = np.shape(leaf)
+    return found
 
 
-def map_with_path(fn, tree: Any, *rest: Any, is_leaf=None) -> Any:
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, a `jax.ShapeDtypeStruct` or a number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def check_trainable(owner: str, tree: Any, kind: Any = jnp.floating) -> None:
+    """Raises for leaves of which no optimizer can take steps.
+
+    Args:
+      owner: The transformation's name, for messages.
+      tree: The parameters that it computes with.
+      kind: What it can compute with: `jnp.floating`, or `jnp.inexact`, complex numbers as well.
+
+    Raises:
+      TypeError: A leaf of another dtype.
+      ValueError: A leaf without entries.
+    """
+    for path, shape in shapes(tree).items():
+        if 0 in shape:
+            raise ValueError(
+                f"{owner}: {show(path)} has shape {shape}, with an axis of length zero: there is "
+                "nothing to train. Leave it out of the parameters."
+            )
+    for path, leaf in leaves(tree):
+        if not jnp.issubdtype(dtype_of(leaf), kind):
+            raise TypeError(
+                f"{owner}: {show(path)} {np.shape(leaf)} is {dtype_of(leaf)}, and only floating "
+                "point can be trained. Keep it out of the parameters (NNX: nnx.state(model, "
+                "nnx.Param); Equinox: eqx.filter(model, eqx.is_inexact_array)) or of this "
+                "transformation (optax.masked, or optax.partition with optax.set_to_zero())."
+            )
+
+
+def absent(tree: Any) -> list[Path]:
+    """Where there could be a leaf and is none: None, or one that `optax.masked` took out."""
+    nothing = lambda node: node is None or isinstance(node, MaskedNode)  # noqa: E731
+    return [path for path, leaf in leaves(tree, is_leaf=nothing) if nothing(leaf)]
+
+
+def holds_nothing(tree: Any) -> bool:
+    """Whether this is what `optax.tree_map_params` calls `init` with, to find the copies of the
+    parameters in a state: a node of a class of its own without anything inside."""
+    structure = jax.tree.structure(tree)
+    plain = tree is None or isinstance(tree, Mapping | list | tuple)
+    return structure.num_nodes == 1 and structure.num_leaves == 0 and not plain
+
+
+def is_function(value: Any) -> bool:
+    """Whether an argument that may be a tree or a function to one is a function. Trees can be
+    called as well: modules of Equinox and NNX, dataclasses with `__call__`."""
+    return callable(value) and (isinstance(value, jax.tree_util.Partial) or all_leaves([value]))
+
+
+def is_variable(node: Any) -> bool:
+    """Whether it is an NNX Variable. (None exists before NNX, slow to import, is.)"""
+    nnx = sys.modules.get("flax.nnx.variablelib")
+    return nnx is not None and isinstance(node, nnx.Variable)
+
+
+def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf = None) -> Any:
     """`jax.tree.map` whose function gets the path first."""
-    return jax.tree_util.tree_map_with_path(
-        lambda key_path, *xs: fn(parse(key_path), *xs), tree, *rest, is_leaf=is_leaf
+    first, treedef = jax.tree.flatten(tree, is_leaf)
+    columns = (first, *map(treedef.flatten_up_to, rest))
+    named = (path for path, _ in leaves(tree, is_leaf))
+    return treedef.unflatten(map(fn, named, *columns))
+
+
+def _walk(tree: Any, is_leaf: IsLeaf) -> Iterator[tuple[Path, Any]]:
+    is_end = is_leaf or (lambda _: False)
+    held = lambda node: [] if is_end(node) else _held(node, is_end)  # noqa: E731
+    stop = lambda node: is_end(node) or bool(held(node))  # noqa: E731
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
+        path = parse(map(name, keys))
+        if inside := held(node):
+            yield from ((path + rest, leaf) for rest, leaf in _walk(inside[0], is_leaf))
+        else:
+            yield path, node
+
+
+def _held(node: Any, is_end: Callable[[Any], bool]) -> list[Any]:
+    """The one thing that a wrapper holds under a key that is no name; nothing of other nodes.
+
+    NNX's Variables and Flax's boxes are known by their type. Of other classes it is one array under
+    a key that says nothing: none at all (`tree_flatten` without keys), `array` or `data_array`.
+    """
+    if node is None or isinstance(node, dict | list | tuple) or all_leaves([node]):
+        return []
+    children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda inner: inner is not node)
+    if len(children) != 1:
+        return []
+    ((*_, key), child), *_ = children
+    if isinstance(node, AxisMetadata) or is_variable(node):
+        return [child]
+    says_nothing = isinstance(key, FlattenedIndexKey) or (
+        isinstance(key, GetAttrKey) and key.name in ("array", "data_array")
     )
+    ends = (
+        child is None
+        or all_leaves([child], is_end)
+        or isinstance(child, MaskedNode)
+        or _held(child, is_end)
+    )
+    return [child] if says_nothing and ends else []

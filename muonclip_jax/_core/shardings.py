@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
@@ -32,8 +33,12 @@ def shardings_of(tree: Any, given: Shardings | None) -> dict[Path, NamedSharding
       ValueError: An array without an entry, or one that does not fit it.
       TypeError: An entry that is no sharding.
     """
+    if paths.holds_nothing(tree):
+        return {}
     mesh = mesh_of(tree)
-    told = None if given is None else _entries(given(tree) if callable(given) else given)
+    told = None
+    if given is not None:
+        told = _entries(given(tree) if paths.is_function(given) else given)
 
     def sharding(path: Path, leaf: Any) -> NamedSharding | None:
         typed = _from_type(leaf)
@@ -104,7 +109,7 @@ def _entry(path: Path, leaf: Any, told: dict[Path, Any]) -> Any:
         if path[:depth] in told:
             return told[path[:depth]]
     raise ValueError(
-        f"shardings= says nothing about {paths.show(path)} {tuple(leaf.shape)}; it has "
+        f"shardings= says nothing about {paths.show(path)} {np.shape(leaf)}; it has "
         f"{', '.join(map(paths.show, list(told)[:8]))}. Give a tree like the parameters: "
         "jax.tree.map(lambda p: p.sharding, params)."
     )
@@ -121,7 +126,7 @@ def _free(sharding: NamedSharding, mesh: AbstractMesh | None) -> NamedSharding:
 
 def _check(path: Path, leaf: Any, sharding: NamedSharding, mesh: AbstractMesh | None) -> None:
     """Raises ValueError when an array on this mesh cannot be split so."""
-    shape, spec, sizes = tuple(leaf.shape), sharding.spec, sharding.mesh.shape
+    shape, spec, sizes = np.shape(leaf), sharding.spec, sharding.mesh.shape
     if mesh is not None and dict(sizes) != dict(mesh.shape):
         raise ValueError(
             f"shardings= gives {paths.show(path)} a sharding on the mesh {dict(sizes)}, and the "

@@ -151,8 +151,10 @@ def read_signal(intermediates: Mapping[Any, Any], name: str) -> dict[paths.Path,
     """
     if isinstance(intermediates, Mapping) and intermediates:
         keys = list(intermediates)
-        if all(isinstance(key, tuple) for key in keys):
-            return {path: _maximum(path, x, name) for path, x in intermediates.items()}
+        # By module already; a flat dict of all that was sown has the name in its keys.
+        if all(isinstance(key, tuple) and key[-1:] != (name,) for key in keys):
+            by_path = {paths.parse(key): value for key, value in intermediates.items()}
+            return {path: _maximum(path, value, name) for path, value in by_path.items()}
     found = list(sown(intermediates))
     values = {path[:-1]: _maximum(path, x, name) for path, x in found if path[-1:] == (name,)}
     if not values:

@@ -3,7 +3,8 @@
 from typing import Any, TypeVar
 
 import jax
-import optax
+
+from muonclip_jax._core import paths
 
 State = TypeVar("State")
 
@@ -14,16 +15,14 @@ def find_state(opt_state: Any, kind: type[State], transformation: str) -> State:
     Raises:
       ValueError: There is none, or more than one.
     """
-    found = [state for _, state in optax.tree.get_all_with_path(opt_state, kind.__name__)]
+    is_kind = lambda node: isinstance(node, kind)  # noqa: E731
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(node)]
     if len(found) != 1:
         raise ValueError(
             f"Expected one {kind.__name__} in this optimizer state, found {len(found)}. Is "
             f"{transformation} in the chain (once, with a list of layouts for several kinds of "
             "attention)?"
         )
-    from flax import nnx  # slow to import, so not before it is needed
-
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, found[0], is_leaf=is_variable
+        lambda x: x.get_value() if paths.is_variable(x) else x, found[0], is_leaf=paths.is_variable
     )

@@ -122,7 +122,10 @@ class Layout:
         norms = tuple(
             path
             for path in qk_norms(block, parts, inside, self.stack_axis)
-            if checks.norm_name(block, path) not in self.harmless_norms
+            if not any(
+                f"{checks.norm_name(block, path)}/".startswith(f"{name}/")
+                for name in self.harmless_norms
+            )
         )
         own = [path for part in parts for path, _ in part.leaves]
         found = Block(block, self, parts, {path: inside[path] for path in (*own, *norms)}, norms)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.maxima import largest
@@ -122,7 +123,9 @@ _listeners: ContextVar[tuple[list[Observed], ...]] = ContextVar("listeners", def
 def observe(signal: str, layout: Layouts, blocks: Sequence[Block], params: Any) -> None:
     """Says that a link reads a signal. Every link that does calls this in its `init` and
     `update`."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), paths.dtype_of(leaf)), params
+    )
     pair_with = functools.partial(pair, layout, blocks, shapes)
     for listener in _listeners.get():
         listener.append(Observed(signal, {b.name: b.shape for b in blocks}, pair_with))

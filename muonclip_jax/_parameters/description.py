@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Group
 from rich.table import Table
 
@@ -186,12 +187,12 @@ def describe(
     rows: list[ParameterRow] = []
     arrays: list[matrices.MatrixArray] = []
     for path, leaf in paths.leaves(params):
-        spec, shape = specs[path], tuple(leaf.shape)
+        spec, shape = specs[path], np.shape(leaf)
         kinds: tuple[MatrixKind, ...] = ()
         if spec is not None:
             kinds = tuple(map(MatrixKind, spec.roles, *zip(*spec.shapes, strict=True)))
             split = partial(matrices.split, spec=spec, sharding=places[path])
-            arrays += jax.eval_shape(split, jax.ShapeDtypeStruct(shape, leaf.dtype))
+            arrays += jax.eval_shape(split, jax.ShapeDtypeStruct(shape, paths.dtype_of(leaf)))
         optimizer = "other" if spec is None else "muon"
         role = tuple(attention.get(path, ()))
         rows.append(ParameterRow(paths.show(path), shape, optimizer, kinds, role, path in norms))

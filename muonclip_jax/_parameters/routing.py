@@ -1,12 +1,13 @@
 """Which parameters Muon takes, and as which matrices."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from optax import MaskedNode
+import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
@@ -92,7 +93,7 @@ def muon_dimension_numbers(
     if layout is None and per_head is not EVERY_ROLE:
         raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
     described = {} if layout is None else _described(layout, params, per_head)
-    deciding = _deciding_rules(rules, tree.shapes)
+    deciding = _deciding_rules(rules, tree.shapes, paths.absent(params))
     ruled = {path: rules[pattern] for path, pattern in deciding.items()}
     return paths.map_with_path(lambda path, _: _route(path, tree, ruled, described), params)
 
@@ -118,6 +119,17 @@ def choose(
     return dimension_numbers
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """Dimension numbers worked out from the whole tree, before any of it was masked.
+
+    Attributes:
+      specs: How every parameter is read, by its path.
+    """
+
+    specs: Mapping[Path, MatrixSpec | None]
+
+
 def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, MatrixSpec | None]:
     """How every parameter is read, by its path, from a tree, a prefix of one, or a function.
 
@@ -128,23 +140,28 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Matr
       ValueError: A parameter that the tree does not cover, an entry that matches nothing, or
         axes that the parameter does not have.
     """
-    tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
+    if paths.holds_nothing(params):
+        return {}
+    shapes = paths.shapes(params)
+    if isinstance(dimension_numbers, Resolved):
+        return {path: dimension_numbers.specs[path] for path in shapes}
+    is_function = paths.is_function(dimension_numbers)
+    tree = dimension_numbers(params) if is_function else dimension_numbers
     entries = dict(paths.leaves(tree, is_leaf=matrices.is_pattern))
     resolved = {}
-    for path, leaf in paths.leaves(params):
+    for path, shape in shapes.items():
         matching = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
         if not matching:
             raise ValueError(
-                f"dimension_numbers says nothing about {paths.show(path)} {tuple(leaf.shape)}. "
+                f"dimension_numbers says nothing about {paths.show(path)} {shape}. "
                 "Give it a pattern or a MuonDimensionNumbers, or None for the other optimizer."
             )
-        resolved[path] = spec_of(path, tuple(leaf.shape), entries[matching[-1]])
-    is_masked = lambda node: isinstance(node, MaskedNode)  # noqa: E731
-    every_path = [path for path, _ in paths.leaves(params, is_leaf=is_masked)]
+        resolved[path] = spec_of(path, shape, entries[matching[-1]])
+    # What is masked, or None, may be named.
+    every_path = [*shapes, *paths.absent(params)]
     prefixes = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
-    for entry, pattern in entries.items():
-        # A function that maps over the parameters also gives None where they have None.
-        if entry not in prefixes and not (pattern is None and callable(dimension_numbers)):
+    for entry in entries:
+        if entry not in prefixes:
             raise ValueError(
                 f"dimension_numbers has an entry for {paths.show(entry)}, which is no parameter; "
                 f"remove it or correct it. There are: {some(every_path)}."
@@ -163,6 +180,8 @@ def resolve_matrices(
       TypeError: As `resolve`.
       ValueError: As `resolve`, and a parameter that is no matrix.
     """
+    if paths.holds_nothing(params):
+        return {}
     if dimension_numbers is None:
         tree = reading.Surroundings(params)
         found = {
@@ -174,12 +193,12 @@ def resolve_matrices(
     else:
         found = resolve(dimension_numbers, params)
     resolved = {path: spec for path, spec in found.items() if spec is not None}
-    for path, leaf in paths.leaves(params):
+    for path, shape in paths.shapes(params).items():
         if path not in resolved:
             raise ValueError(
-                f"{paths.show(path)} of shape {tuple(leaf.shape)} is no matrix for Muon. Use "
-                "mc.muon(...), which sends such parameters to another optimizer, or put "
-                "scale_by_muon inside optax.partition."
+                f"{paths.show(path)} of shape {shape} is no matrix for Muon. Use mc.muon(...), "
+                "which sends such parameters to another optimizer, or put scale_by_muon inside "
+                "optax.partition, and not behind optax.flatten, which makes one vector of all."
             )
     return resolved
 
@@ -195,22 +214,26 @@ def decay_mask(params: Any, layout: Layouts | None = None) -> Any:
     )
 
 
-def _deciding_rules(rules: Rules, shapes: Mapping[Path, tuple[int, ...]]) -> dict[Path, str]:
-    """The rule that decides each parameter that any rule matches: the first.
+def _deciding_rules(
+    rules: Rules, shapes: Mapping[Path, tuple[int, ...]], absent: Sequence[Path]
+) -> dict[Path, str]:
+    """The rule that decides each parameter that any rule matches: the first. A rule may be there
+    for what is absent only, masked or None.
 
     Raises:
       ValueError: A rule that matches nothing, or only what an earlier one takes.
     """
     taken: dict[Path, str] = {}
     for pattern in rules:
-        matching = [path for path in shapes if fnmatchcase(paths.show(path), pattern)]
-        if not matching:
+        named = [path for path in (*shapes, *absent) if fnmatchcase(paths.show(path), pattern)]
+        matching = [path for path in named if path in shapes]
+        if not named:
             nearest = get_close_matches(pattern, map(paths.show, shapes), n=8, cutoff=0)
             raise ValueError(
                 f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
                 f"Nearest are: {', '.join(nearest)}."
             )
-        if all(path in taken for path in matching):
+        if matching and all(path in taken for path in matching):
             earlier = ", ".join(repr(rule) for rule in dict.fromkeys(map(taken.get, matching)))
             raise ValueError(
                 f"The routing rule {pattern!r} decides nothing: the first rule that matches a "
@@ -265,7 +288,8 @@ def _route(
 
 
 def _check_tree(params: Any) -> None:
-    if isinstance(params, int | float) or getattr(params, "shape", None) == ():
+    of_array = getattr(params, "shape", None) == ()
+    if isinstance(params, int) or (of_array and not jnp.issubdtype(params.dtype, jnp.inexact)):
         raise TypeError(
             "Expected the parameters, got one number. optax.inject_hyperparams takes every "
             'function for a schedule: name this argument in static_args=("dimension_numbers", ...).'

@@ -57,6 +57,7 @@ def scale_by_update_rms(
     factor = rule if callable(rule) else _RULES[rule]
 
     def init(params: optax.Params) -> optax.EmptyState:
+        paths.check_trainable("scale_by_update_rms", params)
         routing.resolve_matrices(dimension_numbers, params)
         return optax.EmptyState()
 

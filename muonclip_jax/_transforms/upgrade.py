@@ -61,7 +61,7 @@ def _upgrade(old: Any, like: Any, path: Path) -> Any:
         old = _with_maxima(old)
     new = []
     for index, (key_path, child) in enumerate(children):
-        (name,) = paths.parse(key_path) or (str(index),)
+        name = str(paths.name(key_path[-1]))
         inside = (*path, name)
         empty = not jax.tree.leaves(child)
         new.append(child if empty else _upgrade(_child(old, name, index, inside), child, inside))
