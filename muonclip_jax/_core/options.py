@@ -3,11 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import ensure_compile_time_eval, tree
 from jax.core import Tracer
+
+
+def is_function(value: Any) -> bool:
+    """Whether it is a function, and not a tree whose class can be called (`equinox.Module`)."""
+    is_leaf = jax.tree_util.treedef_is_leaf(tree.structure(value))
+    return callable(value) and (is_leaf or isinstance(value, jax.tree_util.Partial))
 
 
 def check_number(

@@ -111,10 +111,16 @@ def check_trainable(owner: str, tree: Any, kind: Any = jnp.floating) -> None:
             )
 
 
+def masked(tree: Any) -> list[Path]:
+    """Where `optax.masked` or `optax.partition` left nothing."""
+    is_masked = lambda node: isinstance(node, MaskedNode)  # noqa: E731
+    return [path for path, leaf in leaves(tree, is_leaf=is_masked) if is_masked(leaf)]
+
+
 def absent(tree: Any) -> list[Path]:
-    """Where there could be a leaf and is none: None, or one that `optax.masked` took out."""
-    nothing = lambda node: node is None or isinstance(node, MaskedNode)  # noqa: E731
-    return [path for path, leaf in leaves(tree, is_leaf=nothing) if nothing(leaf)]
+    """Where there could be a parameter and is none: what is masked, and None."""
+    is_none = lambda node: node is None  # noqa: E731
+    return masked(tree) + [path for path, leaf in leaves(tree, is_leaf=is_none) if leaf is None]
 
 
 def holds_nothing(tree: Any) -> bool:
@@ -123,12 +129,6 @@ def holds_nothing(tree: Any) -> bool:
     structure = jax.tree.structure(tree)
     plain = tree is None or isinstance(tree, Mapping | list | tuple)
     return structure.num_nodes == 1 and structure.num_leaves == 0 and not plain
-
-
-def is_function(value: Any) -> bool:
-    """Whether an argument that may be a tree or a function to one is a function. Trees can be
-    called as well: modules of Equinox and NNX, dataclasses with `__call__`."""
-    return callable(value) and (isinstance(value, jax.tree_util.Partial) or all_leaves([value]))
 
 
 def is_variable(node: Any) -> bool:

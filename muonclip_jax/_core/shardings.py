@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.meshes import in_auto_axes, mesh_axes, mesh_of
+from muonclip_jax._core.options import is_function
 from muonclip_jax._core.paths import Path
 
 # A tree like the parameters, or a prefix of one, or a function from parameters to one.
@@ -38,7 +39,7 @@ def shardings_of(tree: Any, given: Shardings | None) -> dict[Path, NamedSharding
     mesh = mesh_of(tree)
     told = None
     if given is not None:
-        told = _entries(given(tree) if paths.is_function(given) else given)
+        told = _entries(given(tree) if is_function(given) else given)
 
     def sharding(path: Path, leaf: Any) -> NamedSharding | None:
         typed = _from_type(leaf)

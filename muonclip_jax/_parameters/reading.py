@@ -30,7 +30,7 @@ def read(path: Path, around: "Surroundings") -> MatrixPattern | None:
     shape = around.shapes[path]
     if is_vector(path, shape) or _is_embedding(path):
         return None
-    if path[-1] != "kernel":
+    if path[-1:] != ("kernel",):
         raise ValueError(
             f"{paths.show(path)} of shape {shape} is neither a kernel nor an embedding, bias or "
             "scale by its name. If it belongs to attention, describe it with layout=. Else: "
@@ -73,7 +73,7 @@ class Surroundings:
         self._modules: dict[Path, list[Path]] = {}  # top-level module → its parameters
         for path, shape in self.shapes.items():
             self._modules.setdefault(module_path(path)[:1], []).append(path)
-            if path[-1] == "scale" and shape:
+            if path[-1:] == ("scale",) and shape:
                 for depth in range(len(path) - 1):
                     self._scales.setdefault(path[:depth], []).append(path)
 
@@ -110,7 +110,7 @@ class Surroundings:
 
 
 def is_vector(path: Path, shape: tuple[int, ...]) -> bool:
-    return len(shape) < 2 or path[-1] in ("bias", "scale")
+    return len(shape) < 2 or path[-1:] in (("bias",), ("scale",))
 
 
 def _is_embedding(path: Path) -> bool:

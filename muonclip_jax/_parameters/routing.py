@@ -12,6 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
+from muonclip_jax._core.options import is_function
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.checks import some
@@ -145,8 +146,8 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Matr
     shapes = paths.shapes(params)
     if isinstance(dimension_numbers, Resolved):
         return {path: dimension_numbers.specs[path] for path in shapes}
-    is_function = paths.is_function(dimension_numbers)
-    tree = dimension_numbers(params) if is_function else dimension_numbers
+    given = dimension_numbers
+    tree = given(params) if is_function(given) else given
     entries = dict(paths.leaves(tree, is_leaf=matrices.is_pattern))
     resolved = {}
     for path, shape in shapes.items():
