@@ -1,45 +1,41 @@
 """The chains: Muon, Muon followed by QK-Clip, and Muon or another optimizer with QuacK."""
 
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.maxima import AxisName
-from muonclip_jax._core.options import check_ascent
+from muonclip_jax._core.options import check_ascent, check_flag, check_not_frozen, check_rate
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._layouts.roles import Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import routing
+from muonclip_jax._parameters.decay import Mask, check_mask, decays
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.clip import Scope
 from muonclip_jax._transforms.muon import scale_by_muon
 from muonclip_jax._transforms.qk_clip import qk_clip
 from muonclip_jax._transforms.quack import QuackRule, scale_by_quack
-from muonclip_jax._transforms.update_rms import Rule, scale_by_update_rms
+from muonclip_jax._transforms.update_rms import Rule, check_rule, scale_by_update_rms
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
-
-# A tree of bools like the parameters, or a function to one.
-Mask = Any | Callable[[optax.Params], Any]
 
 
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     other: optax.GradientTransformation = _ADAM,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
-    weight_decay: float | jax.Array = 0.1,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
     layout: Layouts | None = None,
     per_head: Collection[Role] = routing.EVERY_ROLE,
@@ -49,29 +45,46 @@ def muon(
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon for matrices, another optimizer for everything else, one learning rate for both.
+    """Muon for matrices, another optimizer for everything else.
 
         grads ─► [ Muon: momentum → orthogonalize → shape scale | other ]
               ─► decoupled weight decay ─► learning rate
 
     With the default `update_rms="match_adam"`, Muon's updates have Adam's size (RMS 0.2), so an
-    AdamW learning rate and weight decay carry over (Moonlight, arXiv 2502.16982). For another
-    learning rate in the other group, make it part of `other`:
-    `optax.chain(optax.scale_by_adam(), optax.scale(0.3))`.
+    AdamW learning rate and weight decay carry over (Moonlight, arXiv 2502.16982). Jordan's way is
+    two rates, `mc.muon(0.02, other_learning_rate=3e-4, update_rms="jordan")`.
+
+    What decays; the first line that holds decides, and `describe` shows it:
+
+    | parameter | decays |
+    | --- | --- |
+    | a matrix of Muon's | yes |
+    | a bias, gain or QK-norm that the layout knows | no |
+    | called bias, scale, gain, gamma, beta, offset, shift, b or g, alone or in a longer name | no |
+    | in a module called norm, ln, rms, bn or gn, but for `kernel`, `w` and `embedding` | no |
+    | fewer than two axes, not counting those of the stack of layers that it is in | no |
+    | anything else: embeddings, unembeddings, convolutions | yes |
+
+    (The stack is what all parameters around it begin with, up to the nearest norm; where there is
+    none, the nearest matrix of Muon's.)
 
     Args:
-      learning_rate: η, a number or an Optax schedule.
+      learning_rate: η, a number of at least 0 or an Optax schedule.
+      other_learning_rate: That of `other`, likewise, for its steps and its decay. None is
+        `learning_rate`. (Its schedule's count is part of the state; with None nothing is.)
       other: What embeddings, unembeddings, norms, biases and scalars get; a transformation
         without learning rate or decay of its own, since both follow in the chain.
       momentum: μ of `scale_by_muon`.
       nesterov: As in `scale_by_muon`.
       newton_schulz: How to orthogonalize, as in `scale_by_muon`.
       update_rms: The rule of `scale_by_update_rms`.
-      weight_decay: λ: each step subtracts `η λ W`.
-      weight_decay_mask: Tree of bools or function to one; None decays all but biases, norm
-        scales and scalars. (Under `optax.inject_hyperparams`, which takes every function for a
-        schedule, name it in `static_args`, and `dimension_numbers`, `shardings` and `update_rms`
-        too if they are functions.)
+      weight_decay: λ >= 0, a number or an Optax schedule: each step subtracts `η λ W`, η being the
+        rate of the parameter's group. With 0 the update needs no `params` (but for
+        `optax.inject_hyperparams`, under which it is not known to be 0).
+      weight_decay_mask: Tree of bools like the parameters, or a prefix of one, or a function to
+        one, in place of the table above. (Under `optax.inject_hyperparams`, which takes every
+        function for a schedule, name it in `static_args`, and `dimension_numbers`, `shardings` and
+        `update_rms` too if they are functions.)
       layout: The model's attention, which is then orthogonalized piece by piece and head by head,
         however it is stored; several layouts as a list.
       per_head: The roles of which each head is a matrix, as in `muon_dimension_numbers`.
@@ -86,8 +99,12 @@ def muon(
         in `scale_by_muon`; None chooses. `describe` prints the outcome.
 
     Raises:
-      ValueError: When built, an `other` that already descends (`optax.adamw(1e-3)`); at init, a
-        parameter that the routing does not cover, with its path, shape and fix.
+      TypeError: When built, an option of the wrong type.
+      ValueError: When built, an option out of its range; an `other` that already descends
+        (`optax.adamw(1e-3)`), or that gives no updates and would leave its parameters to decay
+        (`optax.set_to_zero()`); at init, a parameter that the routing does not cover, with its
+        path, shape and fix. (What `optax.inject_hyperparams` makes arrays of is checked where it
+        is concrete, as when `init` is called outside of `jax.jit`.)
 
     Example:
         >>> optimizer = mc.muon(1e-3, layout=layout)
@@ -109,11 +126,11 @@ def muon(
         shardings=shardings,
         devices_per_matrix=devices_per_matrix,
     )
-    return optax.chain(
-        direction,
-        _decayed_weights(weight_decay, weight_decay_mask, layout),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    numbers = routing.choose(dimension_numbers, layout, per_head, rules)
+    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout)
+    if weight_decay_mask is None:
+        check_not_frozen("other", other, weight_decay)
+    return optax.chain(direction, decay, _rates(learning_rate, other_learning_rate, numbers))
 
 
 def muonclip(
@@ -125,12 +142,13 @@ def muonclip(
     scope: Scope = "head",
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     other: optax.GradientTransformation = _ADAM,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
-    weight_decay: float | jax.Array = 0.1,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
@@ -160,7 +178,8 @@ def muonclip(
       heads_axis_name: As in `qk_clip`: inside `jax.shard_map`, the axes over which the heads are
         spread by hand. Muon then takes each device's heads, which are whole matrices unless
         `per_head` or `dimension_numbers` say otherwise.
-      other: This and all that follow are as in `muon`.
+      other_learning_rate: This and all that follow are as in `muon`.
+      other: What parameters that are not Muon's get.
       momentum: μ.
       nesterov: Whether momentum looks ahead.
       newton_schulz: How to orthogonalize.
@@ -186,6 +205,7 @@ def muonclip(
     return optax.chain(
         muon(
             learning_rate,
+            other_learning_rate=other_learning_rate,
             other=other,
             momentum=momentum,
             nesterov=nesterov,
@@ -220,7 +240,7 @@ def quack(
     rule: QuackRule = "paper",
     floor: ArrayLike = 0.0,
     direction: optax.GradientTransformation | None = None,
-    weight_decay: float | jax.Array = 0.1,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
     scale_weight_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -229,7 +249,10 @@ def quack(
 
         grads ─► direction ─► QuacK ─► decoupled weight decay ─► learning rate
 
-    With QK-Clip behind it: `optax.chain(quack(3e-4, layout=layout), qk_clip(layout))`.
+    With QK-Clip behind it: `optax.chain(quack(3e-4, layout=layout), qk_clip(layout))`. For two
+    learning rates write the chain out: `optax.chain(direction, scale_by_quack(layout),
+    optax.add_decayed_weights(0.1, mask), optax.partition({"muon":
+    optax.scale_by_learning_rate(0.02), "other": optax.scale_by_learning_rate(3e-4)}, labels))`.
 
     Args:
       learning_rate: η, a number or an Optax schedule.
@@ -240,8 +263,9 @@ def quack(
       direction: What comes before QuacK, without learning rate or decay:
         `muon_direction(layout=layout, ...)`, which None stands for, or another such as
         `optax.scale_by_adam(b2=0.95)`.
-      weight_decay: λ: each step subtracts `η λ W`.
-      weight_decay_mask: As in `muon`.
+      weight_decay: λ, as in `muon`: each step subtracts `η λ W`.
+      weight_decay_mask: As in `muon`; None is its table, which of another direction does not know
+        what it takes for matrices.
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
         QuacK). The paper does not say; by default all weights decay alike.
 
@@ -255,16 +279,18 @@ def quack(
         >>> mc.quack_state(state).factors["attn"]["q"].shape
         (2,)
     """
+    numbers = None  # what another direction does is not known
     if direction is None:
         direction = muon_direction(layout=layout)
-    else:
-        check_ascent("direction", direction)
-    rates = scale_by_quack(layout, relative_learning_rate, rule=rule, floor=floor)
-    decay = _decayed_weights(weight_decay, weight_decay_mask, layout)
+        numbers = routing.choose(None, layout, routing.EVERY_ROLE, None)
+    check_ascent("direction", direction)
+    check_flag("scale_weight_decay", scale_weight_decay)
+    factors = scale_by_quack(layout, relative_learning_rate, rule=rule, floor=floor)
+    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout)
     return optax.chain(
         direction,
-        *((decay, rates) if scale_weight_decay else (rates, decay)),
-        optax.scale_by_learning_rate(learning_rate),
+        *((decay, factors) if scale_weight_decay else (factors, decay)),
+        _rates(learning_rate, None, None),
     )
 
 
@@ -311,6 +337,7 @@ def muon_direction(
         >>> updates, _ = scaled.update(grads, scaled.init(params), params)
     """
     check_ascent("other", other)
+    check_rule("update_rms", update_rms)
     dimension_numbers = routing.choose(dimension_numbers, layout, per_head, rules)
 
     def for_matrices(numbers: Any) -> optax.GradientTransformation:
@@ -327,20 +354,41 @@ def muon_direction(
             scale_by_update_rms(update_rms, dimension_numbers=numbers),
         )
 
+    for_matrices(None)  # checks its options
     return _partition(for_matrices, other, dimension_numbers)
 
 
 def _decayed_weights(
-    weight_decay: float | jax.Array, mask: Mask | None, layout: Layouts | None
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask | None,
+    dimension_numbers: routing.DimensionNumbers | None,
+    layout: Layouts | None,
 ) -> optax.GradientTransformation:
-    if isinstance(mask, bool | np.bool_ | jax.Array):
-        raise ValueError(
-            f"weight_decay_mask must be a tree of bools or a function to one, got {mask}. "
-            "optax.inject_hyperparams takes every function for a schedule: name it there, "
-            'static_args="weight_decay_mask".'
-        )
-    mask = partial(routing.decay_mask, layout=layout) if mask is None else mask
-    return optax.add_decayed_weights(weight_decay, mask)
+    check_rate("weight_decay", weight_decay)
+    check_mask(mask)
+
+    def which(params: Any) -> Any:
+        found = decays(mask, params, dimension_numbers, layout)
+        return paths.map_with_path(lambda path, _: found[path], params)
+
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.masked(optax.identity(), which)  # the same state, and needs no parameters
+    return optax.add_decayed_weights(weight_decay, which)
+
+
+def _rates(
+    learning_rate: optax.ScalarOrSchedule,
+    other_learning_rate: optax.ScalarOrSchedule | None,
+    dimension_numbers: routing.DimensionNumbers | None,
+) -> optax.GradientTransformation:
+    """Behind the decay, so that each group's decay follows its own rate."""
+    check_rate("learning_rate", learning_rate)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    if other_learning_rate is None or dimension_numbers is None:
+        return rate
+    check_rate("other_learning_rate", other_learning_rate)
+    other = optax.scale_by_learning_rate(other_learning_rate)
+    return _partition(lambda _: rate, other, dimension_numbers)
 
 
 def _partition(

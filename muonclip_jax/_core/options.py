@@ -1,6 +1,10 @@
-"""Checks of what the transformations are built with."""
+"""Checks of what the public functions are called with: option, finding, and what it may be.
 
-from collections.abc import Callable
+All concrete options are checked when a chain is built. Numbers that are traced come from
+`optax.inject_hyperparams`, which was given the concrete ones.
+"""
+
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -9,6 +13,15 @@ import numpy as np
 import optax
 from jax import ensure_compile_time_eval, tree
 from jax.core import Tracer
+
+# In which dtypes matrices are iterated, and momentum is kept.
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def is_function(value: Any) -> bool:
+    """Whether it is a function, and not a tree whose class can be called (`equinox.Module`)."""
+    is_leaf = jax.tree_util.treedef_is_leaf(tree.structure(value))
+    return callable(value) and (is_leaf or isinstance(value, jax.tree_util.Partial))
 
 
 def is_function(value: Any) -> bool:
@@ -22,8 +35,6 @@ def check_number(
 ) -> None:
     """Raises for an option that is not one number, or not the wanted one.
 
-    Traced numbers come from `optax.inject_hyperparams`, which was given the concrete ones.
-
     Raises:
       TypeError: It is not one number.
       ValueError: It is not right.
@@ -32,12 +43,60 @@ def check_number(
         return
     if callable(value):
         raise TypeError(
-            f"{name} must be a number; for a schedule wrap {owner} in optax.inject_hyperparams."
+            f"{name} must be a number, {wanted}; for a schedule wrap {owner} in "
+            "optax.inject_hyperparams."
         )
-    if np.ndim(value) or not jnp.issubdtype(np.asarray(value).dtype, jnp.number):
-        raise TypeError(f"{name} must be one number, got {value!r}.")
+    if not _is_number(value):
+        raise TypeError(f"{name} must be one number, {wanted}, got {value!r}.")
     if not is_right(value):
         raise ValueError(f"{name} must be {wanted}, got {value}.")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raises for what is no number of at least 0, and no Optax schedule.
+
+    Raises:
+      TypeError: It is neither a number nor a function.
+      ValueError: It is negative or not finite.
+    """
+    if isinstance(value, Tracer) or callable(value):
+        return
+    if not _is_number(value):
+        raise TypeError(f"{name} must be one number or an Optax schedule, got {value!r}.")
+    if not (np.asarray(value) >= 0 and np.isfinite(value)):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError for what is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str], beside: str = "") -> None:
+    """Raises ValueError for what is none of the names; `beside` says what else it may be."""
+    if not isinstance(value, str) or value not in choices:
+        names = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be one of {names}{beside}, got {value!r}.")
+
+
+def check_float(name: str, dtype: Any) -> None:
+    """Raises TypeError for what is no dtype to compute in, None excepted."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        found = repr(dtype)
+    if found not in (None, *FLOATS):
+        raise TypeError(f"{name} must be one of {', '.join(FLOATS)}, or None, got {found}.")
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    """Raises TypeError for what is no Optax transformation."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an Optax transformation such as optax.scale_by_adam() (of "
+            f"optax.MultiSteps, its .gradient_transformation()), got {tx!r}."
+        )
 
 
 def check_ascent(name: str, tx: optax.GradientTransformation) -> None:
@@ -46,18 +105,52 @@ def check_ascent(name: str, tx: optax.GradientTransformation) -> None:
     It is asked once, with a gradient of 1 for a parameter called `probe`.
 
     Raises:
+      TypeError: It is no transformation.
       ValueError: It turns a positive gradient into a negative update.
     """
-    probe = {"probe": jnp.ones(())}
-    with ensure_compile_time_eval():
-        try:
-            updates, _ = tx.update(probe, tx.init(probe), probe)
-        except Exception:  # one that knows its parameters by name or needs extra arguments
-            return
-    update = tree.leaves(updates)[0]
-    if not isinstance(update, Tracer) and update < 0:
+    check_transformation(name, tx)
+    update = _update_of_one(tx, step=0)
+    if update < 0:
         raise ValueError(
             f"{name} must come without a learning rate and its sign, since both follow for all "
             "parameters; this one turns a gradient of 1 into an update of "
-            f"{float(update):.3g}. Use optax.scale_by_adam() in place of optax.adam or adamw."
+            f"{update:.3g}. Use optax.scale_by_adam() in place of optax.adam or adamw."
         )
+
+
+def check_not_frozen(name: str, tx: optax.GradientTransformation, weight_decay: Any) -> None:
+    """Raises for a direction that gives no updates at all, under a decay that still moves weights.
+
+    Raises:
+      ValueError: A gradient of 1 gives 0, at the first step and at later ones, where a schedule
+        would be above 0.
+    """
+    may_decay = isinstance(weight_decay, Tracer) or callable(weight_decay) or weight_decay != 0
+    if may_decay and not any(_update_of_one(tx, step) for step in (*range(16), 10**3, 10**5)):
+        raise ValueError(
+            f"{name} gives no updates, and weight_decay={weight_decay} would still move these "
+            "parameters. To freeze them, keep them from the recipe: optax.partition({'train': "
+            "mc.muon(...), 'freeze': optax.set_to_zero()}, labels) around it. Or give "
+            "weight_decay=0, or a weight_decay_mask."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    is_one = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    return is_one and np.ndim(value) == 0 and jnp.issubdtype(np.asarray(value).dtype, jnp.number)
+
+
+def _update_of_one(tx: optax.GradientTransformation, step: int) -> float:
+    """What a gradient of 1 becomes, with all counts of the state at `step`; NaN if unknown."""
+    probe = {"probe": jnp.ones(())}
+
+    def at_step(count: Any) -> Any:
+        is_count = jnp.issubdtype(jnp.result_type(count), jnp.integer)
+        return jnp.full_like(count, step) if is_count else count
+
+    with ensure_compile_time_eval():
+        try:
+            updates, _ = tx.update(probe, tree.map(at_step, tx.init(probe)), probe)
+            return float(tree.leaves(updates)[0])
+        except Exception:  # one that knows its parameters by name or needs extra arguments
+            return np.nan

@@ -22,6 +22,7 @@ from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.roles import EVERY_ROLE, Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import matrices, routing
+from muonclip_jax._parameters.decay import Mask, decays
 from muonclip_jax._spread.plan import DevicesPerMatrix, Plan
 from muonclip_jax._spread.stacks import plans
 
@@ -59,6 +60,7 @@ class ParameterRow:
     matrices: tuple[MatrixKind, ...]  # () for the other optimizer
     attention: tuple[AttentionPiece, ...]  # () for what the layout does not name
     qk_norm: bool  # whether it belongs to a norm behind the queries or keys
+    decays: bool  # whether weight decay reaches it
 
 
 class Description(tuple[ParameterRow, ...]):
@@ -118,7 +120,8 @@ class Description(tuple[ParameterRow, ...]):
             + refused * any(row.qk_norm for row in self),
             caption_justify="left",
         )
-        for header in ("parameter", "shape", "optimizer", "matrices [in, out]", "attention"):
+        headers = ("parameter", "shape", "optimizer", "matrices [in, out]", "decays", "attention")
+        for header in headers:
             table.add_column(header, overflow="fold")
         for path, row in _alike(self):
             attention = [f"{piece.role} ×{piece.heads}" for piece in row.attention]
@@ -127,6 +130,7 @@ class Description(tuple[ParameterRow, ...]):
                 str(row.shape),
                 row.optimizer,
                 "\n".join(map(str, row.matrices)),
+                "yes" if row.decays else "",
                 ", ".join(attention + ["QK-norm"] * row.qk_norm),
             )
         return table
@@ -142,11 +146,12 @@ def describe(
     per_head: Collection[Role] = EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
+    weight_decay_mask: Mask | None = None,
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> Description:
-    """What happens to every parameter: its optimizer, its matrices, its role in attention.
+    """What happens to every parameter: its optimizer, matrices, decay, and role in attention.
 
     Args:
       params: The parameters (arrays or `jax.ShapeDtypeStruct`s), or an NNX module.
@@ -154,6 +159,7 @@ def describe(
       per_head: As given to the recipe.
       rules: As given to the recipe.
       dimension_numbers: As given to the recipe.
+      weight_decay_mask: As given to the recipe.
       newton_schulz: As given to the recipe.
       shardings: As given to the recipe. Arrays on a mesh tell themselves here; on Auto meshes
         they cannot under `jax.jit`, and the recipe needs it.
@@ -176,7 +182,9 @@ def describe(
       attn/value/kernel v 2 × [8, 4]
       mlp/kernel 1 × [8, 16]
     """
-    specs = routing.resolve(routing.choose(dimension_numbers, layout, per_head, rules), params)
+    numbers = routing.choose(dimension_numbers, layout, per_head, rules)
+    specs = routing.resolve(numbers, params)
+    decay = decays(weight_decay_mask, params, numbers, layout)
     blocks = () if layout is None else find_blocks(layout, params)
     norms = {path for block in blocks for path in block.qk_norms}
     attention: dict[paths.Path, list[AttentionPiece]] = {}
@@ -195,7 +203,8 @@ def describe(
             arrays += jax.eval_shape(split, jax.ShapeDtypeStruct(shape, paths.dtype_of(leaf)))
         optimizer = "other" if spec is None else "muon"
         role = tuple(attention.get(path, ()))
-        rows.append(ParameterRow(paths.show(path), shape, optimizer, kinds, role, path in norms))
+        facts = optimizer, kinds, role, path in norms, decay[path]
+        rows.append(ParameterRow(paths.show(path), shape, *facts))
     known = (sharding.mesh.abstract_mesh for sharding in places.values() if sharding)
     mesh = next(known, mesh_of(params))
     stacks = (plan for plan, _ in plans(arrays, mesh, newton_schulz, devices_per_matrix))

@@ -204,17 +204,6 @@ def resolve_matrices(
     return resolved
 
 
-def decay_mask(params: Any, layout: Layouts | None = None) -> Any:
-    """Weight decay for everything but biases, norm scales and scalars (a tree of bools). The
-    layout knows biases by other names."""
-    _check_tree(params)
-    blocks = () if layout is None else find_blocks(layout, params)
-    biases = {part.bias for block in blocks for part in block.parts}
-    return paths.map_with_path(
-        lambda path, leaf: path not in biases and not reading.is_vector(path, leaf.shape), params
-    )
-
-
 def _deciding_rules(
     rules: Rules, shapes: Mapping[Path, tuple[int, ...]], absent: Sequence[Path]
 ) -> dict[Path, str]:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._parameters import routing
 from muonclip_jax._parameters.matrices import MatrixSpec
 
@@ -52,13 +53,13 @@ def scale_by_update_rms(
         >>> float(updates["up"][0, 0])
         2.0
     """  # noqa: E501
-    if not callable(rule) and rule not in _RULES:
-        raise ValueError(f"Unknown update rule {rule!r}; choose from {list(_RULES)} or a function.")
+    check_rule("rule", rule)
     factor = rule if callable(rule) else _RULES[rule]
 
     def init(params: optax.Params) -> optax.EmptyState:
         paths.check_trainable("scale_by_update_rms", params)
-        routing.resolve_matrices(dimension_numbers, params)
+        for spec in routing.resolve_matrices(dimension_numbers, params).values():
+            _factors(factor, spec)
         return optax.EmptyState()
 
     def update(updates, state, params=None):
@@ -73,9 +74,29 @@ def scale_by_update_rms(
     return optax.GradientTransformation(init, update)
 
 
+def check_rule(name: str, rule: Any) -> None:
+    """Raises ValueError for what is neither a rule's name nor a function."""
+    if not callable(rule):
+        check_choice(name, rule, _RULES, beside=", or a function of (in, out)")
+
+
+def _factors(factor: Callable[[int, int], float], spec: MatrixSpec) -> list[float]:
+    """The factor of each kind of matrix in a parameter."""
+    found = [factor(ins, outs) for _, ins, outs in spec.shapes]
+    for value, (_, ins, outs) in zip(found, spec.shapes, strict=True):
+        check_number(
+            f"the update rule's factor for [{ins}, {outs}], matrices of {paths.show(spec.path)},",
+            value,
+            np.isfinite,
+            "finite",
+            "the recipe",
+        )
+    return [float(value) for value in found]
+
+
 def _multiplier(factor: Callable[[int, int], float], u: jax.Array, spec: MatrixSpec) -> Any:
     """A Python float, which keeps the dtype, or an array in it that broadcasts against u."""
-    factors = [float(factor(ins, outs)) for _, ins, outs in spec.shapes]
+    factors = _factors(factor, spec)
     if len(factors) == 1:
         return factors[0]
     views = zip(factors, spec.views, strict=True)

@@ -216,13 +216,6 @@ def test_optax_trees_and_prefixes_of_them():
     assert rows == {"a/u": "1 × [4, 5]", "a/w": "1 × [4, 5]", "b": "3 × [4, 5]", "c": ""}
 
 
-def test_decay_mask():
-    params = linen_params(scanned=True)
-    mask = routing.decay_mask(params)
-    assert mask["embed"]["embedding"] and mask["layers"]["mlp"]["kernel"]
-    assert not mask["layers"]["norm"]["scale"] and not mask["layers"]["attn"]["query"]["bias"]
-
-
 def test_resolve_skips_masked_parameters():
     params = {"a": jnp.ones((2, 3)), "b": optax.MaskedNode()}
     assert set(routing.resolve({"a": MuonDimensionNumbers(), "b": None}, params)) == {("a",)}
