@@ -24,12 +24,6 @@ def is_function(value: Any) -> bool:
     return callable(value) and (is_leaf or isinstance(value, jax.tree_util.Partial))
 
 
-def is_function(value: Any) -> bool:
-    """Whether it is a function, and not a tree whose class can be called (`equinox.Module`)."""
-    is_leaf = jax.tree_util.treedef_is_leaf(tree.structure(value))
-    return callable(value) and (is_leaf or isinstance(value, jax.tree_util.Partial))
-
-
 def check_number(
     name: str, value: Any, is_right: Callable[[Any], Any], wanted: str, owner: str
 ) -> None:
