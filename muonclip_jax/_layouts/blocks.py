@@ -160,8 +160,8 @@ class Layout:
         if piece.role == "o":  # its bias belongs to no head
             return None
         if piece.bias is None:
-            beside = (*kernel[:-1], "bias")
-            return beside if beside in shapes and beside != kernel else None
+            beside = ((*kernel[:-1], name) for name in ("bias", "b"))  # Flax's and Haiku's names
+            return next((path for path in beside if path in shapes and path != kernel), None)
         told = (*block, *piece.bias.split("/"))
         if told not in shapes:
             raise ValueError(

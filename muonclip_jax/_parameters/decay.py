@@ -97,7 +97,7 @@ def _stack_beside(
     path: Path, shapes: Mapping[Path, _Shape], specs: Mapping[Path, MatrixSpec | None]
 ) -> _Shape:
     """The axes of the stack of layers that a parameter of the other optimizer is in."""
-    norms = {p: s[:-1] for p, s in shapes.items() if s and (_is_in_norm(p) or p[-1] == "scale")}
+    norms = {p: s[:-1] for p, s in shapes.items() if s and (_is_in_norm(p) or p[-1:] == ("scale",))}
     matrices = {p: _batch_in_front(spec) for p, spec in specs.items() if spec is not None}
     for witnesses in (norms, matrices):
         for depth in reversed(range(len(path))):

@@ -128,11 +128,14 @@ def accumulate(
     def init(params: optax.Params) -> AccumulateState:
         with observations() as heard:
             inner_state = tx.init(params)
+        maxima: Any = _nothing_seen(heard)
+        if paths.holds_nothing(params):  # `optax.tree_map_params`: its blocks are not known
+            maxima = dict.fromkeys(maxima, jnp.zeros([]))
         return AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
             step=jnp.zeros([], jnp.int32),
             mean=jax.tree.map(functools.partial(_zeros, accumulator_dtype), params),
-            maxima=_nothing_seen(heard),
+            maxima=maxima,
             inner_state=inner_state,
         )
 
@@ -147,7 +150,7 @@ def accumulate(
 
         @jax.jit  # so that it is traced once, for its shapes and as a branch
         def step(inner_state):
-            gradient = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, updates)
+            gradient = jax.tree.map(lambda m, g: m.astype(paths.dtype_of(g)), mean, updates)
             with observations() as heard:
                 new, new_state = tx.update(gradient, inner_state, params, **extra_args)
             if heard:
@@ -216,7 +219,9 @@ def _check_options(tx, every, accumulator_dtype):
 
 
 def _zeros(dtype: jax.typing.DTypeLike | None, param: jax.Array) -> jax.Array:
-    return jnp.zeros_like(param, dtype=accumulation_dtype(param.dtype) if dtype is None else dtype)
+    return jnp.zeros_like(
+        param, dtype=accumulation_dtype(paths.dtype_of(param)) if dtype is None else dtype
+    )
 
 
 def _mean(count: jax.Array, path: Path, mean: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -228,7 +233,7 @@ def _mean(count: jax.Array, path: Path, mean: jax.Array, gradient: jax.Array) ->
             f"{mean.shape}. Call tx.update once for each micro-batch, with its gradient alone."
         )
     dtype = accumulation_dtype(mean.dtype)
-    before, new = jnp.where(count == 0, 0, mean).astype(dtype), gradient.astype(dtype)
+    before, new = jnp.where(count == 0, 0, mean).astype(dtype), jnp.asarray(gradient, dtype)
     return (before + (new - before) / (count + 1)).astype(mean.dtype)
 
 

@@ -22,6 +22,7 @@ from muonclip_jax._core.maxima import AxisName, largest_of_devices
 from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import MAX_LOGITS, read_signal
+from muonclip_jax._core.states import without_parameters
 from muonclip_jax._layouts.blocks import (
     Block,
     Layouts,
@@ -160,6 +161,9 @@ class Clip:
         """The link of a chain. `kind` makes its state of the five fields of `ClipState`."""
 
         def init(params: optax.Params) -> Any:
+            if paths.holds_nothing(params):
+                observe(self.signal, self.layout, (), params)
+                return without_parameters(kind)
             blocks, _ = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
             full = lambda value: {b.name: jnp.full(b.shape, value, jnp.float32) for b in blocks}  # noqa: E731
@@ -366,7 +370,7 @@ def _check_bound(option: str, value: AxisName, axes: Sequence[str]) -> None:
 
 
 def _dtype(params: Any) -> DTypeLike:
-    return jnp.result_type(jnp.float32, *(leaf.dtype for _, leaf in paths.leaves(params)))
+    return jnp.result_type(jnp.float32, *(paths.dtype_of(leaf) for _, leaf in paths.leaves(params)))
 
 
 def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Array) -> jax.Array:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from muonclip_jax._core import paths
 from muonclip_jax._core.options import check_number
 from muonclip_jax._core.shardings import Shardings, placed
+from muonclip_jax._core.states import check_same
 
 
 class CorrectedTraceState(NamedTuple):
@@ -61,7 +61,10 @@ def momentum_trace(
 
     def update(updates, state, params=None):
         del params
-        _check_same(state.trace, updates)
+        cause = (
+            "the routing (rules=, layout=, dimension_numbers=, what is masked) or the parameters"
+        )
+        check_same("momentum", state.trace, updates, cause)
         if not bias_correction:
             after: Any
             new, after = plain.update(updates, state)
@@ -75,19 +78,3 @@ def momentum_trace(
         return jax.tree.map(lambda m, g: ahead * m + gradient_weight * g, sums, updates), after
 
     return optax.GradientTransformation(init, update)
-
-
-def _check_same(trace: Any, updates: Any) -> None:
-    """Raises ValueError when the state is of other matrices than the updates."""
-    before, now = paths.shapes(trace), paths.shapes(updates)
-    for path in (*before, *now):
-        old, new = before.get(path), now.get(path)
-        if old != new:
-            found = f"has momentum of shape {old}" if old is not None else "has no momentum"
-            comes = f"a gradient of shape {new}" if new is not None else "none of Muon's matrices"
-            raise ValueError(
-                f"{paths.show(path)} {found} in this state, and is {comes} now: the routing "
-                "(rules=, layout=, dimension_numbers=, what is masked) or the parameters changed "
-                "since the state was made. Build the optimizer as it was then, or start anew, "
-                "tx.init(params)."
-            )

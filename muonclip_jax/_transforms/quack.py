@@ -22,7 +22,7 @@ from jax.typing import ArrayLike, DTypeLike
 from muonclip_jax._core import paths
 from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
-from muonclip_jax._core.states import find_state
+from muonclip_jax._core.states import check_same, find_state, without_parameters
 from muonclip_jax._layouts.blocks import (
     Block,
     Layouts,
@@ -184,15 +184,7 @@ def scale_by_quack(
         >>> mc.quack_state(state).factors["attn"]["k"]
         Array([0.5, 0.5], dtype=float32)
     """
-    as_layouts(layout)
-    if rule not in get_args(QuackRule):
-        raise ValueError(f"rule must be one of {get_args(QuackRule)}, got {rule!r}.")
-    for name, value, least, wanted in (
-        ("relative_learning_rate", relative_learning_rate, operator.gt, "above 0"),
-        ("floor", floor, operator.ge, "at least 0"),
-    ):
-        is_right = functools.partial(lambda least, x: least(x, 0) and np.isfinite(x), least)
-        check_number(name, value, is_right, f"finite and {wanted}", "scale_by_quack")
+    _check_options(layout, relative_learning_rate, rule, floor)
     gains: set[Role] = set(GAIN_ROLES) if rule == "latent_norm" else set()
     roles = _PROJECTION_ROLES | gains
 
@@ -205,7 +197,10 @@ def scale_by_quack(
         return _per_part(blocks, roles, lambda part: _norm(part, params, floor, dtype))
 
     def init(params: optax.Params) -> QuackState:
+        if paths.holds_nothing(params):
+            return without_parameters(QuackState)
         blocks = _read_blocks(layout, params, rule)
+        _check_measurable(leaves_of(blocks, roles, params))
         dtype = _dtype(params, blocks)
 
         def usable_norms(params, floor):
@@ -233,6 +228,8 @@ def scale_by_quack(
             return scaled, QuackState(first, factors)
 
         own, first = leaves_of(blocks, roles, params), state.initial_norms
+        wanted = jax.eval_shape(lambda own: measure(own, blocks, floor, dtype), own)
+        check_same("initial norms", first, wanted, "the layout, the rule or the parameters")
         tau = relative_learning_rate
         return change_leaves(scale, blocks, roles, updates, first, own, tau, floor)
 
@@ -257,6 +254,18 @@ def quack_state(opt_state: Any) -> QuackState:
         Array([1., 1.], dtype=float32)
     """
     return find_state(opt_state, QuackState, "scale_by_quack")
+
+
+def _check_options(layout: Layouts, relative_learning_rate: Any, rule: Any, floor: Any) -> None:
+    as_layouts(layout)
+    if rule not in get_args(QuackRule):
+        raise ValueError(f"rule must be one of {get_args(QuackRule)}, got {rule!r}.")
+    for name, value, least, wanted in (
+        ("relative_learning_rate", relative_learning_rate, operator.gt, "above 0"),
+        ("floor", floor, operator.ge, "at least 0"),
+    ):
+        is_right = functools.partial(lambda least, x: least(x, 0) and np.isfinite(x), least)
+        check_number(name, value, is_right, f"finite and {wanted}", "scale_by_quack")
 
 
 # Which parts, and what a rule needs
@@ -327,6 +336,18 @@ def _dtype(params: Any, blocks: Sequence[Block]) -> DTypeLike:
 
 
 # Norms
+
+
+def _check_measurable(own: Mapping[Path, jax.Array]) -> None:
+    """Raises for parameters of which no norm is a start."""
+    paths.check_trainable("scale_by_quack", own)
+    for path, leaf in own.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"scale_by_quack measures the parameters in init, and {paths.show(path)} "
+                f"{leaf.shape} is a jax.ShapeDtypeStruct. For the state's shapes alone call "
+                "jax.eval_shape(tx.init, params)."
+            )
 
 
 def _norm(
