@@ -10,6 +10,7 @@ from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.sowing import read_signal, sow_signal
 from muonclip_jax._diagnostics.activations import read_activations, sow_activations
+from muonclip_jax._diagnostics.check_layout import LayoutProof, check_layout
 from muonclip_jax._diagnostics.heads import head_matrices
 from muonclip_jax._diagnostics.measures import (
     effective_rank,
@@ -74,6 +75,8 @@ __all__ = [
     "Layout",
     "find_layout",
     "describe",
+    "check_layout",
+    "LayoutProof",
     # max logits
     "dot_product_attention",
     "attention_fn",

@@ -144,6 +144,15 @@ def check_step_and_clip(model: Model) -> None:
     _check_step(model, before, threshold)
     for layer in before:
         _check_clip(model, forward, before, layer, threshold)
+    check_layout(model)
+
+
+def check_layout(model: Model) -> None:
+    """The layout is the model's own: every piece of every block is proved."""
+    proof = mc.check_layout(lambda params, _: model.loss(params), model.params, model.layout, None)
+    blocks = mc.layouts.find_blocks(model.layout, model.params)
+    assert proof.roles == {b.name: tuple(part.role for part in b.parts) for b in blocks}
+    assert not proof.left_out
 
 
 def check_qk_norm(model: Model, norm: str) -> None:
@@ -152,6 +161,7 @@ def check_qk_norm(model: Model, norm: str) -> None:
         with pytest.raises(ValueError, match=f"{norm}.* normalises queries or keys"):
             transformation.init(model.params)
     assert {row.path for row in model.describe() if row.qk_norm} >= {norm}
+    check_layout(model)
     train_step(model, mc.muon(dimension_numbers=model.dimension_numbers, **OPTIONS))
 
 
