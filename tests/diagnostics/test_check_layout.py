@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -287,6 +289,35 @@ def test_flax_nnx():
     wrong = mc.layouts.gqa(key="value", value="key")
     with pytest.raises(ValueError, match=r"layers/0/attention, heads 0, 1, 2, 3, k \("):
         mc.check_layout(model_fn, params, wrong, (X, MEMORY))
+
+
+class Own(eqx.Module):
+    """Attention in Equinox, whose trees hold functions."""
+
+    projections: dict[str, jax.Array]
+    activation: Callable = jnp.tanh
+
+    def __call__(self, x):
+        q, k, v = (jnp.einsum("bti,ihf->bthf", x, self.projections[name]) for name in "qkv")
+        out, maxima = mc.dot_product_attention(q, k, v, is_causal=True)
+        out = jnp.einsum("bthf,hfo->bto", out, self.projections["o"])
+        return self.activation(out), {"projections": {"max_logits": maxima}}
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_equinox(exchanged):
+    rng = np.random.default_rng(0)
+    shapes = {"q": (16, 4, 4), "k": (16, 4, 4), "v": (16, 4, 4), "o": (4, 4, 16)}
+    model = Own({name: jnp.asarray(rng.normal(size=s), "float32") for name, s in shapes.items()})
+    names = {"query": "q", "key": "v" if exchanged else "k", "value": None, "out": "o"}
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    model_fn = lambda params, x: eqx.combine(params, static)(x)  # noqa: E731
+    run = functools.partial(mc.check_layout, model_fn, params, mc.layouts.mha(**names), BATCH)
+    if exchanged:
+        with pytest.raises(ValueError, match=r"projections, heads 0, 1, 2, 3, k \("):
+            run()
+    else:
+        assert run().heads == 4
 
 
 class Scanned(nn.Module):
