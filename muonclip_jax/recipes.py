@@ -99,12 +99,14 @@ def muon(
         in `scale_by_muon`; None chooses. `describe` prints the outcome.
 
     Raises:
-      TypeError: When built, an option of the wrong type.
+      TypeError: When built, an option of the wrong type; at init, a parameter that is neither
+        floating point nor, where `other` takes it, complex.
       ValueError: When built, an option out of its range; an `other` that already descends
         (`optax.adamw(1e-3)`), or that gives no updates and would leave its parameters to decay
-        (`optax.set_to_zero()`); at init, a parameter that the routing does not cover, with its
-        path, shape and fix. (What `optax.inject_hyperparams` makes arrays of is checked where it
-        is concrete, as when `init` is called outside of `jax.jit`.)
+        (`optax.set_to_zero()`); at init, a parameter that the routing does not cover or that is
+        empty, with its path, shape and fix; at update, a state of another routing. (What
+        `optax.inject_hyperparams` makes arrays of is checked where it is concrete, as when `init`
+        is called outside of `jax.jit`.)
 
     Example:
         >>> optimizer = mc.muon(1e-3, layout=layout)

@@ -70,6 +70,7 @@ def muon_dimension_numbers(
         `{"*/experts/kernel": "experts in out", "*/patch/kernel": None}`; a value is a pattern
         (`MatrixPattern`, or its text), several for one parameter as a list, an
         `optax.contrib.MuonDimensionNumbers`, or None for the other optimizer. `*` also crosses `/`.
+        What is masked or None may be named.
       layout: The model's attention; several layouts as a list.
       per_head: Roles of the layout's pieces that are orthogonalized head by head, `("q", "k")`
         for example, which are MLA's parts of queries and keys as well; the heads of the others make

@@ -43,6 +43,9 @@ def momentum_trace(
 
     Returns:
       A transformation with the state `optax.TraceState`, or `CorrectedTraceState`.
+
+    Raises:
+      ValueError: When built, μ outside [0, 1); at update, a state of other matrices.
     """
     check_number(
         "momentum", decay, lambda x: 0 <= x < 1, "in [0, 1) (0.95 is usual)", "the transformation"

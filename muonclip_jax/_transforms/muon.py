@@ -56,8 +56,9 @@ def scale_by_muon(
       steps taken as well.
 
     Raises:
+      TypeError: As `scale_by_orthogonalization`.
       ValueError: momentum outside [0, 1) when built; at init and update, as
-        `scale_by_orthogonalization`.
+        `scale_by_orthogonalization`; at update, a state of other matrices.
 
     Example:
         >>> tx = optax.chain(mc.scale_by_muon(), mc.scale_by_update_rms())

@@ -61,7 +61,8 @@ def scale_by_orthogonalization(
       A transformation whose updates have the shapes and dtypes of those that it is given.
 
     Raises:
-      TypeError: `newton_schulz` is none.
+      TypeError: `newton_schulz` is none; at init and update, a parameter that is not floating
+        point.
       ValueError: At init and update, a parameter that is no matrix or that `dimension_numbers` or
         `shardings` does not fit, with its path, and a `devices_per_matrix` that the mesh does not
         have.

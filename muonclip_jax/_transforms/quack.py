@@ -172,7 +172,8 @@ def scale_by_quack(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError: A function for a number, or what is no layout.
+      TypeError: A function for a number, or what is no layout; at init, queries or keys that are
+        not floating point, or shapes alone (`jax.eval_shape(tx.init, params)` takes those).
       ValueError: When built, τ <= 0, floor < 0, an unknown rule; when applied, what
         `find_blocks` and `refuse_qk_norm` raise, a block without a role that the rule needs, no
         `params`; at init, a matrix that is zero (and no floor) or not finite. Under `jax.jit`

@@ -185,6 +185,21 @@ def test_every_kind_of_tree_is_described_as_a_dict_is(kind):
     assert described(kind) == described("dict")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_reads_heads_reads_every_kind_of_tree(kind):
+    params, layout = KINDS[kind](model()), layout_of(kind)
+    sown = {ATTENTION.get(kind, ("attn",)): jnp.array([400.0, 1.0])}
+    clipped = jax.eval_shape(lambda params: mc.apply_qk_clip(params, sown, layout), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(clipped, params)
+    (heads,) = jax.eval_shape(lambda params: mc.head_matrices(params, layout), params).values()
+    assert heads["q"].shape == (2, 8, 4)
+    report = jax.eval_shape(lambda p: mc.attention_report(p, None, sown, layout).blocks, params)
+    (of_block,) = report.values()
+    assert of_block.max_logits.shape == (2,)
+    if kind != "Haiku":
+        assert mc.find_layout(params).name == "mha"
+
+
 # None
 
 
@@ -505,11 +520,12 @@ def test_abstract_parameters(name):
 @pytest.mark.parametrize(
     "wrap",
     [
+        lambda tx: mc.accumulate(tx, 1),
         lambda tx: optax.MultiSteps(tx, 1),
         lambda tx: optax.named_chain(("clip", tx)),
         lambda tx: optax.apply_if_finite(tx, 3),
     ],
-    ids=["MultiSteps", "named_chain", "apply_if_finite"],
+    ids=["accumulate", "MultiSteps", "named_chain", "apply_if_finite"],
 )
 @pytest.mark.parametrize("kind", ["dict", "eqx.Module", "nnx.State"])
 def test_wrappers_change_nothing(wrap, kind):
