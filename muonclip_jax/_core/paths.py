@@ -71,8 +71,8 @@ def shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
     for path, leaf in leaves(tree):
         if not hasattr(leaf, "shape") and not isinstance(leaf, int | float | complex):
             raise TypeError(
-                f"{show(path)} is no array, it is {leaf!r}. Give the arrays of the model only: of "
-                "an Equinox module eqx.filter(model, eqx.is_inexact_array)."
+                f"{show(path)} is no array, it is a {type(leaf).__name__}. Give the arrays of the "
+                "model only: of an Equinox module eqx.filter(model, eqx.is_inexact_array)."
             )
         found[path] = np.shape(leaf)
     return found

@@ -111,7 +111,9 @@ def norm_name(block: Path, scale: Path) -> str:
 
 def matrices_of(shapes: Shapes) -> str:
     """The first matrices of a tree."""
-    matrices = [path for path, shape in shapes.items() if len(shape) >= 2 and path[-1] != "bias"]
+    matrices = [
+        path for path, shape in shapes.items() if len(shape) >= 2 and path[-1:] != ("bias",)
+    ]
     return some(matrices)
 
 

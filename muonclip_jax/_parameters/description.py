@@ -87,7 +87,7 @@ class Description(tuple[ParameterRow, ...]):
 
     def __rich__(self) -> Group:
         spread = any(plan.stack.devices > 1 for plan in self.stacks)
-        return Group(self._parameters(), *[self._stacks()] * spread)
+        return Group(self._parameters(), *([self._stacks()] if spread else []))
 
     def _stacks(self) -> Table:
         devices = max(plan.stack.devices for plan in self.stacks)

@@ -232,6 +232,56 @@ def test_filtered_equinox_modules():
         tx.init(mlp)
 
 
+class EquinoxAttention(eqx.Module):
+    """Weights as Equinox and PyTorch store them, `[out, in]`, and nothing of Flax."""
+
+    q: eqx.nn.Linear
+    k: eqx.nn.Linear
+    v: eqx.nn.Linear
+    o: eqx.nn.Linear
+    activation: object = jax.nn.tanh
+
+    def __call__(self, x):
+        split = lambda project: jax.vmap(project)(x).reshape(1, len(x), 2, 4)  # noqa: E731
+        out, maxima = mc.dot_product_attention(split(self.q), split(self.k), split(self.v))
+        return jax.vmap(self.o)(self.activation(out.reshape(len(x), 8))), maxima
+
+
+def test_a_model_of_equinox_trains_and_is_clipped():
+    keys = jax.random.split(jax.random.key(0), 5)
+    names = "qkvo"
+    made = {n: eqx.nn.Linear(8, 8, key=keys[i], use_bias=n != "o") for i, n in enumerate(names)}
+    model, x = EquinoxAttention(**made), 9 * jax.random.normal(keys[4], (6, 8))
+    pieces = [
+        mc.layouts.Piece(name, f"{name}/weight", "(heads features) in", sizes={"heads": 2})
+        for name in ("q", "k", "v")
+    ]
+    out = mc.layouts.Piece("o", "o/weight", "out (heads features)", sizes={"heads": 2})
+    layout = mc.layouts.Layout("equinox", (*pieces, out))
+    _, maxima = model(x)
+    threshold = float(maxima.mean())
+    tx = mc.muonclip(1e-6, layout=layout, threshold=threshold, **FAST)
+
+    @eqx.filter_jit
+    def step(model, state):
+        def loss(model):
+            out, maxima = model(x)
+            return jnp.mean(out**2), maxima
+
+        (_, maxima), grads = eqx.filter_value_and_grad(loss, has_aux=True)(model)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(grads, state, params, max_logits={(): maxima})
+        return eqx.apply_updates(model, updates), state
+
+    new, state = step(model, tx.init(eqx.filter(model, eqx.is_inexact_array)))
+    _, after = new(x)
+    # Of the step of 1e-6, of float32 sums and the clip's products.
+    np.testing.assert_allclose(after, np.minimum(maxima, threshold), rtol=1e-3)
+    assert int(mc.qk_clip_state(state).heads_clipped) == 1
+    rows = {row.path: row.optimizer for row in mc.describe(eqx.filter(new, eqx.is_array), layout)}
+    assert rows["q/weight"] == rows["o/weight"] == "muon" and rows["q/bias"] == "other"
+
+
 def test_labels_that_are_none():
     """Behind Optax's own partition, with labels where the parameters are."""
     params = {"mlp": {"bias": None, "kernel": weights(8, 4)}, "norm": {"scale": jnp.ones(8)}}
@@ -338,6 +388,8 @@ def test_a_bare_array():
         (optax.flatten(mc.scale_by_muon()), {"a": jnp.ones((2, 3))}, r"\(6,\).*optax.flatten"),
         (mc.scale_by_muon(), jnp.ones((2, 3, 4)), r"<root> of shape \(2, 3, 4\)"),
         (mc.muon(1e-3), jnp.ones((2, 3)), r"<root> of shape \(2, 3\).*rules="),
+        (mc.qk_clip(mc.layouts.mha()), jnp.ones((2, 3)), "no attention block found.*<root>"),
+        (mc.scale_by_quack(mc.layouts.mha()), jnp.ones(3), "no attention block found"),
     ],
 )
 def test_a_bare_array_that_is_no_matrix_raises(tx, params, words):
