@@ -32,6 +32,9 @@ import muonclip_jax as mc
 layout = [mc.layouts.mha(block="*/local"), mc.layouts.mla(128, 64, 128, block="*/global")]
 how = mc.NewtonSchulz(mc.schedules.jordan(), dtype="float32", method="gram")
 rules = {"*/experts/kernel": "experts in out", "*/patch/kernel": None}
+by_axes = {("*/experts/*", 3): "experts in out"}
+mc.describe({}, rules=by_axes)
+mc.describe({}, rules={**by_axes, **rules})
 tx: optax.GradientTransformation = mc.muonclip(
     optax.cosine_decay_schedule(1e-3, 100), layout=layout, per_head=("q", "k"), rules=rules,
     newton_schulz=how, threshold=30.0,

@@ -1,119 +1,169 @@
 """How a parameter is read that neither a rule nor the layout decides: by names and shapes."""
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.blocks import module_path
-from muonclip_jax._layouts.find import is_flax_attention
-
-# What a parameter is without a rule. Flax kernels are [in, out].
-MATRIX = MatrixPattern("... in out")
-_INPUT_HEADS = MatrixPattern("... in heads features -> ... heads in features")
-_FIX = (
-    "Say how to treat it: rules={{'{pattern}': 'experts in out'}} (names of its axes as in einops, "
-    "inputs and outputs last; or a muonclip_jax.MatrixPattern, or an "
-    "optax.contrib.MuonDimensionNumbers), or None for the other optimizer."
-)
-
-_UNEMBEDDING = re.compile(r"(^|_)(head|unembed\w*|logits\w*|classifier|output_layer)$")
+from muonclip_jax._layouts.checks import some
+from muonclip_jax._parameters import names
+from muonclip_jax._parameters.neighbours import MATRIX, Neighbours
 
 
-def read(path: Path, around: "Surroundings") -> MatrixPattern | None:
+class Unclear(ValueError):
+    """A parameter that could be several things, or none that is known.
+
+    Attributes:
+      finding: What was found, as a sentence without its subject.
+      pattern: How it would be read as one of these things.
+      beside: What it was compared with, in words with shapes.
+    """
+
+    def __init__(self, finding: str, pattern: str, beside: str = ""):
+        super().__init__(finding)
+        self.finding, self.pattern, self.beside = finding, pattern, beside
+
+
+def read(path: Path, near: Neighbours) -> MatrixPattern | None:
     """What a parameter is, as a pattern of its matrices; None: not for Muon.
 
     Raises:
-      ValueError: It could be several things, or none; with path, shape and fix.
+      Unclear: It could be several things, or none.
     """
-    shape = around.shapes[path]
-    if is_vector(path, shape) or _is_embedding(path):
+    shape = near.shapes[path]
+    if len(shape) < 2 or names.is_vector(path) or path in near.tables or path in near.heads:
         return None
-    if path[-1:] != ("kernel",):
-        raise ValueError(
-            f"{paths.show(path)} of shape {shape} is neither a kernel nor an embedding, bias or "
-            "scale by its name. If it belongs to attention, describe it with layout=. Else: "
-            + _FIX.format(pattern=paths.show(path))
+    if names.leaf(path) == "b" and shape == _without_inputs(near.shapes.get((*path[:-1], "w"), ())):
+        return None
+    if names.leaf(path) not in names.KERNELS:
+        raise _unnamed(path, shape)
+    if len(shape) > 2:
+        return _stack_of_kernels(path, near)
+    if names.is_norm(names.holder(path)):
+        raise Unclear(
+            "is a matrix ('in out'), or the gain of a norm in stacked layers (None)", "in out"
         )
-    return _kernel_pattern(path, around)
+    return _one_kernel(path, near)
 
 
-def _kernel_pattern(path: Path, around: "Surroundings") -> MatrixPattern:
-    shape, module = around.shapes[path], path[:-1]
-    # What one layer's kernel looks like, and which of its axes its bias has.
-    in_attention = is_flax_attention(module[:-1], around.shapes)
-    if in_attention and module[-1] in ("query", "key", "value"):
-        own_axes, bias_axes, pattern = 3, 2, _INPUT_HEADS
-    elif in_attention and module[-1] == "out":
-        own_axes, bias_axes, pattern = 3, 1, MATRIX  # [heads, head_features, out]
-    else:
-        own_axes, bias_axes, pattern = 2, 1, MATRIX
-    stack = shape[: len(shape) - own_axes]
-    bias = around.shapes.get((*module, "bias"), (*stack, *shape[-bias_axes:]))
-    if bias == (*stack, *shape[-bias_axes:]) and (not stack or around.stacked_by(path, stack)):
-        return pattern
-    raise ValueError(
-        f"{paths.show(path)} of shape {shape} does not look like "
-        f"{'a stack of kernels' if stack else 'one kernel'} [stack..., "
-        f"{'in, heads, head_features' if own_axes == 3 else 'in, out'}] to the parameters around "
-        f"it ({around.around(path)}): is it a convolution ('h w in out -> (h w in) out'), a stack "
-        "of experts ('experts in out'), a projection to heads (one matrix per head: 'in heads "
-        "features -> heads in features'), a scan axis other than 0? "
-        + _FIX.format(pattern=paths.show(path))
+def check_all_clear(unclear: Mapping[Path, Unclear], near: Neighbours) -> None:
+    """Raises ValueError for everything that is unclear, at once: parameters of which the same is to
+    be said share a line, and layers that are alike an entry of it."""
+    alike: dict[tuple[str, Any, str, str], list[Path]] = {}
+    for path, why in unclear.items():
+        key = (names.place(path), near.shapes[path], why.finding, names.unnumbered(why.beside))
+        alike.setdefault(key, []).append(path)
+    lines: dict[str, list[str]] = {}
+    rules: dict[str, str] = {}
+    for (place, shape, finding, _), some_paths in alike.items():
+        why, many = unclear[some_paths[0]], len(some_paths) > 1
+        shown = place if many else paths.show(some_paths[0])
+        beside = f" ({why.beside})" * bool(why.beside)
+        entry = f"{shown}{f', {len(some_paths)}' * many} of shape {shape}{beside}"
+        lines.setdefault(finding, []).append(entry)
+        rules.setdefault(shown, why.pattern)
+    if lines:
+        raise ValueError(_in_words(lines, rules, near))
+
+
+def _in_words(lines: Mapping[str, list[str]], rules: Mapping[str, str], near: Neighbours) -> str:
+    several = len(rules) > 1
+    told = [f"{', '.join(e)}{': each' * (len(e) > 1)} {finding}." for finding, e in lines.items()]
+    if near.masked:
+        told.append(
+            f"Some parameters are masked ({some(near.masked)}), and what tells may be among them: "
+            "work out the routing from the whole tree "
+            "(dimension_numbers=mc.muon_dimension_numbers(params)), or give rules=."
+        )
+    told.append(
+        f"Say how to treat {'each' if several else 'it'}: rules={rules} (names of its axes as in "
+        "einops, inputs and outputs last; or a muonclip_jax.MatrixPattern, or an "
+        "optax.contrib.MuonDimensionNumbers), or None for the other optimizer. (A link without "
+        "rules= takes them as dimension_numbers=.)"
+    )
+    return f"The routing of {len(rules)} parameters is unclear.\n" * several + (
+        "\n" if several else " "
+    ).join(told)
+
+
+def _without_inputs(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    return (*kernel[:-2], *kernel[-1:])
+
+
+def _unnamed(path: Path, shape: tuple[int, ...]) -> Unclear:
+    several = len(shape) > 2
+    if names.leaf(path) not in names.WEIGHTS:
+        return Unclear(
+            "is neither a kernel nor an embedding, bias or scale by its name; if it belongs to "
+            "attention, describe it with layout=",
+            "experts in out" if several else "in out",
+        )
+    return Unclear(
+        "may be [out, in], as in Equinox and PyTorch ('out in -> in out'), [in, out] "
+        "('in out'), or an embedding (None)",
+        "... out in -> ... in out" if several else "out in -> in out",
     )
 
 
-class Surroundings:
-    """The shapes of a parameter tree, and what they tell about stacked layers."""
+def _stack_of_kernels(path: Path, near: Neighbours) -> MatrixPattern:
+    shape = near.shapes[path]
+    own_axes, bias_axes, pattern = near.form(path)
+    stack, bias = shape[: len(shape) - own_axes], near.bias(path)
+    fits = bias is None or near.shapes[bias] == (*stack, *shape[-bias_axes:])
+    if fits and (not stack or near.say_stack(path, stack)):
+        return pattern
+    raise Unclear(
+        f"does not look like {'a stack of kernels' if stack else 'one kernel'} [stack..., "
+        f"{'in, heads, head_features' if own_axes == 3 else 'in, out'}] to what stands around it: "
+        "it may be a convolution ('h w in out -> (h w in) out'), a stack of experts ('experts in "
+        "out'), a projection to heads (one matrix per head: 'in heads features -> heads in "
+        "features'), or have a scan axis other than 0",
+        "experts in out",
+        near.shown(path),
+    )
 
-    def __init__(self, params: Any):
-        self.shapes = paths.shapes(params)
-        self._scales: dict[Path, list[Path]] = {}  # module → norm scales anywhere inside
-        self._modules: dict[Path, list[Path]] = {}  # top-level module → its parameters
-        for path, shape in self.shapes.items():
-            self._modules.setdefault(module_path(path)[:1], []).append(path)
-            if path[-1:] == ("scale",) and shape:
-                for depth in range(len(path) - 1):
-                    self._scales.setdefault(path[:depth], []).append(path)
 
-    def stacked_by(self, kernel: Path, stack: tuple[int, ...]) -> bool:
-        """Whether the kernel's first axes are a stack of layers: the bias beside it has been
-        compared, the nearest norm has these axes in front of its own one, or, where there is
-        neither, everything in the top-level module has the same first axis."""
-        scales = self._nearest_scales(kernel)
-        if scales:
-            return stack == min((self.shapes[path][:-1] for path in scales), key=len)
-        if (*kernel[:-1], "bias") in self.shapes:
-            return True
-        shapes = {path: self.shapes[path] for path in self._modules[module_path(kernel)[:1]]}
-        return (
-            len(stack) == 1
-            and "conv" not in "".join(kernel[-2:]).lower()
-            and all(
-                shape[:1] == stack and len(shape) >= (3 if path[-1] == "kernel" else 2)
-                for path, shape in shapes.items()
-            )
+def _one_kernel(path: Path, near: Neighbours) -> MatrixPattern | None:
+    ins, outs = near.shapes[path]
+    bias = near.bias(path)
+    if bias is not None and near.shapes[bias] != (outs,):
+        raise Unclear(
+            "is no kernel [in, out] to the bias beside it", "in out", f"beside {near.show([bias])}"
         )
-
-    def around(self, kernel: Path) -> str:
-        """What `stacked_by` looked at, in words."""
-        bias = (*kernel[:-1], "bias")
-        looked_at = [bias] * (bias in self.shapes) + self._nearest_scales(kernel)[:2]
-        return (
-            ", ".join(f"{paths.show(p)} {self.shapes[p]}" for p in looked_at) or "no bias, no norm"
+    if path in near.perhaps_heads:
+        raise Unclear(
+            "is the unembedding (None), or a matrix before it ('in out'): it is in "
+            f"{paths.show(names.head(path) or ())}, whose matrices tell not which is the last",
+            "in out",
         )
-
-    def _nearest_scales(self, kernel: Path) -> list[Path]:
-        nearest = (self._scales.get(kernel[:depth]) for depth in reversed(range(len(kernel) - 1)))
-        return next(filter(None, nearest), [])
-
-
-def is_vector(path: Path, shape: tuple[int, ...]) -> bool:
-    return len(shape) < 2 or path[-1:] in (("bias",), ("scale",))
+    ends = _ends(path, near, outs)
+    if not ends and names.is_like_embedding(names.holder(path)):
+        ends = _ends(path, near, ins)
+    return None if ends else MATRIX
 
 
-def _is_embedding(path: Path) -> bool:
-    return any("embed" in part.lower() for part in path[-2:]) or any(
-        _UNEMBEDDING.search(part.lower()) for part in path[-2:]
+def _ends(path: Path, near: Neighbours, length: int) -> bool:
+    """Whether a matrix is an unembedding, by one of its lengths: the table is in
+    `mc.muon_dimension_numbers`."""
+    if names.is_in_attention(path) or near.has_head(length):
+        return False
+    taken, repeated = near.takers(length, path), near.is_repeated(path)
+    called = names.is_perhaps_head(path)
+    tables = near.tables_of(length)
+    alone = not taken and not repeated
+    if near.masked and not taken and (called or (alone and (tables or near.may_hide_table()))):
+        raise Unclear(
+            "is an unembedding (None), or not ('in out'), as what is masked says", "in out"
+        )
+    if not tables or (taken and repeated):
+        return called and not taken
+    if called or alone:
+        return True
+    raise Unclear(
+        "is as long as an embedding has rows, as an unembedding is (None), but "
+        f"{'something takes in as much' if taken else 'other layers have one too'}, as is usual "
+        "of hidden matrices ('in out')",
+        "in out",
+        f"beside {near.show(dict.fromkeys(tables[:1] + taken[:1]))}",
     )

@@ -18,14 +18,19 @@ from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role, family
-from muonclip_jax._parameters import matrices, reading
+from muonclip_jax._parameters import matrices
 from muonclip_jax._parameters.matrices import MatrixSpec, spec_of, spec_of_parts
+from muonclip_jax._parameters.neighbours import MATRIX, Neighbours
+from muonclip_jax._parameters.reading import Unclear, check_all_clear, read
 
 # A tree of patterns (None: not for Muon), or a function from parameters to one.
 DimensionNumbers = Any | Callable[[Any], Any]
 
 OnePattern = str | MatrixPattern | MuonDimensionNumbers
-Rules = Mapping[str, OnePattern | Sequence[OnePattern] | None]
+# Which parameters: a glob over paths, or with it the number of axes that they have.
+Which = str | tuple[str, int]
+How = OnePattern | Sequence[OnePattern] | None
+Rules = Mapping[str, How] | Mapping[tuple[str, int], How] | Mapping[Which, How]
 
 
 def muon_dimension_numbers(
@@ -41,33 +46,63 @@ def muon_dimension_numbers(
     its pieces, and those with a role in `per_head` into their heads, however they are stored: fused
     or separate, flat or with head axes, scanned or not.
 
-    Of the rest, to the other optimizer (None) go: parameters named `bias` or `scale` (norms),
-    everything with fewer than two axes, embeddings (a parameter or its module has "embed" in its
-    name) and unembeddings (a module whose name is, or ends with `_` and, `head`, `unembed...`,
-    `logits...`, `classifier` or `output_layer`). To Muon go `kernel`s:
+    Of the rest, to the other optimizer (None) go biases and gains (`bias`, `scale`, `gamma`, ...),
+    everything with fewer than two axes, embeddings and unembeddings. To Muon go `kernel`s and `w`s:
 
     - `[in, out]` as one matrix, `[stack..., in, out]` (scanned or vmapped layers) as a batch;
     - in Flax's attention modules, query, key and value `[stack..., in, heads, head_features]`
       as one `[in, head_features]` matrix per head, and out `[stack..., heads, head_features, out]`
       as one `[head_features, out]` matrix per head.
 
-    Leading axes count as a stack of layers when the bias beside the kernel and the norm scales
-    nearest to it have them too; without either, when everything in the same top-level module has
-    the same first axis. A kernel that does not fit (a convolution, an expert axis, a projection
-    to heads outside Flax's attention, layers stacked on another axis than the first) could mean
-    several things, so it raises.
+    All others raise, and so does what could be several things, all of it in one error. Nothing is
+    guessed: a reading needs a witness.
+
+    Leading axes are a **stack** of layers when the norm scales nearest to the kernel have them too;
+    without norms, when the bias beside it has; without either, when a module around it is called
+    `layers`, `blocks`, ..., everything in there has the axis, and its kernels give every length
+    that they take in.
+
+        q [64, 4, 16], stem [7, 3, 64]                     raise: heads? a convolution? a stack?
+        layers/{up [12, 64, 256], down [12, 256, 64]}      12 × [64, 256], 12 × [256, 64]
+        layers/{q, k, v [64, 4, 16]}                       raise: nothing gives the 4
+
+    An **embedding** is a parameter called so (`embedding`, `tok_emb`, `wte`), a `weight` in a
+    module whose whole name says so (`token_embedder`), and a `kernel` or `w` where it speaks of
+    tokens (`wte`, `word_embeddings`). `patch_embedding/kernel` and what is deeper inside
+    (`template_embedding/block/w`) are none.
+
+    An **unembedding** is what is called so, in any spelling (`lm_head`, `LMHead`, `heads/0`,
+    `unembed`, `to_logits`, `classifier`), outside of attention. Such a module may hold several
+    matrices: it is the ones whose outputs nothing in there takes in. Of other names it is a kernel
+    `[in, V]`, outside of attention, where an embedding (not of positions) has V rows, nothing else
+    takes in V features, no layers have it alike and no head `[in, V]` is known by its name. Hidden
+    features can be as many: taken in, and alike in several layers, it is hidden. Else it raises.
+
+        embed [99, 16], Dense_2 [16, 99]                   an unembedding: nothing takes in 99
+        the same, and lm_head [16, 99]                     hidden: the unembedding is known
+        embed [64, 64], layers_{0..5}/Dense_0 [64, 64]     hidden
+        embed [64, 64], Dense_0 [64, 64]                   raise: 64 is taken in
+
+    `output_layer` and `output_projection` are unembeddings where nothing takes in what they give,
+    and settle it where an embedding has as many rows.
+
+    A `weight` is `[out, in]` in Equinox and PyTorch and `[in, out]` elsewhere, which matters to
+    `scale_by_update_rms`: it raises. Masked parameters (`optax.masked`, `optax.partition`) are no
+    witnesses: where they could be, it raises.
 
         params                            rules                              each is
         layers/mlp/up/kernel [12, 64, 256]   (norm scales [12, 64] near it)  12 × [64, 256]
         layers/attn/query/kernel [12, 64, 4, 16]                             48 × [64, 16]
         experts/kernel [8, 64, 256]       {"experts/*": "experts in out"}    8 × [64, 256]
         patch/kernel [3, 3, 4, 64]        {"patch/*": "h w in out -> (h w in) out"}   1 × [36, 64]
+        up/weight [256, 64]               {("*/weight", 2): "out in -> in out"}       1 × [64, 256]
         embed/embedding [512, 64]                                            None
 
     Args:
       params: The parameters; only shapes and paths are read.
       rules: Glob over parameter paths → what to do; the first that matches a parameter decides.
-        `{"*/experts/kernel": "experts in out", "*/patch/kernel": None}`; a value is a pattern
+        `{"*/experts/kernel": "experts in out", "*/patch/kernel": None}`. A glob with a number of
+        axes, `("*/weight", 2)`, matches only parameters that have as many. A value is a pattern
         (`MatrixPattern`, or its text), several for one parameter as a list, an
         `optax.contrib.MuonDimensionNumbers`, or None for the other optimizer. `*` also crosses `/`.
         What is masked or None may be named.
@@ -81,8 +116,8 @@ def muon_dimension_numbers(
 
     Raises:
       TypeError: A rule that is no pattern.
-      ValueError: A parameter that nothing covers, a rule that matches nothing or never decides, an
-        unknown role, or what `find_blocks` raises; with path, shape and fix.
+      ValueError: All parameters whose reading is unclear, a rule that matches nothing or never
+        decides, an unknown role, or what `find_blocks` raises; with path, shape and fix.
 
     Example:
       >>> specs = mc.muon_dimension_numbers({"mlp": {"kernel": jnp.ones((64, 256))}})
@@ -90,14 +125,15 @@ def muon_dimension_numbers(
       MatrixSpec(mlp/kernel (64, 256): 1 × [64, 256])
     """
     _check_tree(params)
-    rules = rules or {}
-    tree = reading.Surroundings(params)
+    told: dict[Which, How] = dict((rules or {}).items())
+    near = Neighbours(params)
     if layout is None and per_head is not EVERY_ROLE:
         raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
     described = {} if layout is None else _described(layout, params, per_head)
-    deciding = _deciding_rules(rules, tree.shapes, paths.absent(params))
-    ruled = {path: rules[pattern] for path, pattern in deciding.items()}
-    return paths.map_with_path(lambda path, _: _route(path, tree, ruled, described), params)
+    deciding = _deciding_rules(told, near.shapes, paths.absent(params))
+    ruled = {path: told[pattern] for path, pattern in deciding.items()}
+    routes = _routes(near, ruled, described)
+    return paths.map_with_path(lambda path, _: routes[path], params)
 
 
 def choose(
@@ -185,13 +221,9 @@ def resolve_matrices(
     if paths.holds_nothing(params):
         return {}
     if dimension_numbers is None:
-        tree = reading.Surroundings(params)
-        found = {
-            path: spec_of(path, shape, reading.MATRIX)
-            if len(shape) == 2
-            else _route(path, tree, {}, {})
-            for path, shape in tree.shapes.items()
-        }
+        near = Neighbours(params)
+        matrices_by_shape = {path: MATRIX for path, shape in near.shapes.items() if len(shape) == 2}
+        found = _routes(near, matrices_by_shape, {})
     else:
         found = resolve(dimension_numbers, params)
     resolved = {path: spec for path, spec in found.items() if spec is not None}
@@ -206,20 +238,23 @@ def resolve_matrices(
 
 
 def _deciding_rules(
-    rules: Rules, shapes: Mapping[Path, tuple[int, ...]], absent: Sequence[Path]
-) -> dict[Path, str]:
+    rules: Mapping[Which, How], shapes: Mapping[Path, tuple[int, ...]], absent: Sequence[Path]
+) -> dict[Path, Which]:
     """The rule that decides each parameter that any rule matches: the first. A rule may be there
     for what is absent only, masked or None.
 
     Raises:
       ValueError: A rule that matches nothing, or only what an earlier one takes.
     """
-    taken: dict[Path, str] = {}
+    taken: dict[Path, Which] = {}
     for pattern in rules:
-        named = [path for path in (*shapes, *absent) if fnmatchcase(paths.show(path), pattern)]
+        glob, axes = _glob_and_axes(pattern)
+        named = [path for path in (*shapes, *absent) if fnmatchcase(paths.show(path), glob)]
+        named = [p for p in named if axes is None or p not in shapes or len(shapes[p]) == axes]
         matching = [path for path in named if path in shapes]
         if not named:
-            nearest = get_close_matches(pattern, map(paths.show, shapes), n=8, cutoff=0)
+            known = {f"{paths.show(path)} {shape}": path for path, shape in shapes.items()}
+            nearest = get_close_matches(glob, known, n=8, cutoff=0)
             raise ValueError(
                 f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
                 f"Nearest are: {', '.join(nearest)}."
@@ -232,6 +267,18 @@ def _deciding_rules(
             )
         taken |= {path: pattern for path in matching if path not in taken}
     return taken
+
+
+def _glob_and_axes(which: Which) -> tuple[str, int | None]:
+    match which:
+        case str():
+            return which, None
+        case (str() as glob, int() as axes):
+            return glob, axes
+    raise TypeError(
+        f"The routing rule {which!r} must be for a glob over paths, '*/kernel', or for one with a "
+        "number of axes, ('*/kernel', 3)."
+    )
 
 
 def _described(
@@ -263,19 +310,29 @@ def _described(
     return found | {path: partial(spec_of_parts, few, per_head) for path, few in parts.items()}
 
 
-def _route(
-    path: Path,
-    tree: reading.Surroundings,
-    ruled: Mapping[Path, OnePattern | Sequence[OnePattern] | None],
+def _routes(
+    near: Neighbours,
+    ruled: Mapping[Path, How],
     described: Mapping[Path, Callable[[], MatrixSpec | None]],
-) -> MatrixSpec | None:
-    """Rules, then the layout, then names and shapes."""
-    shape = tree.shapes[path]
-    if path in ruled:
-        return spec_of(path, shape, ruled[path])
-    if path in described:
-        return described[path]()
-    return spec_of(path, shape, reading.read(path, tree))
+) -> dict[Path, MatrixSpec | None]:
+    """Rules, then the layout, then names and shapes.
+
+    Raises:
+      ValueError: Parameters that none of these decides, all of them.
+    """
+    found: dict[Path, MatrixSpec | None] = {}
+    unclear: dict[Path, Unclear] = {}
+    for path, shape in near.shapes.items():
+        if path in described and path not in ruled:
+            found[path] = described[path]()
+            continue
+        try:
+            how = ruled[path] if path in ruled else read(path, near)
+            found[path] = spec_of(path, shape, how)
+        except Unclear as why:
+            unclear[path] = why
+    check_all_clear(unclear, near)
+    return found
 
 
 def _check_tree(params: Any) -> None:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
@@ -97,8 +97,7 @@ def test_default_routing_of_an_nnx_model():
 @pytest.mark.parametrize(
     ("tree", "path", "expected"),
     [
-        # No bias and no norm anywhere: all of the module has the same first axis.
-        ({"mlp": {"kernel": (5, 16, 32)}}, ("mlp", "kernel"), (5, 16, 32)),
+        # No bias and no norm anywhere: a module called as a stack is, with all that layers need.
         (
             {"layers": {"up": {"kernel": (5, 16, 32)}, "down": {"kernel": (5, 32, 16)}}},
             ("layers", "up", "kernel"),
@@ -126,6 +125,15 @@ def test_stacks_are_told_from_biases_and_norms(tree, path, expected):
 
 
 AMBIGUOUS = {
+    "nothing around it": {"mlp": {"kernel": (5, 16, 32)}},
+    "a stack only by its name": {"layers": {n: {"kernel": (64, 4, 16)} for n in "qkv"}},
+    "a list by its name": {"layers": {n: {"kernel": (5, 8, 8)} for n in "01"}},
+    "a stack with something else in it": {"layers": {"up": {"kernel": (5, 8, 8)}, "b": (8,)}},
+    "convolutions that follow each other": {
+        "c1": {"kernel": (3, 3, 64)},
+        "c2": {"kernel": (3, 64, 128)},
+    },
+    "a bias of stacked layers or of heads": {"q": {"kernel": (8, 8, 4), "bias": (8, 4)}},
     "projection to heads": {"attn": {"q": {"kernel": (16, 4, 8)}, "o": {"kernel": (4, 8, 16)}}},
     "projection to heads, with bias": {
         "attn": {"q_proj": {"kernel": (16, 4, 8), "bias": (4, 8)}},
@@ -159,7 +167,7 @@ AMBIGUOUS = {
 
 @pytest.mark.parametrize("tree", AMBIGUOUS.values(), ids=AMBIGUOUS)
 def test_kernels_that_could_be_several_things_raise(tree):
-    with pytest.raises(ValueError, match=r"kernel of shape .* does not look like .*rules="):
+    with pytest.raises(ValueError, match=r"(?s)kernel of shape .* does not look like .*rules="):
         mc.describe(shapes(tree))
 
 
@@ -178,16 +186,59 @@ def test_parameters_that_are_none_are_left_alone():
     assert set(routing.resolve(mc.muon_dimension_numbers, params)) == {("mlp", "kernel")}
 
 
+def optimizers(tree, **options):
+    """By path, of a tree given as shapes by path."""
+    params = traverse_util.unflatten_dict(shapes(tree), sep="/")
+    return {row.path: row.optimizer for row in mc.describe(params, **options)}
+
+
 @pytest.mark.parametrize(
-    "name", ["lm_head", "head", "unembed", "logits_dense", "classifier", "decoder_output_layer"]
+    "path",
+    [
+        "lm_head/kernel", "head/kernel", "unembed/w", "logits_dense/kernel", "classifier/kernel",
+        "decoder_output_layer/kernel", "LMHead/kernel", "lmHead/w", "heads/0/kernel", "lm_head",
+        "lm_head/dense/kernel", "decoder/toLogits/kernel", "UnembedLayer_0/kernel", "policy_head/w",
+        "lm_head/weight", "heads/3/Dense_0/kernel",
+    ],
+)  # fmt: skip
+def test_unembeddings_go_to_the_other_optimizer(path):
+    assert optimizers({path: (16, 99)})[path] == "other"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "headings_proj/kernel", "multi_heads/kernel", "mlp/kernel", "attn/head_proj/kernel",
+        "multihead/kernel", "num_heads/kernel", "attention_head/kernel", "attention/heads/0/kernel",
+        "SelfAttention_0/head/kernel", "pre_logits/kernel", "router_logits/w",
+    ],
+)  # fmt: skip
+def test_ordinary_modules_are_not_taken_for_unembeddings(path):
+    assert optimizers({path: (16, 99)})[path] == "muon"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "embed/embedding", "tok_emb", "wte/weight", "token_embedder/w", "word_embeddings/kernel",
+        "E/w", "embedder/input_embedding", "y_embedder/embedding_table", "patch/pos_embedding",
+        "positionEmbeddings/weight", "embeddings/0/weight", "patch_embedding/embedding",
+    ],
+)  # fmt: skip
+def test_embeddings_go_to_the_other_optimizer(path):
+    assert optimizers({path: (99, 16)})[path] == "other"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["patch_embedding/kernel", "template_embedding/w", "time_embed/dense/kernel", "embed/proj/w"],
 )
-def test_unembeddings_go_to_the_other_optimizer(name):
-    assert mc.describe(shapes({name: {"kernel": (16, 99)}}))[0].optimizer == "other"
-
-
-def test_ordinary_modules_are_not_taken_for_unembeddings():
-    for name in ("headings_proj", "multi_heads", "mlp"):
-        assert mc.describe(shapes({name: {"kernel": (16, 99)}}))[0].optimizer == "muon"
+def test_projections_of_embeddings_are_matrices(path):
+    assert optimizers({path: (99, 16)})[path] == "muon"
+    # With as many inputs as an embedding has rows it is one too.
+    tree = {path: (99, 16), "tokens/embedding": (99, 16)}
+    in_holder = path.split("/")[-2].endswith(("embedding", "embed"))
+    assert optimizers(tree)[path] == ("other" if in_holder else "muon")
 
 
 def test_rules_come_first():

@@ -1,0 +1,147 @@
+"""What names say: which parameters are tables, vectors or unembeddings, by themselves or by the
+module that holds them.
+
+Names are compared as words, so `LMHead_0`, `lmHead` and `lm_head` are the same.
+"""
+
+import re
+from functools import cache
+from itertools import pairwise
+
+from muonclip_jax._core.paths import Path
+
+KERNELS = ("kernel", "w")
+"""Flax's and Haiku's names of `[in, out]`."""
+
+WEIGHTS = ("weight", "weights")
+"""Names of what may be `[out, in]` (PyTorch, Equinox) or `[in, out]`."""
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_EMBED = {"embed", "embeds", "embedding", "embeddings", "embedder", "emb", "embs", "wte", "wpe"}
+_TOKEN = {"token", "tokens", "tok", "word", "words", "vocab", "vocabulary", "wte"}
+_POSITION = {"position", "positions", "positional", "pos", "wpe", "type", "segment"}
+_OF_TABLES = {"shared", "tied", "learned", "output", "label", "class", "rel", "relative"}
+_TABLE = _EMBED | {"table", "matrix", *WEIGHTS}
+_VECTOR = {"bias", "scale", "gain", "gamma", "beta", "offset", "shift"}
+_LAYERS = {"layer", "layers", "block", "blocks", "stack", "stacked", "scan", "scanned"}
+_HEAD = {"head", "heads", "classifier"}
+_NO_HEAD = {"multi", "num", "n", "per", "talking", "self", "cross", "q", "k", "kv", "query", "key"}
+_NO_LOGITS = {"pre", "router", "gate"}
+_PERHAPS_HEAD = {("output", "layer"), ("output", "projection"), ("output", "proj")}
+_PROJECTIONS = {"q", "k", "v", "o", "qkv", "kv", "query", "key", "value"} | {
+    f"w{which}" for which in ("q", "k", "v", "o", "qkv", "kv")
+}
+
+
+@cache
+def words(name: str) -> tuple[str, ...]:
+    """The words of a name, without numbers: `("lm", "head")`."""
+    return tuple(word.lower() for word in _WORD.findall(name))
+
+
+def leaf(path: Path) -> str:
+    """The parameter's own name; of a bare array there is none."""
+    return path[-1] if path else ""
+
+
+def holder(path: Path) -> str:
+    """The module that holds a parameter, by name: of `heads/0/kernel` that is `heads`."""
+    return next((name for name in reversed(path[:-1]) if not name.isdigit()), "")
+
+
+def is_vector(path: Path) -> bool:
+    """Whether a bias or a gain, whose axes but the last are stacks or heads."""
+    return bool(_VECTOR & {*words(leaf(path))[-1:]})
+
+
+def is_norm(name: str) -> bool:
+    """Whether a module is called as norms are: `LayerNorm_0`, `q_norm`, `ln_f`."""
+    said = words(name)
+    return "ln" in said or any(word.endswith("norm") for word in said[-1:] + said[:1])
+
+
+def is_gain(path: Path) -> bool:
+    """Whether a norm's gain, which is as long as what the norm takes in."""
+    return leaf(path) in ("scale", "gamma") or (is_norm(holder(path)) and not is_vector(path))
+
+
+def is_like_embedding(name: str) -> bool:
+    """Whether a module is called as embeddings are, of tokens or of what is no table
+    (`patch_embedding`)."""
+    return bool(_EMBED & {*words(name)}) or name == "E"
+
+
+def is_table(path: Path) -> bool:
+    """Whether an embedding for certain: `embedding` in any module, `weight` in a module whose name
+    says nothing else, and `kernel` or `w` in one whose name says tokens (or is `E`)."""
+    said, module = words(leaf(path)), words(holder(path))
+    if _EMBED & {*said}:
+        return said[-1] in _TABLE
+    if leaf(path) in KERNELS:
+        tokens = bool(_TOKEN & {*module}) and module[-1] in _EMBED
+        return tokens or holder(path) == "E"
+    known = _EMBED | _TOKEN | _POSITION | _OF_TABLES
+    return leaf(path) in (*WEIGHTS, "table") and (
+        is_like_embedding(holder(path)) and {*module} <= {*known, "e"}
+    )
+
+
+def is_of_positions(path: Path) -> bool:
+    """Whether a table has a row for each position, and not for each token."""
+    return bool(_POSITION & {*words(leaf(path)), *words(holder(path))})
+
+
+def is_in_attention(path: Path) -> bool:
+    """Whether a module above is called as attention is, or the module that holds it as one of
+    attention's projections."""
+    return any(map(_is_attention, path)) or bool(_PROJECTIONS & {*words(holder(path))})
+
+
+def head(path: Path) -> Path | None:
+    """The outermost module, or parameter, that is called as an unembedding, with the number that
+    follows where it is a list; None: there is none, or it is within attention."""
+    for end, name in enumerate(path, 1):
+        if _is_attention(name):
+            return None
+        if _is_head(words(name)):
+            while end < len(path) and path[end].isdigit():
+                end += 1
+            return path[:end]
+    return None
+
+
+def is_perhaps_head(path: Path) -> bool:
+    """Whether the module that holds it may be an unembedding or a layer's last projection."""
+    return words(holder(path))[-2:] in _PERHAPS_HEAD and not is_in_attention(path)
+
+
+def is_layers(name: str) -> bool:
+    """Whether a module is called as a stack of layers is. One of many has a number: `block_3`."""
+    return bool(_LAYERS & {*words(name)[-1:]}) and not re.search(r"\d", name)
+
+
+def unnumbered(text: str) -> str:
+    """With `*` in place of numbers."""
+    return re.sub(r"\d+", "*", text)
+
+
+def place(path: Path) -> str:
+    """A glob, the same for the same parameter of all layers. (What holds a kernel keeps its own
+    number, as in `Dense_1`, which tells more than layers apart.)"""
+    above = path[:-2] if leaf(path) in KERNELS else path[:-1]
+    return "/".join((*map(unnumbered, above), *path[len(above) :]))
+
+
+def _is_attention(name: str) -> bool:
+    return any(
+        word.endswith(("attn", "attention")) or word in ("mha", "multihead") for word in words(name)
+    )
+
+
+def _is_head(said: tuple[str, ...]) -> bool:
+    return (
+        ("lm", "head") in pairwise(said)
+        or any(word == "lmhead" or word.startswith("unembed") for word in said)
+        or bool(_HEAD & {*said[-1:]} and not _NO_HEAD & {*said})
+        or ("logits" in said and not _NO_LOGITS & {*said})
+    )

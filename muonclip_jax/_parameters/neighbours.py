@@ -1,0 +1,198 @@
+"""What the other parameters of a tree tell about one: stacks of layers, vocabularies, heads."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from muonclip_jax._core import paths
+from muonclip_jax._core.axes import MatrixPattern
+from muonclip_jax._core.paths import Path
+from muonclip_jax._layouts.find import is_flax_attention
+from muonclip_jax._parameters import names
+
+# Flax kernels are [in, out].
+MATRIX = MatrixPattern("... in out")
+_INPUT_HEADS = MatrixPattern("... in heads features -> ... heads in features")
+
+Shape = tuple[int, ...]
+
+
+class Neighbours:
+    """A parameter tree as shapes by path, and what they tell of each other.
+
+    Attributes:
+      shapes: Of every parameter that is not masked.
+      masked: The paths of masked parameters, or of modules that were masked as one.
+      tables: The embeddings.
+      heads: The unembeddings that are known by their names. Of a module that is called so and holds
+        several matrices these are the ones whose outputs nothing in it takes in.
+      perhaps_heads: What is in such a module, and of which that cannot be told.
+    """
+
+    def __init__(self, params: Any):
+        self.shapes = paths.shapes(params)
+        self.masked = paths.masked(params)
+        every_path = [*self.shapes, *self.masked]
+        self.tables = {path for path in self.shapes if names.is_table(path)}
+        self.heads: set[Path] = set()
+        self.perhaps_heads: set[Path] = set()
+        self._find_heads()
+        self._takers: dict[int, set[Path]] = {}  # length → what takes in so much
+        self._gains: dict[Path, list[Path]] = {}  # module → norms' gains anywhere inside
+        self._layers: dict[Path, list[Path]] = {}  # a stack of layers by its name → what is in it
+        for path, shape in self.shapes.items():
+            for length in self._taken_in(path, shape):
+                self._takers.setdefault(length, set()).add(path)
+        for path in every_path:
+            for end in range(len(path) if self._may_be_gain(path) else 0):
+                self._gains.setdefault(path[:end], []).append(path)
+            for end, name in enumerate(path[:-1], 1):
+                if names.is_layers(name):
+                    self._layers.setdefault(path[:end], []).append(path)
+        vocabularies = {path for path in self.tables if not names.is_of_positions(path)}
+        self._rows = {path: self.shapes[path][:-1] for path in vocabularies}
+        self._repeats = Counter(names.place(path) for path in every_path)
+
+    def form(self, path: Path) -> tuple[int, int, MatrixPattern]:
+        """What one layer's kernel looks like: its number of axes, how many of the last ones its
+        bias has, and its matrices."""
+        module = path[:-1]
+        if module and is_flax_attention(module[:-1], self.shapes):
+            if module[-1] in ("query", "key", "value"):
+                return 3, 2, _INPUT_HEADS
+            if module[-1] == "out":
+                return 3, 1, MATRIX  # [heads, head_features, out]
+        return 2, 1, MATRIX
+
+    def bias(self, path: Path) -> Path | None:
+        """The bias beside a kernel."""
+        beside = ((*path[:-1], name) for name in ("bias", "b") if path)
+        return next((bias for bias in beside if bias in self.shapes and bias != path), None)
+
+    def say_stack(self, path: Path, stack: Shape) -> bool:
+        """Whether a kernel's first axes are a stack of layers.
+
+        The nearest norms have these axes in front of their own one. Where there are none, the bias
+        beside it has them, and does not fit `[in, heads, features]` as well. Where there is
+        neither, a module around it is called as a stack of layers, everything in it has the axis,
+        and every length that one of its kernels takes in one of them gives, as layers do that
+        follow each other. Convolutions and projections to heads do not.
+        """
+        around = (self._gains.get(path[:depth]) for depth in reversed(range(len(path) - 1)))
+        gains = next(filter(None, around), [])
+        if gains:
+            seen = all(gain in self.shapes for gain in gains)
+            return seen and stack == min((self.shapes[gain][:-1] for gain in gains), key=len)
+        bias = self.bias(path)
+        if bias is not None:
+            return self.shapes[bias] != self.shapes[path][1:]
+        return not self.hides((*path[:-1], "bias")) and self._is_in_layers(path, stack)
+
+    def shown(self, path: Path) -> str:
+        """What `say_stack` looked at, in words."""
+        around = (self._gains.get(path[:depth]) for depth in reversed(range(len(path) - 1)))
+        bias = self.bias(path)
+        looked_at = [bias] * (bias is not None) + next(filter(None, around), [])[:2]
+        seen = self.show(path for path in looked_at if path in self.shapes)
+        return f"beside {seen}" if seen else "no bias and no norm beside it"
+
+    def show(self, some: Iterable[Path]) -> str:
+        """Paths with their shapes."""
+        return ", ".join(f"{paths.show(path)} {self.shapes[path]}" for path in some)
+
+    def hides(self, path: Path) -> bool:
+        """Whether a parameter there would be masked."""
+        return any(path[: len(masked)] == masked for masked in self.masked)
+
+    def tables_of(self, length: int) -> list[Path]:
+        """The embeddings with so many rows: of tokens, not of positions."""
+        return [path for path, rows in self._rows.items() if length in rows]
+
+    def may_hide_table(self) -> bool:
+        """Whether a masked parameter may be the embedding of an unembedding that has no name."""
+        if self.heads:
+            return False
+        wholes = (path for path in self.masked if self._is_whole(path))
+        tables = (path for path in self.masked if names.is_table(path))
+        return any(not names.is_norm(path[-1]) for path in wholes if path) or not all(
+            map(names.is_of_positions, tables)
+        )
+
+    def takers(self, length: int, path: Path) -> list[Path]:
+        """Other parameters that take in so many features: it is a length of activations."""
+        return [taker for taker in self._takers.get(length, ()) if taker != path]
+
+    def is_repeated(self, path: Path) -> bool:
+        """Whether other layers have this parameter too."""
+        return self._repeats[names.place(path)] > 1
+
+    def has_head(self, length: int) -> bool:
+        """Whether an unembedding with so many outputs is known by its name, or a masked one."""
+        masked = any(names.head(path) for path in self.masked)
+        return masked or any(length in self._given(path) for path in self.heads)
+
+    def _find_heads(self) -> None:
+        inside: dict[Path, list[Path]] = {}
+        for path in self.shapes:
+            if (module := names.head(path)) is not None:
+                inside.setdefault(module, []).append(path)
+        for module, every in inside.items():
+            direct = {path for path in every if module in (path, path[:-1])}
+            matrices = [p for p in every if len(self.shapes[p]) == 2 and not names.is_vector(p)]
+            last = {path for path in matrices if not self._is_taken_within(path, every)}
+            rest = {path for path in matrices if not names.is_in_attention(path)} - direct
+            unseen = any(masked[: len(module)] == module for masked in self.masked)
+            circular = not last and len({self.shapes[path] for path in rest}) == 1
+            if rest and (unseen or (circular and not direct)):
+                self.perhaps_heads |= rest
+            else:
+                self.heads |= rest & last
+            self.heads |= direct
+
+    def _is_taken_within(self, path: Path, module: Iterable[Path]) -> bool:
+        given = self.shapes[path][-1]
+        others = (self.shapes[other] for other in module if other != path)
+        return any(given in shape[:-1] for shape in others)
+
+    def _taken_in(self, path: Path, shape: Shape) -> Shape:
+        if path in self.tables:
+            return shape[1:]
+        if path in self.heads or names.leaf(path) in names.KERNELS:
+            return shape[:-1] if names.leaf(path) in names.KERNELS else ()
+        if names.is_gain(path):
+            return shape[-1:]
+        return () if names.is_vector(path) or len(shape) < 2 else shape
+
+    def _given(self, path: Path) -> Shape:
+        shape = self.shapes[path]
+        return shape[-1:] if names.leaf(path) in names.KERNELS else shape
+
+    def _is_in_layers(self, path: Path, stack: Shape) -> bool:
+        around = (path[:end] for end in reversed(range(len(path))))
+        module = next((one for one in around if one in self._layers), None)
+        if module is None or len(stack) != 1 or any("conv" in name.lower() for name in path):
+            return False
+        inside = self._layers[module]
+        if any(p not in self.shapes or p[len(module)].isdigit() for p in inside):
+            return False
+        kernels = [p for p in inside if names.leaf(p) in names.KERNELS]
+        axes = {p: 3 if p in kernels else 2 for p in inside}
+        if any(len(self.shapes[p]) < axes[p] or self.shapes[p][:1] != stack for p in inside):
+            return False
+        taken, given = set(), set()
+        for kernel in kernels:
+            own_axes, bias_axes, _ = self.form(kernel)
+            taken |= {self.shapes[kernel][-own_axes]} if own_axes == 2 or bias_axes == 2 else set()
+            given |= {self.shapes[kernel][-1]} if bias_axes == 1 else set()
+        return taken <= given
+
+    def _may_be_gain(self, path: Path) -> bool:
+        if path in self.shapes:
+            return names.is_gain(path) and len(self.shapes[path]) > 0
+        return names.is_gain(path) or self._is_whole(path)
+
+    def _is_whole(self, masked: Path) -> bool:
+        """Whether it may be a module that was masked as one: its last name is none of a leaf."""
+        name = names.leaf(masked)
+        known = (*names.KERNELS, *names.WEIGHTS, "b", "embedding")
+        return name not in known and not names.is_vector(masked)
