@@ -78,31 +78,27 @@ class Neighbours:
         and every length that one of its kernels takes in one of them gives, as layers do that
         follow each other. Convolutions and projections to heads do not.
         """
-        around = (self._gains.get(path[:depth]) for depth in reversed(range(len(path) - 1)))
-        gains = next(filter(None, around), [])
+        gains = self._nearest_gains(path)
         if gains:
             seen = all(gain in self.shapes for gain in gains)
             return seen and stack == min((self.shapes[gain][:-1] for gain in gains), key=len)
         bias = self.bias(path)
         if bias is not None:
             return self.shapes[bias] != self.shapes[path][1:]
-        return not self.hides((*path[:-1], "bias")) and self._is_in_layers(path, stack)
+        beside = (*path[:-1], "bias")
+        is_masked = any(beside[: len(masked)] == masked for masked in self.masked)
+        return not is_masked and self._is_in_layers(path, stack)
 
     def shown(self, path: Path) -> str:
         """What `say_stack` looked at, in words."""
-        around = (self._gains.get(path[:depth]) for depth in reversed(range(len(path) - 1)))
         bias = self.bias(path)
-        looked_at = [bias] * (bias is not None) + next(filter(None, around), [])[:2]
+        looked_at = [bias] * (bias is not None) + self._nearest_gains(path)[:2]
         seen = self.show(path for path in looked_at if path in self.shapes)
         return f"beside {seen}" if seen else "no bias and no norm beside it"
 
     def show(self, some: Iterable[Path]) -> str:
         """Paths with their shapes."""
         return ", ".join(f"{paths.show(path)} {self.shapes[path]}" for path in some)
-
-    def hides(self, path: Path) -> bool:
-        """Whether a parameter there would be masked."""
-        return any(path[: len(masked)] == masked for masked in self.masked)
 
     def tables_of(self, length: int) -> list[Path]:
         """The embeddings with so many rows: of tokens, not of positions."""
@@ -119,8 +115,10 @@ class Neighbours:
         )
 
     def takers(self, length: int, path: Path) -> list[Path]:
-        """Other parameters that take in so many features: it is a length of activations."""
-        return [taker for taker in self._takers.get(length, ()) if taker != path]
+        """What takes in so many features: it is a length of activations. Of a kernel that gives as
+        many, it may be itself."""
+        found = self._takers.get(length, ())
+        return [taker for taker in found if taker != path or self.shapes[path][-1] == length]
 
     def is_repeated(self, path: Path) -> bool:
         """Whether other layers have this parameter too."""
@@ -130,6 +128,10 @@ class Neighbours:
         """Whether an unembedding with so many outputs is known by its name, or a masked one."""
         masked = any(names.head(path) for path in self.masked)
         return masked or any(length in self._given(path) for path in self.heads)
+
+    def _nearest_gains(self, path: Path) -> list[Path]:
+        around = (self._gains.get(path[:depth]) for depth in reversed(range(len(path) - 1)))
+        return next(filter(None, around), [])
 
     def _find_heads(self) -> None:
         inside: dict[Path, list[Path]] = {}
