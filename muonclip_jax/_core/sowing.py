@@ -47,19 +47,34 @@ def sow(module: "linen.Module | nnx.Module", name: str, value: jax.Array, **redu
     if isinstance(module, linen.Module):
         return module.sow(COLLECTION, name, value, **reduction)
     from flax import nnx
+    from flax.nnx import bridge
 
     if not isinstance(module, nnx.Module):
         raise TypeError(
             "module must be a flax.linen.Module or flax.nnx.Module, found "
             f"{type(module).__name__}: pass the attention block, `self` in its own method."
         )
+    captures = hasattr(module, "__captures__")
+    around = None if captures else bridge.wrappers.current_linen_module()
+    if isinstance(around, bridge.ToLinen):
+        # The module lives for this call; what it holds afterwards becomes Linen's variables.
+        init_fn, reduce_fn = reduction.get("init_fn", tuple), reduction.get("reduce_fn", _append)
+        held = getattr(module, name, None)  # of an earlier call, also as Linen's plain value
+        held = held.get_value() if isinstance(held, nnx.Variable) else held
+        before = init_fn() if held is None else held
+        setattr(module, name, nnx.data(nnx.Intermediate(reduce_fn(before, value))))
+        return around.is_mutable_collection(COLLECTION)
     # Flax releases with this option can be told that `sow` outside of `nnx.capture` does nothing;
     # in those before it, `nnx.capture` marks the modules that collect with an attribute.
     if "capture_noop" in inspect.signature(nnx.Module.sow).parameters:
         reduction["capture_noop"] = True
-    elif not hasattr(module, "__captures__"):
+    elif not captures:
         return False
     return module.sow(nnx.Intermediate, name, value, **reduction)
+
+
+def _append(calls: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    return (*calls, value)
 
 
 def sown(intermediates: Any) -> Iterator[tuple[paths.Path, Any]]:

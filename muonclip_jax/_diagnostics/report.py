@@ -29,6 +29,7 @@ from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
 from muonclip_jax._layouts.leaves import Leaves, read_leaves
 from muonclip_jax._layouts.roles import QUERY_ROLES, ROLES, Role
 from muonclip_jax._layouts.sown import fit, pair
+from muonclip_jax._transforms.clip import INEFFECTIVE
 from muonclip_jax._transforms.qk_clip import QKClipState, qk_clip_state
 
 _READ_ROLES = (*QUERY_ROLES, *roles.KEY_ROLES, *roles.SHARED_KEY_ROLES, *roles.LATENT_ROLES)
@@ -60,6 +61,10 @@ class HeadReport(NamedTuple):
       dead: bool `[stack..., heads]`: the head reads all its tokens alike. Its largest logit is
         within ±0.1, and so is whatever its kernels make of inputs of RMS 1,
         `‖W_q W_kᵀ‖₂ · in / sqrt(head_features) < 0.1`.
+      ineffective: bool `[stack..., heads]`: three clips in a row or more were without effect
+        (`QKClipState.ineffective_clips`). Is the clip the last link of the chain? Are the clipped
+        parameters those that make the logits, and not frozen behind the clip? False without
+        QK-Clip.
 
     Example:
       >>> heads = mc.attention_report(params, None, sown, layout).blocks["attn"]
@@ -76,6 +81,7 @@ class HeadReport(NamedTuple):
     above: jax.Array
     exploding: jax.Array
     dead: jax.Array
+    ineffective: jax.Array
 
 
 class _Quantity(NamedTuple):
@@ -99,6 +105,12 @@ _FLAGS = (
     _Quantity("above", "above", "above", np.sum),
     _Quantity("exploding", "exploding", "exploding", np.sum),
     _Quantity("dead", "dead", "dead", np.sum),
+    _Quantity("ineffective", "clips without effect", "ineffective", np.sum),
+)
+_CHECK_WIRING = (
+    "clips without effect: three in a row, and the next largest logit was not even half as far down"
+    " as it should be. Is the clip the last link of the chain? Do the clipped parameters make the "
+    "logits? Are they frozen, or restored, behind the clip?"
 )
 
 
@@ -123,7 +135,8 @@ class AttentionReport:
         """Each layer in a few numbers, over its heads: `{"max_logit/layers/attn/3": 41.2, ...}`.
 
         Largest max logit, smallest gamma, largest norms, mean rank and participation ratio, and
-        how many heads are above the threshold, exploding and dead. One transfer from the device.
+        how many heads are above the threshold, exploding, dead and clipped without effect. One
+        transfer from the device.
         """
         return {
             f"{quantity.name}/{layer}": float(quantity.reduce(values))
@@ -137,7 +150,10 @@ class AttentionReport:
         shown = [
             q for q in _QUANTITIES if any(getattr(heads, q.field) is not None for _, heads in rows)
         ]
-        table = Table(caption="lowest … highest of a layer's heads", caption_justify="left")
+        caption = "lowest … highest of a layer's heads"
+        if any(heads.ineffective.any() for _, heads in rows):
+            caption = f"{caption}\n{_CHECK_WIRING}"
+        table = Table(caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")
         for quantity in shown:
             table.add_column(quantity.header, justify="right")
@@ -206,6 +222,7 @@ def attention_report(
     blocks = find_blocks(layout, params)
     clip = _last_clip(opt_state)
     gamma, clipped = (clip.gamma, clip.max_logits) if clip else ({}, {})
+    counts = clip.ineffective_clips if clip else {}
 
     def by_block(values: Mapping[Path, jax.Array]) -> dict[str, list[jax.Array]]:
         modules = pair(layout, blocks, params, values).modules
@@ -223,6 +240,7 @@ def attention_report(
             None if keys is None else _keys(b, keys[b.name]),
             gamma.get(b.name),
             clipped.get(b.name),
+            counts.get(b.name, jnp.zeros(b.shape, jnp.int32)),
         )
         for b in blocks
     }
@@ -245,6 +263,7 @@ class _Seen(NamedTuple):
     keys: jax.Array | None
     gamma: jax.Array | None  # of the last clip
     clipped: jax.Array | None  # the maxima that this clip saw
+    ineffective: jax.Array  # how many clips in a row had no effect
 
 
 def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike) -> HeadReport:
@@ -268,6 +287,7 @@ def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike
         above=above,
         exploding=exploding,
         dead=(jnp.abs(maxima) < _SILENT) & (numbers.reach < _SILENT),
+        ineffective=seen.ineffective >= INEFFECTIVE,
     )
 
 

@@ -7,17 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from optax import MaskedNode
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts import checks
+from muonclip_jax._layouts import checks, extras
 from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
 from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role
 from muonclip_jax._layouts.surroundings import (
     Shapes,
     looks_like_attention,
-    other_parameters,
     qk_norms,
     unnamed_biases,
 )
@@ -34,11 +32,11 @@ class Layout:
       pieces: The parts of the block's parameters. All of them must be there.
       shared_keys: Whether several query heads may read one key head; head `h` then reads key head
         `h // (heads // kv_heads)`.
-      harmless_norms: Modules inside the block, with a `scale` as long as one head, that do not
-        normalise queries or keys after their projection (or such parameters of the block itself).
-        Any other such norm is taken for a QK-norm, behind which QK-Clip and QuacK would do
-        nothing, so they refuse it. (A QK-norm without a learned scale leaves no trace in the
-        parameters and cannot be seen.)
+      harmless: Modules inside the block, or parameters of it, that look as if they changed what
+        scaling the projections does to the logits, and do not: a norm as long as a head is taken
+        for a QK-norm, and queries, keys, positions and adapters without a role for further terms
+        of the logits. QK-Clip and QuacK refuse both unless they are named here. (What leaves no
+        trace in the parameters, such as a QK-norm without a learned scale, cannot be seen.)
       block: Glob over block paths (`layers/*/self_attn`) restricting where to look; None
         takes every module that has the query and key parameters.
       stack_axis: Where the axes of scanned or vmapped layers are in every parameter; MaxText and
@@ -63,7 +61,7 @@ class Layout:
     name: str
     pieces: tuple[Piece, ...]
     shared_keys: bool = False
-    harmless_norms: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
     block: str | None = None
     stack_axis: int = 0
 
@@ -74,7 +72,8 @@ class Layout:
         if not ignoring and not (set(roles) & set(QUERY_ROLES) and set(roles) & set(KEY_ROLES)):
             raise ValueError(
                 f"{self}: pieces have the roles {roles}; there must be one of {QUERY_ROLES} and "
-                f"one of {KEY_ROLES}."
+                f"one of {KEY_ROLES}. Attention whose keys (or queries) are frozen, or another "
+                "layer's, cannot be described yet; leave it out with layouts.ignore(block)."
             )
         if twice := [role for role in roles if roles.count(role) > 1]:
             raise ValueError(f"{self}: two pieces have the role {twice[0]!r}; each has one.")
@@ -119,18 +118,31 @@ class Layout:
                 f"{paths.show(bias)} {inside[bias]} looks like a bias of queries or keys, and no "
                 f'piece names it: Piece(..., bias="{"/".join(bias[len(block) :])}").'
             )
-        norms = tuple(
-            path
-            for path in qk_norms(block, parts, inside, self.stack_axis)
-            if not any(
-                f"{checks.norm_name(block, path)}/".startswith(f"{name}/")
-                for name in self.harmless_norms
+        for part, path in extras.adapters(block, parts, inside):
+            raise ValueError(
+                f"{paths.show(path)} {inside[path]} also takes part in {paths.show(part.kernel)}: "
+                "scaling the kernel alone would not scale what the projection gives. Merge "
+                "adapters (LoRA) into the kernel first, or leave the block out with the layout's "
+                "block= pattern."
             )
+        norms, others = (
+            tuple(
+                path
+                for path in find(block, parts, inside, self.stack_axis)
+                if not self._is_harmless(path[len(block) :])
+            )
+            for find in (qk_norms, extras.without_role)
         )
+        others = tuple(path for path in others if path not in norms)
         own = [path for part in parts for path, _ in part.leaves]
-        found = Block(block, self, parts, {path: inside[path] for path in (*own, *norms)}, norms)
+        shapes = {path: inside[path] for path in (*own, *norms, *others)}
+        found = Block(block, self, parts, shapes, norms, others)
         checks.check_block(found, around)
         return found
+
+    def _is_harmless(self, inside: Path) -> bool:
+        named = [tuple(name.split("/")) for name in self.harmless]
+        return any(inside[: len(name)] == name for name in named)
 
     def _part(self, block: Path, piece: Piece, shapes: Shapes) -> Part:
         kernel = next((p for leaf in piece.leaves if (p := (*block, *leaf)) in shapes), None)
@@ -144,15 +156,6 @@ class Layout:
                 "layout's block= pattern."
             )
         bias = self._bias(block, piece, kernel, shapes)
-        named = {(*block, *leaf) for other in self.pieces for leaf in other.leaves} | {bias}
-        others = [path for path in other_parameters(block, kernel, shapes) if path not in named]
-        if others:
-            raise ValueError(
-                f"{paths.show(others[0])} {shapes[others[0]]} also takes part in "
-                f"{piece.parameter}: scaling the kernel alone would not scale what the projection "
-                "gives. Merge adapters (LoRA) into the kernel first, or leave the block out with "
-                "the layout's block= pattern."
-            )
         with_shape = (bias, shapes[bias]) if bias else None
         return piece.fit(kernel, shapes[kernel], with_shape, stack_axis=self.stack_axis)
 
@@ -190,8 +193,9 @@ class Block:
       path: The module's path.
       layout: The layout that it was read with.
       parts: Its pieces, fitted to their parameters.
-      shapes: The shape of every parameter of a part, of the biases and of `qk_norms`.
+      shapes: The shape of every parameter of a part, of the biases, and of those that follow.
       qk_norms: Scales of norms that stand behind its projections.
+      without_role: Parameters that enter its logits and that no part describes.
 
     Example:
       >>> block = mc.layouts.find_blocks(layout, params)[0]
@@ -204,6 +208,7 @@ class Block:
     parts: tuple[Part, ...]
     shapes: Shapes
     qk_norms: tuple[Path, ...] = ()
+    without_role: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -312,12 +317,12 @@ def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
     try:
         return _find(layouts, shapes)
     except ValueError as error:
-        nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, MaskedNode))
-        if not any(isinstance(node, MaskedNode) for node in nodes):
+        if not (masked := paths.masked(params)):
             raise
         raise ValueError(
-            "Some parameters are masked: this transformation stands inside optax.partition or "
-            f"optax.masked; move it outside, to the end of the chain. As it stands: {error}"
+            f"Some parameters are masked ({checks.some(masked)}): this transformation stands "
+            "inside optax.partition or optax.masked; move it outside, to the end of the chain. As "
+            f"it stands: {error}"
         ) from None
 
 
@@ -378,14 +383,18 @@ def as_layouts(layout: Layouts) -> tuple[Layout, ...]:
 
 
 def left_out(layout: Layouts, params: Any) -> tuple[Path, ...]:
-    """The modules that are attention, or named by `ignore`, and that the layouts leave out."""
+    """The modules that are attention, or named by `ignore`, and that the layouts leave out; also
+    those of which `optax.masked` hides all queries and keys."""
     layouts = as_layouts(layout)
     shapes = paths.shapes(params)
+    masked = {path: () for path in paths.masked(params)}
     modules = {path[:end] for path in shapes for end in range(len(path))}
     ignored = [path for path in modules if _ignored(layouts, path)]
     everywhere = [replace(one, block=None) for one in layouts if one.pieces]
     attention = [path for one in everywhere for path in one.places(shapes)]
-    return (*ignored, *(p for p in attention if not any(one.takes(p) for one in layouts)))
+    hidden = [path for one in layouts if one.pieces for path in one.places(masked)]
+    elsewhere = [path for path in attention if not any(one.takes(path) for one in layouts)]
+    return (*ignored, *elsewhere, *(path for path in hidden if path not in attention))
 
 
 def outside_patterns(layout: Layouts, path: Path) -> bool:

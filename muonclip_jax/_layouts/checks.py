@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
+from muonclip_jax._layouts import extras
 from muonclip_jax._layouts.roles import EQUAL_LENGTHS
 from muonclip_jax._layouts.surroundings import Shapes, norm_lengths
 
@@ -88,6 +89,34 @@ def _check_overlap(block: "Block") -> None:
             )
 
 
+def refuse_what_escapes(blocks: "Sequence[Block]", params: Any) -> None:
+    """Raises ValueError where scaling the kernels of a block would not scale its logits: what
+    `refuse_qk_norm` raises, a parameter without a role, one that is masked."""
+    refuse_qk_norm(blocks)
+    for block in blocks:
+        if block.without_role:
+            found = ", ".join(
+                f"{paths.show(path)} {block.shapes[path]}" for path in block.without_role
+            )
+            raise ValueError(
+                f"{found}: enters the logits of {paths.show(block.path)} beside its projections, "
+                "and the layout gives it no role: scaling the kernels would not scale its part. "
+                "Merge it into a kernel (an adapter), describe it with a Piece, or leave the block "
+                "out with the layout's block= pattern. If it takes no part in the logits, or if it "
+                "is on the side of the keys and you clip with alpha=1, "
+                f"{_say_harmless(block.path, *block.without_role)}."
+            )
+        for path in paths.masked(params):
+            inside = path[len(block.path) :]
+            if path[: len(block.path)] == block.path and not extras.on_values_side(inside):
+                raise ValueError(
+                    f"{paths.show(path)} is masked (optax.masked or optax.partition), and "
+                    f"{paths.show(block.path)}, in which it is, is not: what scaling its kernels "
+                    "does cannot be told. Move this transformation outside, to the end of the "
+                    "chain; a mask around it must hide a block whole, or nothing of it."
+                )
+
+
 def refuse_qk_norm(blocks: "Sequence[Block]") -> None:
     """Raises ValueError when a norm behind a projection undoes what scaling its kernel does."""
     for block in blocks:
@@ -97,16 +126,15 @@ def refuse_qk_norm(blocks: "Sequence[Block]") -> None:
                 f"projection: scaling the kernels of {paths.show(block.path)} would change "
                 "nothing. QK-norm already bounds the logits: drop it, use mc.muon, which splits "
                 "heads behind a norm too, or leave the block out with the layout's block= pattern. "
-                "If this norm does something else, say so with "
-                "dataclasses.replace(layout, "
-                f"harmless_norms=({norm_name(block.path, path)!r},))."
+                f"If this parameter does something else, {_say_harmless(block.path, path)}."
             )
 
 
-def norm_name(block: Path, scale: Path) -> str:
-    """A norm's module inside the block, or its scale where this is a parameter of the block."""
-    inside = scale[len(block) :]
-    return "/".join(inside[:-1] or inside)
+def _say_harmless(block: Path, *found: Path) -> str:
+    """Modules inside the block, or parameters of the block itself."""
+    inside = (path[len(block) :] for path in found)
+    names = tuple(dict.fromkeys("/".join(path[:-1] or path) for path in inside))
+    return f"say so with dataclasses.replace(layout, harmless={names!r})"
 
 
 def matrices_of(shapes: Shapes) -> str:

@@ -20,6 +20,7 @@ def mha(
     key: str = "key",
     value: str | None = "value",
     out: str | None = "out",
+    transposed: bool | None = None,
     block: str | None = None,
 ) -> Layout:
     """Multi-head attention: every query head has a key head of its own.
@@ -34,6 +35,8 @@ def mha(
       key: The key projection.
       value: The value projection, or None to leave it to Muon's general routing.
       out: The projection back from the heads, or None likewise.
+      transposed: Whether flat kernels are stored `[out, in]`, as `weight` in Equinox and PyTorch.
+        None: they are `[in, out]`, and one called `weight` raises.
       block: Glob over block paths, to take only some of the model's attention blocks.
 
     Raises:
@@ -46,7 +49,8 @@ def mha(
       2
     """  # noqa: E501
     _check_counts("mha", heads, heads)
-    return Layout("mha", _separate(query, key, value, out, heads, heads), block=block)
+    pieces = _separate("mha", query, key, value, out, heads, heads, transposed)
+    return Layout("mha", pieces, block=block)
 
 
 def gqa(
@@ -57,6 +61,7 @@ def gqa(
     key: str = "key",
     value: str | None = "value",
     out: str | None = "out",
+    transposed: bool | None = None,
     block: str | None = None,
 ) -> Layout:
     """Grouped-query attention; with `kv_heads=1`, multi-query attention.
@@ -71,6 +76,8 @@ def gqa(
       key: The key projection.
       value: The value projection, or None to leave it to Muon's general routing.
       out: The projection back from the heads, or None likewise.
+      transposed: Whether flat kernels are stored `[out, in]`, as `weight` in Equinox and PyTorch.
+        None: they are `[in, out]`, and one called `weight` raises.
       block: Glob over block paths, to take only some of the model's attention blocks.
 
     Raises:
@@ -89,7 +96,7 @@ def gqa(
             f"layouts.gqa: flat kernels (heads={heads}) do not tell how many key heads there are; "
             "give kv_heads=."
         )
-    pieces = _separate(query, key, value, out, heads, kv_heads)
+    pieces = _separate("gqa", query, key, value, out, heads, kv_heads, transposed)
     return Layout("gqa", pieces, shared_keys=True, block=block)
 
 
@@ -104,6 +111,7 @@ def mla(
     out: str | None = "wo",
     query_norm: str | None = None,
     key_value_norm: str | None = None,
+    transposed: bool | None = None,
     block: str | None = None,
 ) -> Layout:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
@@ -125,6 +133,8 @@ def mla(
         to leave it to Muon's general routing.
       query_norm: The norm on the query latent, for QuacK's `rule="latent_norm"`.
       key_value_norm: The norm on the key/value latent, likewise.
+      transposed: Whether flat kernels are stored `[out, in]`, as `weight` in Equinox and PyTorch.
+        None: they are `[in, out]`, and one called `weight` raises.
       block: Glob over block paths, to take only some of the model's attention blocks.
 
     Raises:
@@ -135,29 +145,39 @@ def mla(
       >>> [piece.role for piece in layout.pieces]
       ['q_nope', 'q_rope', 'k_nope', 'v', 'kv_down', 'k_rope', 'q_down', 'o']
     """
+    if isinstance(rope, int) and rope == 0:
+        raise ValueError(
+            "layouts.mla: rope=0, attention without rotary features (NoPE), is not built yet: mla "
+            "always has the pieces q_rope and k_rope. Write the others down: Layout(name, "
+            "pieces=(Piece('q_nope', ...), Piece('k_nope', ...), Piece('v', ...), "
+            "Piece('kv_down', ...)))."
+        )
     for name, size in (("nope", nope), ("rope", rope), ("v", v)):
         check_count(f"layouts.mla: {name}", size)
     _check_counts("mla", heads, None)
     query_down, query_up = (None, query) if isinstance(query, str) else query
     key_value_down, key_value_up = key_value
+    _check_weights("mla", transposed, query_down, query_up, *key_value, out)
+    down = "features in" if transposed else "in features"
     told = {"heads": heads} if heads else {}
 
     def up(role: Role, projection: str, start: int, stop: int | None, features: int) -> Piece:
-        sizes = {"features": features, **told}
-        return Piece(role, projection, None, sizes=sizes, select={"features": (start, stop)})
+        sizes, axes = {"features": features, **told}, "(heads features) in" if transposed else None
+        return Piece(role, projection, axes, sizes=sizes, select={"features": (start, stop)})
 
     pieces = [
         up("q_nope", query_up, 0, nope, nope + rope),
         up("q_rope", query_up, nope, None, nope + rope),
         up("k_nope", key_value_up, 0, nope, nope + v),
         up("v", key_value_up, nope, None, nope + v),
-        Piece("kv_down", key_value_down, "in features", select={"features": (0, -rope)}),
-        Piece("k_rope", key_value_down, "in features", select={"features": (-rope, None)}),
+        Piece("kv_down", key_value_down, down, select={"features": (0, -rope)}),
+        Piece("k_rope", key_value_down, down, select={"features": (-rope, None)}),
     ]
     if query_down is not None:
-        pieces.append(Piece("q_down", query_down, "in features"))
+        pieces.append(Piece("q_down", query_down, down))
     if out is not None:
-        pieces.append(Piece("o", out, None, sizes={"features": v, **told}))
+        back = "out (heads features)" if transposed else None
+        pieces.append(Piece("o", out, back, sizes={"features": v, **told}))
     if query_norm is not None:
         pieces.append(Piece("q_gain", f"{query_norm}/scale", "features"))
     if key_value_norm is not None:
@@ -170,7 +190,7 @@ def fused_qkv(
     kv_heads: int | None = None,
     *,
     kernel: str = "qkv",
-    axes: str = "in (part heads features)",
+    axes: str | None = None,
     out: str | None = "out",
     block: str | None = None,
 ) -> Layout:
@@ -193,7 +213,8 @@ def fused_qkv(
       heads: Number of query heads.
       kv_heads: Number of key heads, if fewer; then `part` and `heads` must share an axis.
       kernel: The fused projection inside the block.
-      axes: How its axes lie; leading axes in front of these are stack axes.
+      axes: How its axes lie; leading axes in front of these are stack axes. None is the first of
+        the table, and raises for a kernel called `weight`, which may be `[out, in]`.
       out: The projection back from the heads, or None to leave it to Muon's general routing. Its
         axes are those of `kernel`, turned around: `[heads*features, out]`, where `kernel` is
         transposed `[out, heads*features]`, or `[heads, features, out]`.
@@ -209,6 +230,13 @@ def fused_qkv(
       ['q 8 × [64, 8]', 'k 8 × [64, 8]', 'v 8 × [64, 8]']
     """
     _check_counts("fused_qkv", heads, kv_heads)
+    if axes is None:
+        axes = "in (part heads features)"
+        if kernel.split("/")[-1] == "weight":
+            raise ValueError(
+                f"layouts.fused_qkv: {kernel} may be [in, out], or [out, in] as in Equinox and "
+                f"PyTorch; say axes={axes!r} or axes='(part heads features) in'."
+            )
     if not re.search(r"\b(part heads|heads part)\b", axes):
         raise ValueError(
             f"layouts.fused_qkv: axes={axes!r} must have 'part' (query, key or value) next to "
@@ -265,26 +293,45 @@ def ignore(block: str) -> Layout:
 
 
 def _separate(
+    kind: str,
     query: str,
     key: str,
     value: str | None,
     out: str | None,
     heads: int | None,
     kv_heads: int | None,
+    transposed: bool | None,
 ) -> tuple[Piece, ...]:
     """One projection each; flat when the query heads are told."""
-    axes = "(heads features)" if heads else "heads features"
+    if heads:
+        _check_weights(kind, transposed, query, key, value, out)
+    elif transposed:
+        raise ValueError(
+            f"layouts.{kind}: transposed=True is for flat kernels [heads*features, in]; give "
+            "heads=, or write the axes down: Piece(role, parameter, axes)."
+        )
+    features = "(heads features)" if heads else "heads features"
+    axes, back = f"in {features}", f"{features} out"
+    if transposed:
+        axes, back = f"{features} in", f"out {features}"
     own = {"heads": heads} if heads else {}
     shared = {"heads": kv_heads} if kv_heads else {}
-    pieces = [
-        Piece("q", query, f"in {axes}", sizes=own),
-        Piece("k", key, f"in {axes}", sizes=shared),
-    ]
+    pieces = [Piece("q", query, axes, sizes=own), Piece("k", key, axes, sizes=shared)]
     if value is not None:
-        pieces.append(Piece("v", value, f"in {axes}", sizes=shared))
+        pieces.append(Piece("v", value, axes, sizes=shared))
     if out is not None:
-        pieces.append(Piece("o", out, f"{axes} out", sizes=own))
+        pieces.append(Piece("o", out, back, sizes=own))
     return tuple(pieces)
+
+
+def _check_weights(kind: str, transposed: bool | None, *parameters: str | None) -> None:
+    """Shapes do not tell `[in, out]` from `[out, in]`: both are as long, or nothing says which."""
+    for parameter in parameters:
+        if transposed is None and parameter is not None and parameter.split("/")[-1] == "weight":
+            raise ValueError(
+                f"layouts.{kind}: {parameter} may be [in, out], or [out, in] as in Equinox and "
+                "PyTorch, and its shape need not tell; say transposed=False or transposed=True."
+            )
 
 
 def _check_counts(kind: str, heads: int | None, kv_heads: int | None) -> None:

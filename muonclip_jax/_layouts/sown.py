@@ -92,7 +92,7 @@ def fit(block: str, shape: tuple[int, ...], sown: jax.Array, signal: str) -> jax
             f"expected {shape}. "
             "Sow one maximum per query head, and check the layout's heads= (flat kernels need it)."
         )
-    if depth and extra and after_stack and before_stack:
+    if depth and extra and after_stack and before_stack and max(sown.shape[:-1]) > 1:
         raise ValueError(
             f"{block} sowed {signal} of shape {sown.shape}: which axis is the stack "
             f"{shape[:-1]} is ambiguous. Reduce the others first, here or where they are sown: "

@@ -1,5 +1,6 @@
-"""What stands around the projections: norms behind them, adapters, attention nobody described."""
+"""What stands around the projections: norms behind them, biases, attention nobody described."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,8 +11,12 @@ from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES
 Shapes = Mapping[Path, tuple[int, ...]]
 
 _QK_NORM = re.compile(
-    r"^_?((q|k|query|key)\w*(_ln|norm|_gamma)(_?(scale|weight|w))?|(ln|norm)_(q|k|query|key))$"
+    r"^_?((q|k|query|key)\w*(_ln|norm|_gamma)(_?(scale|weight|w))?|(ln|norm)_(q|k|query|key)"
+    r"|qk_?norm\w*)$"
 )
+_LOGIT_SCALE = re.compile(r"^(\w+_)?logits?_scale$")  # of cosine attention
+_KEY_GAIN = re.compile(r"^(k|key)_(scale|gain)$")  # queries alone may have a temperature
+_IN_FRONT = re.compile(r"^(pre|in|input|before)_|_(in|input)$")
 _QK_BIAS = re.compile(r"^(q|k|qkv|kv|query|key)\w*bias$|^b(q|k|qkv)$|^bias_(q|k|qkv|query|key)$")
 
 # Modules or parameters that, together in one module, give attention away.
@@ -46,27 +51,35 @@ def qk_norms(
     depth = len(projections[0].stack)
     per_head = {(part.heads, part.view.sizes["features"]) for part in projections}
     inputs = {part.ins for part in projections}
-    outputs = {part.features for part in projections}
-    outputs |= {part.heads * part.features for part in projections}
-    outputs |= {part.view.sizes["features"] for part in projections}
+    one_head = {part.features for part in projections} | {size for _, size in per_head}
+    outputs = one_head | {part.heads * part.features for part in projections}
+    single = {part.features for part in projections if part.heads == 1}
+    heads = {1, *(part.heads for part in projections)}
     latent = any(part.role == "k_nope" for part in projections)
     own_modules = {block, *(part.kernel[:-1] for part in projections)}
     own = {path for part in parts for path in (part.kernel, part.bias)}
     for path, shape in shapes.items():
         module = path[:-1]
-        if path[: len(block)] != block or path in own:
+        if path[: len(block)] != block or path in own or len(shape) < depth:
             continue
+        place = min(stack_axis, len(shape) - depth)
+        lengths = shape[:place] + shape[place + depth :]
         if module in own_modules:
-            if _QK_NORM.search(path[-1]):
+            gain = _KEY_GAIN.search(path[-1]) and lengths in per_head | {(n,) for n in one_head}
+            scale = _LOGIT_SCALE.search(path[-1]) and math.prod(lengths) in heads
+            if _QK_NORM.search(path[-1]) or gain or scale:
                 yield path
         elif any(name.startswith("WeightNorm") for name in module[len(block) :]):
             yield path
-        elif path[-1] not in ("kernel", "bias") and len(shape) >= depth:
-            place = min(stack_axis, len(shape) - depth)
-            lengths = shape[:place] + shape[place + depth :]
+        elif path[-1] != "bias" and (
+            path[-1] != "kernel" or len(lengths) == 1 or _QK_NORM.search(module[-1])
+        ):
             # MLA's latent norms are in front, and some are called q_norm.
             in_front = latent and len(lengths) == 1 and lengths[0] in inputs
             behind = lengths in per_head or (len(lengths) == 1 and lengths[0] in outputs - inputs)
+            if len(lengths) == 1 and lengths[0] in one_head - single:
+                # As long as a head and as the input: only its name can tell.
+                behind |= not latent and not _IN_FRONT.search(module[-1])
             if behind or (_QK_NORM.search(module[-1]) and not in_front):
                 yield path
 
@@ -94,18 +107,6 @@ def norm_lengths(block: Path, shapes: Shapes, stack_axis: int = 0) -> set[int]:
         if found:
             return {shape[0] if stack_axis else shape[-1] for shape in found}
     return set()
-
-
-def other_parameters(block: Path, kernel: Path, shapes: Shapes) -> list[Path]:
-    """Parameters in the kernel's own module other than its bias: adapters, usually."""
-    module = kernel[:-1]
-    if module == block:
-        return []
-    return [
-        path
-        for path in shapes
-        if path[: len(module)] == module and path != kernel and path[-1] != "bias"
-    ]
 
 
 def looks_like_attention(shapes: Shapes) -> Iterator[tuple[Path, tuple[str, ...]]]:

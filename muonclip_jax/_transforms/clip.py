@@ -30,11 +30,14 @@ from muonclip_jax._layouts.blocks import (
     find_blocks,
     multipliers,
 )
-from muonclip_jax._layouts.checks import refuse_qk_norm
+from muonclip_jax._layouts.checks import refuse_what_escapes
 from muonclip_jax._layouts.leaves import Leaves, change_leaves, leaves_of
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import ROLES, Role
 from muonclip_jax._layouts.sown import fit, names, observe, pair
+
+# After so many clips in a row without effect something is wrong with the wiring.
+INEFFECTIVE = 3
 
 Scope = Literal["head", "layer"]
 Factors = Callable[..., Mapping[Role, jax.Array]]
@@ -52,6 +55,9 @@ class ClipState(NamedTuple):
       lost_heads: int32, running count of clipped heads of which some kernel, rounded to the
         parameters' own half-precision dtype, moved less than half as far as it should. Keep
         float32 master weights if it grows.
+      ineffective_clips: For each block, int32 `[stack..., heads]`: how many clips in a row, up to
+        the last but one, were without effect; see `ineffective`. From `INEFFECTIVE` on something
+        is wrong with the wiring.
 
     Example:
         >>> clip = dict(signal="max_output", factors=lambda block, gamma: {"o": gamma})
@@ -65,6 +71,7 @@ class ClipState(NamedTuple):
     heads_clipped: jax.Array
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
+    ineffective_clips: dict[str, jax.Array]
 
 
 def clip_by_signal(
@@ -166,9 +173,13 @@ class Clip:
                 return without_parameters(kind)
             blocks, _ = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
-            full = lambda value: {b.name: jnp.full(b.shape, value, jnp.float32) for b in blocks}  # noqa: E731
+
+            def full(value, dtype=jnp.float32):
+                return {block.name: jnp.full(block.shape, value, dtype) for block in blocks}
+
             # One buffer for each count: states are donated.
-            return kind(full(-jnp.inf), full(1), *(jnp.zeros([], jnp.int32) for _ in range(3)))
+            counts = (jnp.zeros([], jnp.int32) for _ in range(3))
+            return kind(full(-jnp.inf), full(1), *counts, full(0, jnp.int32))
 
         def update(updates, state, params=None, **extra_args):
             if params is None:
@@ -177,10 +188,14 @@ class Clip:
                 )
             blocks, roles = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
-            dtype = _dtype(params)
+            dtype, own = _dtype(params), leaves_of(blocks, roles, params)
+            # The update adds up to `m * p` from numbers as large as p: m must show in their digits.
+            floor = max(
+                _floor(own), 8 * _spacing(own), 8 * _spacing(leaves_of(blocks, roles, updates))
+            )
 
             def clip(updates, state, params, sown, threshold, arguments):
-                decided = self._decide(blocks, sown, dtype, threshold, arguments)
+                decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
                 clipped = {
                     path: _arrive_at_multiple(update, params[path], decided.multipliers[path])
                     for path, update in updates.items()
@@ -194,15 +209,19 @@ class Clip:
                 if self.heads_axis_name is not None:
                     counts = jax.lax.psum(counts, self.heads_axis_name)
                 heads_clipped, nonfinite_heads, lost_heads = counts
-                _, _, _, nonfinite_before, lost_before = state
+                maxima, gamma = jax.tree.map(
+                    lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma)
+                )
+                maxima_before, gamma_before, _, nonfinite_before, lost_before, before = state
                 return {**updates, **clipped}, kind(
-                    *jax.tree.map(lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma)),
+                    maxima,
+                    gamma,
                     heads_clipped,
                     nonfinite_before + nonfinite_heads,
                     lost_before + lost_heads,
+                    jax.tree.map(ineffective, before, maxima_before, gamma_before, maxima),
                 )
 
-            own = leaves_of(blocks, roles, params)
             sown = self._pair(blocks, params, extra_args.get(self.signal))
             return change_leaves(
                 clip, blocks, roles, updates, state, own, sown, threshold, arguments
@@ -213,10 +232,10 @@ class Clip:
     def apply(self, params: Any, sown: Any, threshold: ArrayLike, *arguments: ArrayLike) -> Any:
         """From parameters to parameters."""
         blocks, roles = self._find(params, arguments)
-        dtype = _dtype(params)
+        dtype, floor = _dtype(params), _floor(leaves_of(blocks, roles, params))
 
         def clip(params, sown, threshold, arguments):
-            decided = self._decide(blocks, sown, dtype, threshold, arguments)
+            decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
             clipped = {
                 path: _multiple(params[path], by) for path, by in decided.multipliers.items()
             }
@@ -240,7 +259,16 @@ class Clip:
             _check_factors(self.owner, block, abstract)
             roles |= abstract.keys()
             if any(ROLES[role].side != "value" for role in abstract):
-                refuse_qk_norm((block,))
+                refuse_what_escapes((block,), params)
+        for path, leaf in leaves_of(blocks, roles, params).items():
+            dtype = paths.dtype_of(leaf)
+            if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+                raise TypeError(
+                    f"{paths.show(path)} {jnp.shape(leaf)} is {dtype}, which cannot be "
+                    f"scaled by factors near 1. Give {self.owner} the weights that it is quantized "
+                    "from, float32 or at least 16 bits, or leave the block out with the layout's "
+                    "block= pattern."
+                )
         return blocks, roles
 
     def _pair(self, blocks: Sequence[Block], params: Any, given: Any) -> dict[str, list[jax.Array]]:
@@ -281,6 +309,7 @@ class Clip:
         dtype: DTypeLike,
         threshold: ArrayLike,
         arguments: Sequence[ArrayLike],
+        floor: float,
     ) -> "_Decided":
         for option, axes in self._axes():
             _check_bound(option, getattr(self, option), axes)
@@ -292,7 +321,8 @@ class Clip:
         }
         maxima = largest_of_devices(maxima, self.axis_name)
         gamma = {
-            name: clip_factor(s.astype(dtype), threshold, self.scope) for name, s in maxima.items()
+            name: clip_factor(s.astype(dtype), threshold, self.scope, floor)
+            for name, s in maxima.items()
         }
         if self.scope == "layer" and self.heads_axis_name is not None:
             gamma = jax.lax.pmin(gamma, self.heads_axis_name)
@@ -310,13 +340,16 @@ class Clip:
             yield option, axes
 
 
-def clip_factor(maxima: jax.Array, threshold: ArrayLike, scope: Scope = "head") -> jax.Array:
+def clip_factor(
+    maxima: jax.Array, threshold: ArrayLike, scope: Scope = "head", floor: float = 0.0
+) -> jax.Array:
     """γ = threshold / S for every head whose maximum S is finite and above it, else exactly 1.
 
     Args:
       maxima: `[..., heads]`. S <= 0, -inf (the head saw no key), NaN and +Inf give 1.
       threshold: τ > 0.
       scope: `"layer"` gives every head the smallest factor among the heads.
+      floor: The smallest γ.
 
     Returns:
       γ in (0, 1], same shape, float32 or wider.
@@ -324,10 +357,30 @@ def clip_factor(maxima: jax.Array, threshold: ArrayLike, scope: Scope = "head") 
     maxima = maxima.astype(accumulation_dtype(maxima.dtype))
     threshold = jnp.asarray(threshold, maxima.dtype)
     exceeds = jnp.isfinite(maxima) & (maxima > threshold)
-    gamma = jnp.where(exceeds, threshold / jnp.where(exceeds, maxima, 1), 1)
+    gamma = jnp.where(exceeds, jnp.maximum(threshold / jnp.where(exceeds, maxima, 1), floor), 1)
     if scope == "layer":
         gamma = jnp.broadcast_to(gamma.min(axis=-1, keepdims=True), gamma.shape)
     return gamma
+
+
+def ineffective(
+    count: jax.Array, before: jax.Array, gamma: jax.Array, maxima: jax.Array
+) -> jax.Array:
+    """How many clips in a row were without effect, once the maxima behind the last are seen.
+
+    A clip by γ < 0.9 should bring S down to γ S. Where a step later it is above √γ S, less than
+    half of that was done (of the logarithm): a later link undid it, or the logits are not made with
+    these weights. One step's growth can hide a clip as well, but hardly three in a row: the logits
+    would have to grow by more than 1/√γ in each.
+
+    Args:
+      count: The number so far, `[..., heads]`, int32.
+      before: The maxima that the last clip saw, same shape.
+      gamma: Its factors.
+      maxima: Those of the step after it. NaN, Inf and -Inf tell nothing.
+    """
+    failed = (gamma < 0.9) & (maxima > jnp.sqrt(gamma) * before)
+    return jnp.where(jnp.isfinite(maxima), jnp.where(failed, count + 1, 0), count)
 
 
 class _Decided(NamedTuple):
@@ -367,6 +420,17 @@ def _check_bound(option: str, value: AxisName, axes: Sequence[str]) -> None:
                 f"{option}={value!r}: no jax.shard_map or jax.pmap around this call has an axis "
                 f"{axis!r}. Under jax.jit leave {option} out: sharded arrays are whole there."
             ) from None
+
+
+def _spacing(leaves: Leaves) -> float:
+    """The coarsest distance from 1 to the next number, of the dtypes of these arrays."""
+    return max((float(jnp.finfo(x.dtype).eps) for x in leaves.values()), default=0.0)
+
+
+def _floor(leaves: Leaves) -> float:
+    """The smallest γ with which weights stay normal numbers: half of the narrowest dtype's range of
+    exponents, so that neither `γ w` nor, in a group of queries, `w / γ` leaves it."""
+    return max((float(jnp.finfo(x.dtype).tiny) ** 0.5 for x in leaves.values()), default=0.0)
 
 
 def _dtype(params: Any) -> DTypeLike:

@@ -33,6 +33,11 @@ class QKClipState(NamedTuple):
       lost_heads: int32, running count of clipped heads of which some kernel, rounded to the
         parameters' own half-precision dtype, moved less than half as far as it should. Keep
         float32 master weights if it grows.
+      ineffective_clips: For each block, int32 `[stack..., heads]`: how many clips by γ < 0.9 in a
+        row were without effect, up to the last but one. A clip is when the next maximum is above
+        √γ times the one that it saw: `log(S'/S) > ½ log γ`. At 3 something is wrong with the
+        wiring, and `attention_report` flags the head: is the clip the last link of the chain, are
+        the clipped parameters those that make the logits, are they frozen behind it?
 
     Example:
         >>> state = mc.qk_clip(layout).init(params)
@@ -45,6 +50,7 @@ class QKClipState(NamedTuple):
     heads_clipped: jax.Array
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
+    ineffective_clips: dict[str, jax.Array]
 
 
 def qk_clip(

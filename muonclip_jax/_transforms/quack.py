@@ -30,7 +30,7 @@ from muonclip_jax._layouts.blocks import (
     find_blocks,
     multipliers,
 )
-from muonclip_jax._layouts.checks import refuse_qk_norm
+from muonclip_jax._layouts.checks import refuse_what_escapes
 from muonclip_jax._layouts.leaves import change_leaves, leaves_of, read_leaves
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import (
@@ -175,9 +175,10 @@ def scale_by_quack(
       TypeError: A function for a number, or what is no layout; at init, queries or keys that are
         not floating point, or shapes alone (`jax.eval_shape(tx.init, params)` takes those).
       ValueError: When built, τ <= 0, floor < 0, an unknown rule; when applied, what
-        `find_blocks` and `refuse_qk_norm` raise, a block without a role that the rule needs, no
-        `params`; at init, a matrix that is zero (and no floor) or not finite. Under `jax.jit`
-        values cannot be looked at: its initial norm is NaN, and so are its partners' updates.
+        `find_blocks` raises, a QK-norm, a parameter without a role that enters the logits, a block
+        without a role that the rule needs, no `params`; at init, a matrix that is zero (and no
+        floor) or not finite. Under `jax.jit` values cannot be looked at: its initial norm is NaN,
+        and so are its partners' updates.
 
     Example:
         >>> tx = optax.chain(optax.scale_by_adam(), mc.scale_by_quack(layout, 0.5))
@@ -279,7 +280,7 @@ def _read_blocks(layout: Layouts, params: Any, rule: QuackRule) -> tuple[Block, 
     if rule == "latent_norm":
         _check_gains(blocks)
     if rule != "fixed":  # which scales updates, and these count behind a norm as before it
-        refuse_qk_norm(blocks)
+        refuse_what_escapes(blocks, params)
     return blocks
 
 

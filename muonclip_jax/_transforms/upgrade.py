@@ -10,17 +10,21 @@ import optax
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
 from muonclip_jax._transforms.accumulate import AccumulateState
+from muonclip_jax._transforms.clip import ClipState
 from muonclip_jax._transforms.momentum import CorrectedTraceState
+from muonclip_jax._transforms.qk_clip import QKClipState
 
 
 def upgrade_state(old: Any, like: optax.OptState) -> optax.OptState:
-    """The state of an optimizer that version 0.1.0 saved, in today's form.
+    """The state of an optimizer that an earlier version saved, in today's form.
 
-    | 0.1.0 | today |
+    | earlier | today |
     | --- | --- |
     | `MuonState(count, momentum)` | `(TraceState(trace), EmptyState())`; with `bias_correction` the first is `CorrectedTraceState(trace, step)` |
     | `QuackState(initial_norms, factors, vectors)` | `QuackState(initial_norms, factors)` |
     | `AccumulateState(..., max_logits={block: x}, ...)` | `AccumulateState(..., maxima={"max_logits": {block: x}}, ...)` |
+
+    | `QKClipState`, `ClipState` without `ineffective_clips` | with them, counted from 0 |
 
     Everything else is as it was, and a state of today comes back unchanged.
 
@@ -59,6 +63,8 @@ def _upgrade(old: Any, like: Any, path: Path) -> Any:
         return optax.TraceState(trace), *like[1:]
     if isinstance(like, AccumulateState) and like.maxima:
         old = _with_maxima(old)
+    if isinstance(like, QKClipState | ClipState):
+        old = _with_ineffective_clips(old, like)
     new = []
     for index, (key_path, child) in enumerate(children):
         name = str(paths.name(key_path[-1]))
@@ -80,6 +86,16 @@ def _with_maxima(old: Any) -> Any:
         return old if "maxima" in old else {**old, "maxima": {"max_logits": old["max_logits"]}}
     told = "max_logits" in old[3]
     return old if told else (*old[:3], {"max_logits": old[3]}, *old[4:])
+
+
+def _with_ineffective_clips(old: Any, like: QKClipState | ClipState) -> Any:
+    """The state of a clip, which did not count clips without effect."""
+    name, before = "ineffective_clips", len(like) - 1
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.ineffective_clips)
+    if isinstance(old, Mapping):
+        told = {str(key) for key in old} & {name, str(before)}
+        return old if told else {**old, name: none}
+    return old if len(old) > before else (*old, none)
 
 
 def _child(old: Any, name: str, index: int, path: Path) -> Any:

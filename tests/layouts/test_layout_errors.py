@@ -370,7 +370,7 @@ MISTAKES = [
     (
         "QK-norm and QK-Clip",
         lambda: clip(sown(4), {"layers": {"attn": {**HEADED, "q_norm": {"scale": array(6)}}}}),
-        ["layers/attn/q_norm/scale", "(6,)", "change nothing", "block=", "harmless_norms"],
+        ["layers/attn/q_norm/scale", "(6,)", "change nothing", "block=", "harmless"],
     ),
     (
         "QK-norm and QuacK",

@@ -727,7 +727,7 @@ def test_qk_norm_is_known_by_its_length_whatever_its_name():
         with pytest.raises(ValueError, match="normalises queries or keys after"):
             refuse_qk_norm(find_blocks(mc.layouts.mha(), params))
         (name,) = norm
-        harmless = dataclasses.replace(mc.layouts.mha(), harmless_norms=(name,))
+        harmless = dataclasses.replace(mc.layouts.mha(), harmless=(name,))
         refuse_qk_norm(find_blocks(harmless, params))
 
 

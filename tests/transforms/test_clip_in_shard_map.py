@@ -104,7 +104,7 @@ def test_heads_spread_by_hand(scope):
     tx = mc.qk_clip(LAYOUT, scope=scope, axis_name="data", heads_axis_name="tp")
     leaves = {"kernel": P(None, "tp"), "bias": P("tp")}
     heads = {"attn": {"query": leaves, "key": leaves}}
-    state = QKClipState({"attn": P("tp")}, {"attn": P("tp")}, P(), P(), P())
+    state = QKClipState({"attn": P("tp")}, {"attn": P("tp")}, P(), P(), P(), {"attn": P("tp")})
     mapped = jax.shard_map(
         functools.partial(update, tx),
         mesh=mesh,
