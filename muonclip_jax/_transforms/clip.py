@@ -56,8 +56,8 @@ class ClipState(NamedTuple):
         parameters' own half-precision dtype, moved less than half as far as it should. Keep
         float32 master weights if it grows.
       ineffective_clips: For each block, int32 `[stack..., heads]`: how many clips in a row, up to
-        the last but one, were without effect; see `ineffective`. From `INEFFECTIVE` on something
-        is wrong with the wiring.
+        the last but one, were without effect, as in `QKClipState`. From 3 on something is wrong
+        with the wiring.
 
     Example:
         >>> clip = dict(signal="max_output", factors=lambda block, gamma: {"o": gamma})
@@ -189,10 +189,7 @@ class Clip:
             blocks, roles = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
             dtype, own = _dtype(params), leaves_of(blocks, roles, params)
-            # The update adds up to `m * p` from numbers as large as p: m must show in their digits.
-            floor = max(
-                _floor(own), 8 * _spacing(own), 8 * _spacing(leaves_of(blocks, roles, updates))
-            )
+            floor = _floor_of_updates(own, leaves_of(blocks, roles, updates))
 
             def clip(updates, state, params, sown, threshold, arguments):
                 decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
@@ -208,19 +205,7 @@ class Clip:
                 ]
                 if self.heads_axis_name is not None:
                     counts = jax.lax.psum(counts, self.heads_axis_name)
-                heads_clipped, nonfinite_heads, lost_heads = counts
-                maxima, gamma = jax.tree.map(
-                    lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma)
-                )
-                maxima_before, gamma_before, _, nonfinite_before, lost_before, before = state
-                return {**updates, **clipped}, kind(
-                    maxima,
-                    gamma,
-                    heads_clipped,
-                    nonfinite_before + nonfinite_heads,
-                    lost_before + lost_heads,
-                    jax.tree.map(ineffective, before, maxima_before, gamma_before, maxima),
-                )
+                return {**updates, **clipped}, kind(*_next_state(state, decided, counts))
 
             sown = self._pair(blocks, params, extra_args.get(self.signal))
             return change_leaves(
@@ -391,6 +376,15 @@ class _Decided(NamedTuple):
     multipliers: dict[Path, jax.Array]  # parameter → broadcasts against it
 
 
+def _next_state(state: Sequence[Any], decided: _Decided, counts: Sequence[jax.Array]) -> list[Any]:
+    """The fields of `ClipState` after a step, from those before it."""
+    maxima, gamma = jax.tree.map(lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma))
+    maxima_before, gamma_before, _, nonfinite_before, lost_before, before = state
+    clipped, nonfinite, lost = counts
+    in_a_row = jax.tree.map(ineffective, before, maxima_before, gamma_before, maxima)
+    return [maxima, gamma, clipped, nonfinite_before + nonfinite, lost_before + lost, in_a_row]
+
+
 def _check_factors(owner: str, block: Block, abstract: Any) -> None:
     if not isinstance(abstract, Mapping):
         raise TypeError(f"{owner}: factors must return a dict by role, got {abstract!r}.")
@@ -422,15 +416,17 @@ def _check_bound(option: str, value: AxisName, axes: Sequence[str]) -> None:
             ) from None
 
 
-def _spacing(leaves: Leaves) -> float:
-    """The coarsest distance from 1 to the next number, of the dtypes of these arrays."""
-    return max((float(jnp.finfo(x.dtype).eps) for x in leaves.values()), default=0.0)
-
-
-def _floor(leaves: Leaves) -> float:
+def _floor(params: Leaves) -> float:
     """The smallest γ with which weights stay normal numbers: half of the narrowest dtype's range of
     exponents, so that neither `γ w` nor, in a group of queries, `w / γ` leaves it."""
-    return max((float(jnp.finfo(x.dtype).tiny) ** 0.5 for x in leaves.values()), default=0.0)
+    return max((float(jnp.finfo(x.dtype).tiny) ** 0.5 for x in params.values()), default=0.0)
+
+
+def _floor_of_updates(params: Leaves, updates: Leaves) -> float:
+    """The same where `p + u` makes `γ p` of numbers as large as p: by eight times the spacing of
+    the coarsest dtype, what is left of p is right to a sixteenth."""
+    spacings = (float(jnp.finfo(x.dtype).eps) for x in (*params.values(), *updates.values()))
+    return max(_floor(params), 8 * max(spacings, default=0.0))
 
 
 def _dtype(params: Any) -> DTypeLike:

@@ -94,6 +94,16 @@ def qk_clip(
     round away; `lost_heads` counts those. Keep parameters in float32 and compute in bfloat16
     (Flax: `param_dtype=jnp.float32, dtype=jnp.bfloat16`).
 
+    γ is never 0: at least 8 times the spacing of the coarsest dtype among these kernels and
+    their updates (1e-6 in float32, 1/32 in bfloat16, 1/128 in float16). A head further above the
+    threshold than that is clipped over several steps, and a key that it shares lives on.
+
+    It must be the last link. What stands behind it changes what it arrived at; such a clip is
+    noticed by its lack of effect, `QKClipState.ineffective_clips`. Nor does it see what is frozen
+    in front of it (`optax.partition`, `set_to_zero`), and would scale frozen weights: leave these
+    layers out, with `layouts.ignore(...)`, a `block=` pattern, or `optax.masked` around the clip
+    with a mask that hides the block whole.
+
     Args:
       layout: Which parameters hold the queries and keys of which head; several layouts, as a
         list, for a model with several kinds of attention.
@@ -110,9 +120,10 @@ def qk_clip(
         must be on one device.
 
     Raises:
-      TypeError: An option of the wrong type.
+      TypeError: An option of the wrong type; kernels of whole numbers, or of less than 16 bits.
       ValueError: threshold <= 0, alpha outside [0, 1] or an unknown scope when built; when
-        applied, what `find_blocks` raises, a QK-norm behind the projections, no `max_logits`, or
+        applied, what `find_blocks` raises, a QK-norm behind the projections, a parameter that
+        enters the logits and has no role, a mask that hides a part of a block, no `max_logits`, or
         maxima that do not pair with the blocks, each named; an axis that is not there.
 
     Example:
@@ -139,7 +150,8 @@ def apply_qk_clip(
     """The same clip as `qk_clip`, from parameters to parameters.
 
     For training loops without Optax, and for clipping a finished model once. Clips that
-    rounding to half-precision parameters undoes are not counted here; `qk_clip` does.
+    rounding to half-precision parameters undoes are not counted here, nor clips without effect;
+    `qk_clip` does. The smallest γ is 1e-19 (float16: 1/128), so that weights stay normal numbers.
 
     Args:
       params: The parameters, as for `find_blocks`.
