@@ -55,11 +55,6 @@ def clip(params=PARAMS, maxima=MAXIMA, layout=None, **options):
     return mc.apply_qk_clip(params, maxima, layout or mc.layouts.mha(), **options)
 
 
-def hidden_clip():
-    clip = mc.qk_clip(mc.layouts.mha())
-    return optax.GradientTransformationExtraArgs(jax.jit(clip.init), clip.update)
-
-
 def update(tx, params=PARAMS, **extra):
     return tx.update(params, tx.init(params), params, **extra)
 
@@ -188,12 +183,14 @@ MISTAKES = [
         ["max_logits="],
     ),
     (
-        "a clip whose init is compiled, accumulated",
-        lambda: update(
-            mc.accumulate(hidden_clip(), 2),
+        "the state of another optimizer, accumulated",
+        lambda: mc.accumulate(mc.qk_clip(mc.layouts.mha()), 2).update(
+            PARAMS,
+            mc.accumulate(optax.sgd(1), 2).init(PARAMS),
+            PARAMS,
             max_logits={("layers", "attn"): jnp.ones(4)},
         ),
-        ["'layers/attn'", "compiled (jax.jit)", "compile around accumulate"],
+        ["no signal", "'layers/attn'", "another optimizer"],
     ),
     (
         "factors of a role that is not there",

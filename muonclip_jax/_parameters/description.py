@@ -23,6 +23,7 @@ from muonclip_jax._layouts.roles import EVERY_ROLE, Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import matrices, routing
 from muonclip_jax._parameters.decay import Mask, decays
+from muonclip_jax._spread.moves import way_to_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, Plan
 from muonclip_jax._spread.stacks import plans
 
@@ -105,7 +106,7 @@ class Description(tuple[ParameterRow, ...]):
                 str(plan.matrices_per_device),
                 f"{plan.flops / 1e9:.3g}",
                 f"{plan.ratio_to_even_share:.2f}",
-                f"{plan.bytes_sent / 1e6:.3g}",
+                "?" if "unknown" in stack.stored else f"{plan.bytes_sent / 1e6:.3g}",
             )
         return table
 
@@ -199,7 +200,8 @@ def describe(
         kinds: tuple[MatrixKind, ...] = ()
         if spec is not None:
             kinds = tuple(map(MatrixKind, spec.roles, *zip(*spec.shapes, strict=True)))
-            split = partial(matrices.split, spec=spec, sharding=places[path])
+            way = way_to_matrices(spec.views, places[path])
+            split = partial(matrices.split, spec=spec, way=way)
             arrays += jax.eval_shape(split, jax.ShapeDtypeStruct(shape, paths.dtype_of(leaf)))
         optimizer = "other" if spec is None else "muon"
         role = tuple(attention.get(path, ()))

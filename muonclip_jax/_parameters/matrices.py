@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
@@ -23,6 +22,7 @@ from muonclip_jax._core.axes import MatrixPattern, View, stack_names
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import Role, family
+from muonclip_jax._spread.moves import Way
 from muonclip_jax._spread.stacks import MatrixArray
 
 
@@ -111,20 +111,21 @@ def spec_of_parts(parts: Sequence[Part], per_head: Collection[Role]) -> MatrixSp
     return spec
 
 
-def split(
-    x: jax.Array, spec: MatrixSpec, sharding: NamedSharding | None = None
-) -> list[MatrixArray]:
+def split(x: jax.Array, spec: MatrixSpec, way: Way = Way()) -> list[MatrixArray]:  # noqa: B008
     """The matrices in a parameter, those of each kind together, with where they are on the mesh.
 
     Args:
-      x: The array.
+      x: The array, on a mesh in the sharding `way.sharding`.
       spec: How to read it.
-      sharding: How it is split over a mesh, if it is.
+      way: How the parameter comes to this sharding, from `way_to_matrices`.
     """
-    return [
-        MatrixArray(view.take(x), len(view.rows), len(view.cols), view.spec(sharding))
-        for view in spec.views
-    ]
+
+    def of_view(view: View) -> MatrixArray:
+        values, split = view.take(x), view.spec(way.sharding)
+        sent = way.bytes_sent(values, split)
+        return MatrixArray(values, len(view.rows), len(view.cols), split, sent)
+
+    return list(map(of_view, spec.views))
 
 
 def join(x: jax.Array, values: Sequence[jax.Array], spec: MatrixSpec) -> jax.Array:

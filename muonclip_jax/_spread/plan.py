@@ -48,6 +48,8 @@ class MatrixStack:
       mesh: The mesh's axes and their sizes.
       stored: The stored sharding: how each of the mesh's axes splits the stack.
       item_bytes: Bytes of an entry on its way between devices.
+      sent: Bytes that a device sends so that parameters are in the stored sharding, and back:
+        those that are split across their matrices come to another one first (`moves`).
     """
 
     count: int
@@ -56,6 +58,7 @@ class MatrixStack:
     mesh: tuple[tuple[str, int], ...] = ()
     stored: tuple[Split, ...] = ()
     item_bytes: int = 2
+    sent: int = 0
 
     @property
     def devices(self) -> int:
@@ -107,7 +110,7 @@ class Plan:
         """Including the zeros that make the shares equal."""
         coming = self._size(lambda f: f.working == "stack" != f.stored)
         leaving = self._size(lambda f: f.stored == "stack" != f.working)
-        return -(-self.stack.local("stack") // coming) * leaving
+        return self._padded("stack") // coming * leaving
 
     @property
     def flops(self) -> int:
@@ -122,11 +125,12 @@ class Plan:
 
     @property
     def bytes_sent(self) -> int:
-        """To the working sharding and back, and within device groups."""
-        share = math.prod(map(self.stack.local, ("stack", "rows", "cols"))) * self.stack.item_bytes
+        """Per device: to the stored sharding, the working one and back, and within groups."""
+        share = math.prod(map(self._padded, ("stack", "rows", "cols"))) * self.stack.item_bytes
         shared = self._size(lambda f: f.stored == "replicated" != f.working)
         return (
-            2 * share // shared * self._exchanges
+            self.stack.sent
+            + 2 * share // shared * self._exchanges
             + share * (shared > 1)
             + self.steps * self.matrices_per_device * self._bytes_in_group
         )
@@ -156,10 +160,14 @@ class Plan:
     def _bytes_in_group(self) -> int:
         """Of a step and matrix: the Gram matrix is summed in float32 (float64 if that is what is
         sent), and its rows and the polynomial's are shown to all."""
-        summed = max(4, self.stack.item_bytes)
-        return (
-            (summed + 2 * self.stack.item_bytes) * self.stack.n**2 * (self.devices_per_matrix > 1)
-        )
+        group, summed = self.devices_per_matrix, max(4, self.stack.item_bytes)
+        n = _up_to_multiple(self.stack.n, group)
+        return (summed + 2 * self.stack.item_bytes) * n**2 * (group > 1)
+
+    def _padded(self, axis: Split) -> int:
+        """`MatrixStack.local`, with the zeros that make the working sharding's shares equal."""
+        coming = self._size(lambda f: f.working == axis != f.stored)
+        return _up_to_multiple(self.stack.local(axis), coming)
 
     def _size(self, which: Callable[[Factor], bool]) -> int:
         return math.prod(f.size for f in self.factors if which(f))
@@ -243,3 +251,7 @@ def _factors(stack: MatrixStack, group: int, replicated: Split) -> tuple[Factor,
 
 def _flops(stack: MatrixStack, steps: int) -> int:
     return steps * (2 * stack.n**3 + 4 * stack.n**2 * stack.m)
+
+
+def _up_to_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of

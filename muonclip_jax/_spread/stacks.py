@@ -27,7 +27,7 @@ _LARGEST_STACK = 2**27
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values"],
-    meta_fields=["rows", "cols", "spec"],
+    meta_fields=["rows", "cols", "spec", "sent"],
 )
 @dataclass(frozen=True)
 class MatrixArray:
@@ -38,12 +38,14 @@ class MatrixArray:
       rows: How many of its axes make up the rows; in a Flax kernel, the input.
       cols: How many make up the columns.
       spec: How it is split over the mesh; None: not at all, or nobody knows.
+      sent: Bytes that a device sends so that it is split so, and for its result to go back.
     """
 
     values: jax.Array
     rows: int = 1
     cols: int = 1
     spec: PartitionSpec | None = None
+    sent: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,7 +128,8 @@ def plans(
         devices = math.prod(size for _, size in on_mesh)
         for some in _limited(members, [arrays[i].values.size // devices for i in members]):
             count = sum(arrays[i].shape[0] for i in some)
-            stack = MatrixStack(count, n, m, on_mesh, stored, dtype.itemsize)
+            sent = sum(arrays[i].sent for i in some)
+            stack = MatrixStack(count, n, m, on_mesh, stored, dtype.itemsize, sent)
             yield choose(stack, steps, devices_per_matrix), some
 
 

@@ -126,9 +126,7 @@ def accumulate(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> AccumulateState:
-        with observations() as heard:
-            inner_state = tx.init(params)
-        maxima: Any = _nothing_seen(heard)
+        maxima: Any = _nothing_seen(_heard(tx, params))
         if paths.holds_nothing(params):  # `optax.tree_map_params`: its blocks are not known
             maxima = dict.fromkeys(maxima, jnp.zeros([]))
         return AccumulateState(
@@ -136,36 +134,20 @@ def accumulate(
             step=jnp.zeros([], jnp.int32),
             mean=jax.tree.map(functools.partial(_zeros, accumulator_dtype), params),
             maxima=maxima,
-            inner_state=inner_state,
+            inner_state=tx.init(params),
         )
 
     def update(updates, state, params=None, **extra_args):
         count = state.micro_step
         mean = paths.map_with_path(functools.partial(_mean, count), state.mean, updates)
         maxima = state.maxima
-        given = {name: extra_args[name] for name in maxima if extra_args.get(name) is not None}
-        if given and params is not None:
-            maxima, seen = _maxima(tx, count, maxima, params, given)
-            extra_args |= seen
-
-        @jax.jit  # so that it is traced once, for its shapes and as a branch
-        def step(inner_state):
-            gradient = jax.tree.map(lambda m, g: m.astype(paths.dtype_of(g)), mean, updates)
-            with observations() as heard:
-                new, new_state = tx.update(gradient, inner_state, params, **extra_args)
-            if heard:
-                _check_same(state.maxima, heard)
-            typed_state = jax.tree.map(_typed_like, new_state, inner_state)
-            return jax.tree.map(_sharded_like, new, mean), typed_state
-
-        def wait(inner_state):
-            zeros = jax.tree.map(lambda m, u: jnp.zeros_like(m, u.dtype), mean, shapes)
-            return zeros, inner_state
-
-        shapes, _ = jax.eval_shape(step, state.inner_state)
+        if params is not None:
+            maxima, extra_args = _maxima(tx, count, maxima, params, extra_args)
         size = every(state.step) if callable(every) else every
         is_real = count + 1 >= size
-        updates, inner_state = jax.lax.cond(is_real, step, wait, state.inner_state)
+        updates, inner_state = _step_or_wait(
+            tx, is_real, state.inner_state, mean, updates, params, extra_args
+        )
         return updates, AccumulateState(
             micro_step=jnp.where(is_real, 0, count + 1),
             step=jnp.where(is_real, optax.safe_increment(state.step), state.step),
@@ -196,6 +178,31 @@ def accumulate_state(opt_state: Any) -> AccumulateState:
         False
     """
     return find_state(opt_state, AccumulateState, "accumulate")
+
+
+def _step_or_wait(tx, is_real, inner_state, mean, updates, params, extra_args):
+    """The updates and the state after a real step, or zeros and the state as it is."""
+    leaves, tree = jax.tree.flatten(extra_args)
+    on_devices = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+    others = [None if i in on_devices else x for i, x in enumerate(leaves)]
+
+    # Both branches get all arrays as arguments. JAX would keep those that they close over for
+    # as long as what it compiled of them.
+    @jax.jit  # so that it is traced once, for its shapes and as a branch
+    def step(inner_state, mean, updates, params, on_devices):
+        gradient = jax.tree.map(lambda m, g: m.astype(paths.dtype_of(g)), mean, updates)
+        extra_args = tree.unflatten(on_devices.get(i, x) for i, x in enumerate(others))
+        new, new_state = tx.update(gradient, inner_state, params, **extra_args)
+        typed_state = jax.tree.map(_typed_like, new_state, inner_state)
+        return jax.tree.map(_sharded_like, new, mean), typed_state
+
+    def wait(inner_state, mean, *_):
+        zeros = jax.tree.map(lambda m, u: jnp.zeros_like(m, u.dtype), mean, shapes)
+        return zeros, inner_state
+
+    arguments = inner_state, mean, updates, params, on_devices
+    shapes, _ = jax.eval_shape(step, *arguments)
+    return jax.lax.cond(is_real, step, wait, *arguments)
 
 
 def _check_options(tx, every, accumulator_dtype):
@@ -240,6 +247,14 @@ def _mean(count: jax.Array, path: Path, mean: jax.Array, gradient: jax.Array) ->
 # The maxima of signals
 
 
+def _heard(tx: optax.GradientTransformation, params: optax.Params) -> Sequence[Observed]:
+    """What the clips inside read: they tell when `init` is called. Nothing is computed, and an
+    `init` that is compiled (`jax.jit`) is called as it is, since a cached one tells nothing."""
+    with observations() as heard, jax.disable_jit():
+        jax.eval_shape(lambda params: tx.init(params), params)  # a new function: JAX caches by it
+    return heard
+
+
 def _nothing_seen(heard: Sequence[Observed]) -> Maxima:
     """-inf for every head of every block that a clip inside observes."""
     maxima: Maxima = {}
@@ -254,9 +269,9 @@ def _maxima(
     count: jax.Array,
     before: Maxima,
     params: optax.Params,
-    given: Mapping[str, Any],
-) -> tuple[Maxima, dict[str, dict[Path, jax.Array]]]:
-    """The maxima of `count` micro-batches and one more: by block, and by the modules that sowed.
+    extra_args: Mapping[str, Any],
+) -> tuple[Maxima, dict[str, Any]]:
+    """The maxima of `count` micro-batches and one more, and the extra arguments with them.
 
     Only a clip's layout says which modules are in which block, and an attention that it leaves out
     is in none. The clip says so when it is asked to `init` (nothing is computed). It then gets the
@@ -265,11 +280,13 @@ def _maxima(
         attn sowed 3, attn/core 5, attn/ignored 9     clip: attn ← [attn, attn/core]
         before: {attn: 4}  →  now: {attn: 5}, and the clip gets attn 5, attn/core 5, attn/ignored 9
     """
-    with observations() as heard:
-        jax.eval_shape(lambda params: tx.init(params), params)  # a new function: JAX caches by it
+    heard = _heard(tx, params)
     _check_same(before, heard)
     modules: dict[str, dict[str, list[Path]]] = {}
+    given = {name: extra_args[name] for name in before if extra_args.get(name) is not None}
     seen = {signal: read_signal(value, signal) for signal, value in given.items()}
+    if not seen:
+        return before, dict(extra_args)
     for one in heard:
         if one.signal in seen:
             found = one.pair(seen[one.signal]).modules
@@ -301,7 +318,7 @@ def _maxima(
     new = in_auto_axes(larger, PartitionSpec())(count, before, paired)
     for signal, blocks in modules.items():
         seen[signal] |= {path: new[signal][b] for b, paired in blocks.items() for path in paired}
-    return new, seen
+    return new, {**extra_args, **seen}
 
 
 def _check_same(maxima: Maxima, heard: Sequence[Observed]) -> None:
@@ -313,9 +330,8 @@ def _check_same(maxima: Maxima, heard: Sequence[Observed]) -> None:
     if now != known:
         raise ValueError(
             f"accumulate keeps the maxima of {known or 'no signal'}, and its optimizer now reads "
-            f"{now or 'no signal'}. Either the state is of another optimizer or other parameters, "
-            "or the optimizer's init is compiled (jax.jit), so that a clip in it is not heard: "
-            "give accumulate the transformation as it is, and compile around accumulate."
+            f"{now or 'no signal'}: the state is of another optimizer or other parameters. "
+            "Begin with the state of this optimizer's init."
         )
 
 

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import jax
 import optax
 
 from muonclip_jax._core import paths
@@ -11,6 +12,7 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import matrices, routing
+from muonclip_jax._spread.moves import way_to_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, check_devices_per_matrix
 from muonclip_jax._spread.stacks import orthogonalize_all
 
@@ -94,17 +96,21 @@ def scale_by_orthogonalization(
         _warn_of_unknown(updates, known)
 
         def orthogonalized(tree):
+            ways = {path: way_to_matrices(specs[path].views, known[path]) for path in specs}
+            moved = paths.map_with_path(lambda path, x: ways[path].there(x), tree)
             split = {
-                path: matrices.split(x, specs[path], known[path]) for path, x in paths.leaves(tree)
+                path: matrices.split(x, specs[path], ways[path]) for path, x in paths.leaves(moved)
             }
             arrays = [array for of_one in split.values() for array in of_one]
             done = iter(
                 orthogonalize_all(arrays, newton_schulz, devices_per_matrix=devices_per_matrix)
             )
-            return paths.map_with_path(
-                lambda path, x: matrices.join(x, [next(done) for _ in split[path]], specs[path]),
-                tree,
-            )
+
+            def back(path: Path, x: jax.Array) -> jax.Array:
+                joined = matrices.join(x, [next(done) for _ in split[path]], specs[path])
+                return ways[path].back(joined)
+
+            return paths.map_with_path(back, moved)
 
         return in_auto_axes(orthogonalized, specs_of(updates))(updates), state
 
