@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from muonclip_jax._core import dtypes as precision
 from muonclip_jax._orthogonalize.methods import DENSE, Method
@@ -154,4 +153,6 @@ def rounded(x: Symmetric, dtype: jnp.dtype) -> Symmetric:
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    # Without the barrier XLA folds a transposition into the product. A layout constraint would do
+    # the same, but cannot be exported (`jax.export`).
+    return jax.lax.optimization_barrier(x)
