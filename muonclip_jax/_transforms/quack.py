@@ -230,7 +230,9 @@ def scale_by_quack(
             return scaled, QuackState(first, factors)
 
         own, first = leaves_of(blocks, roles, params), state.initial_norms
-        wanted = jax.eval_shape(lambda own: measure(own, blocks, floor, dtype), own)
+        # Without shardings: on Explicit meshes those would have to go together.
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
+        wanted = jax.eval_shape(lambda own: measure(own, blocks, floor, dtype), plain)
         check_same("initial norms", first, wanted, "the layout, the rule or the parameters")
         tau = relative_learning_rate
         return change_leaves(scale, blocks, roles, updates, first, own, tau, floor)
