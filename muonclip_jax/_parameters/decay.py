@@ -1,6 +1,5 @@
 """Which parameters weight decay reaches: the table is in `mc.muon`."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,20 +12,13 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.roles import GAIN_ROLES
-from muonclip_jax._parameters import routing
+from muonclip_jax._parameters import names, routing
 from muonclip_jax._parameters.matrices import MatrixSpec
 
 # A tree of bools like the parameters, or a prefix of one, or a function to one.
 Mask = Any | Callable[[Any], Any]
 
 _Shape = tuple[int, ...]
-
-# Names of vectors, by the last key of a path: `q_bias`, `logit_scale`, `b`, `b_Q`.
-_VECTOR = re.compile(r"(^|_)(bias|scale|gain|gamma|beta|offset|shift)(e?s)?\d*(_|$)|^[bg]\d*(_|$)")
-# Modules of norms, by the key before it: `input_layernorm`, `LayerNorm_0`, `ln_1`.
-_NORM = re.compile(r"norm|(^|_)(ln|rms|bn|gn)(_|\d|$)")
-# What a matrix is called also in such a module: `adaln_norm/kernel`.
-_MATRIX = ("kernel", "w", "embedding")
 
 
 def decays(
@@ -86,11 +78,13 @@ def _vectors(layout: Layouts | None, params: Any) -> set[Path]:
 
 
 def _is_vector_by_name(path: Path) -> bool:
-    return bool(path) and (bool(_VECTOR.search(path[-1].lower())) or _is_in_norm(path))
+    brief = names.words(names.leaf(path))[:1] in (("b",), ("g",))  # `b`, `b_Q`
+    return brief or names.is_vector(path) or _is_in_norm(path)
 
 
 def _is_in_norm(path: Path) -> bool:
-    return len(path) > 1 and path[-1] not in _MATRIX and bool(_NORM.search(path[-2].lower()))
+    named = names.leaf(path) in (*names.KERNELS, "embedding")  # `adaln_norm/kernel`
+    return not named and names.is_norm(names.holder(path))
 
 
 def _stack_beside(

@@ -22,7 +22,7 @@ _TOKEN = {"token", "tokens", "tok", "word", "words", "vocab", "vocabulary", "wte
 _POSITION = {"position", "positions", "positional", "pos", "wpe", "type", "segment"}
 _OF_TABLES = {"shared", "tied", "learned", "output", "label", "class", "rel", "relative"}
 _TABLE = _EMBED | {"table", "matrix", *WEIGHTS}
-_VECTOR = {"bias", "scale", "gain", "gamma", "beta", "offset", "shift"}
+_VECTOR = {"bias", "biases", "scale", "scales", "gain", "gamma", "beta", "offset", "shift"}
 _LAYERS = {"layer", "layers", "block", "blocks", "stack", "stacked", "scan", "scanned"}
 _HEAD = {"head", "heads", "classifier"}
 _NO_HEAD = {"multi", "num", "n", "per", "talking", "self", "cross", "q", "k", "kv", "query", "key"}
@@ -51,13 +51,14 @@ def holder(path: Path) -> str:
 
 def is_vector(path: Path) -> bool:
     """Whether a bias or a gain, whose axes but the last are stacks or heads."""
-    return bool(_VECTOR & {*words(leaf(path))[-1:]})
+    return bool(_VECTOR & {*words(leaf(path))})
 
 
 def is_norm(name: str) -> bool:
     """Whether a module is called as norms are: `LayerNorm_0`, `q_norm`, `ln_f`."""
     said = words(name)
-    return "ln" in said or any(word.endswith("norm") for word in said[-1:] + said[:1])
+    ends = said[:1] + said[-1:]
+    return bool({"ln", "rms", "bn", "gn"} & {*said}) or any("norm" in word for word in ends)
 
 
 def is_gain(path: Path) -> bool:
