@@ -120,6 +120,17 @@ class Neighbours:
         found = self._takers.get(length, ())
         return [taker for taker in found if taker != path or self.shapes[path][-1] == length]
 
+    def are_a_pair(self, path: Path) -> bool:
+        """Whether another kernel in the module around takes in what this one gives, and gives what
+        it takes in, as in an MLP `[in, hidden]`, `[hidden, in]`. Not of square matrices, nor where
+        the module is the model: it has an embedding, or masked parameters."""
+        module, (ins, outs) = path[:-2], self.shapes[path]
+        within = lambda one: one[: len(module)] == module  # noqa: E731
+        if not module or ins == outs or any(map(within, (*self.tables, *self.masked))):
+            return False
+        kernels = (p for p in self.shapes if within(p) and names.leaf(p) in names.KERNELS)
+        return any(self.shapes[kernel] == (outs, ins) for kernel in kernels)
+
     def is_repeated(self, path: Path) -> bool:
         """Whether other layers have this parameter too."""
         return self._repeats[names.place(path)] > 1

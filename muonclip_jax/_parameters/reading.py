@@ -156,7 +156,7 @@ def _ends(path: Path, near: Neighbours, length: int) -> bool:
         raise Unclear(
             "is an unembedding (None), or not ('in out'), as what is masked says", "in out"
         )
-    if not tables or (taken and repeated):
+    if not tables or (taken and repeated) or near.are_a_pair(path):
         return called and not taken
     if called or alone:
         return True

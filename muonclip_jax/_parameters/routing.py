@@ -76,11 +76,13 @@ def muon_dimension_numbers(
     matrices: it is the ones whose outputs nothing in there takes in. Of other names it is a kernel
     `[in, V]`, outside of attention, where an embedding (not of positions) has V rows, nothing else
     takes in V features, no layers have it alike and no head `[in, V]` is known by its name. Hidden
-    features can be as many: taken in, and alike in several layers, it is hidden. Else it raises.
+    features can be as many: taken in, and alike in several layers or by a kernel `[V, in]` of one
+    module with it, it is hidden. Else it raises.
 
         embed [99, 16], Dense_2 [16, 99]                   an unembedding: nothing takes in 99
         the same, and lm_head [16, 99]                     hidden: the unembedding is known
         embed [64, 64], layers_{0..5}/Dense_0 [64, 64]     hidden
+        embed [99, 16], mlp/{up [16, 99], down [99, 16]}   hidden
         embed [64, 64], Dense_0 [64, 64]                   raise: 64 is taken in
 
     `output_layer` and `output_projection` are unembeddings where nothing takes in what they give,

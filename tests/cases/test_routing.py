@@ -120,6 +120,7 @@ LAYERS = {f"layers_{i}/{path}": shape for i in range(2) for path, shape in HIDDE
         ({"wte": (16, 16), **LAYERS}, []),
         ({"wte": (64, 16), **LAYERS}, []),
         ({"wte": (64, 16), **HIDDEN, "lm_head/w": (16, 64)}, ["lm_head/w"]),
+        ({"wte": (64, 16), "block/up/kernel": (16, 64), "block/down/kernel": (64, 16)}, []),
         # Keys have fewer heads, and nothing takes them in.
         ({"wte": (32, 64), "q_proj/kernel": (64, 64), "k_proj/kernel": (64, 32)}, []),
         # As many positions as features.
@@ -127,6 +128,7 @@ LAYERS = {f"layers_{i}/{path}": shape for i in range(2) for path, shape in HIDDE
         ({"wte": (16, 16), **HIDDEN, "output_projection/kernel": (16, 16)}, None),
         ({"wte": (16, 16), "Dense_0/kernel": (16, 16), "Dense_1/kernel": (16, 16)}, None),
         ({"wte": (64, 16), **HIDDEN}, None),
+        ({f"net/{path}": shape for path, shape in {"wte": (64, 16), **HIDDEN}.items()}, None),
     ],
 )
 def test_unembeddings_by_their_length(shapes, expected):
