@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from muonclip_jax._core.options import as_dtype, check_flag
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -34,6 +36,10 @@ class Call:
     dropout_rate: float = 0.0
     broadcast_dropout: bool = True
     precision: lax.PrecisionLike = None
+
+    def __post_init__(self):
+        check_flag("is_causal", self.is_causal)
+        check_flag("broadcast_dropout", self.broadcast_dropout)
 
 
 class Unsupported(ValueError):
@@ -92,10 +98,10 @@ def boolean(mask: ArrayLike) -> jax.Array:
 
 
 def compute_dtype(dtype: DTypeLike | None, *operands: jax.Array) -> jnp.dtype:
-    dtype = jnp.result_type(*operands) if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating point, found {dtype}.")
-    return dtype
+    found = jnp.result_type(*operands) if dtype is None else as_dtype(dtype)
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"dtype must be floating point, found {dtype!r}.")
+    return found
 
 
 def per_weight(name: str, x: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
@@ -115,12 +121,15 @@ def per_weight(name: str, x: jax.Array, query: jax.Array, key: jax.Array) -> jax
 
 
 def integer(name: str, x: Any, at_least: int) -> int:
+    wanted = f"{name} must be an int of at least {at_least}, found {x!r}."
+    if isinstance(x, bool):
+        raise TypeError(wanted)
     try:
         x = operator.index(x)
     except TypeError:
-        raise TypeError(f"{name} must be an int, found {x!r}.") from None
+        raise TypeError(wanted) from None
     if x < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, found {x}.")
+        raise ValueError(wanted)
     return x
 
 
@@ -129,11 +138,11 @@ def checked_chunk_size(chunk_size: Any) -> int | None:
 
 
 def number(name: str, x: Any, above: float = -math.inf) -> float:
-    if not isinstance(x, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, known when traced, found {x!r}.")
-    x = float(x)
-    if not above < x < math.inf:
-        raise ValueError(f"{name} must be finite and above {above}, found {x}.")
+    wanted = f"{name} must be a finite number{'' if above < 0 else f' above {above}'}, "
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+        raise TypeError(f"{wanted}a Python number that is known when traced, found {x!r}.")
+    if not above < (x := float(x)) < math.inf:
+        raise ValueError(f"{wanted}found {x}.")
     return x
 
 
@@ -145,14 +154,15 @@ def window(local_window_size: Any) -> tuple[int, int] | None:
     if local_window_size is None:
         return None
     pair = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+    name = "local_window_size, an int or (left, right) of them,"
     if len(pair) != 2:
-        raise ValueError(f"local_window_size must be an int or (left, right), found {pair}.")
-    left, right = (integer("local_window_size", x, at_least=0) for x in pair)
+        raise ValueError(f"{name} has {len(pair)}: {pair}.")
+    left, right = (integer(name, x, at_least=0) for x in pair)
     return left, right
 
 
 def checked_dropout_rate(rate: Any) -> float:
-    rate = number("dropout_rate", rate)
+    rate = number("dropout_rate, in [0, 1),", rate)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), found {rate}.")
     return rate

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -120,10 +121,13 @@ def measure_max_logits(
 def _step(step: ArrayLike | None, every: int) -> jax.Array:
     if step is None and every > 1:
         raise ValueError(f"every={every} needs step=, the number of the step.")
-    step = jnp.asarray(0 if step is None else step)
-    if not jnp.issubdtype(step.dtype, jnp.integer) or step.ndim:
-        raise TypeError(f"step must be an integer scalar, found {step.dtype} {step.shape}.")
-    return step
+    step = 0 if step is None else step
+    is_array = isinstance(step, np.generic | np.ndarray | jax.Array)
+    is_whole = is_array and jnp.issubdtype(step.dtype, jnp.integer) and step.ndim == 0
+    if not is_whole and not isinstance(step, int):
+        found = f"{step.dtype} {step.shape}" if is_array else repr(step)
+        raise TypeError(f"step must be an integer scalar, found {found}.")
+    return jnp.asarray(step)
 
 
 def _first(count: int, query: jax.Array, key: jax.Array, mask: jax.Array | None):

@@ -104,6 +104,11 @@ def sees(rows: jax.Array) -> jax.Array:
 
 
 def _per_head(rows: jax.Array, heads_axis: int) -> jax.Array:
+    if not isinstance(heads_axis, int) or not -rows.ndim <= heads_axis < rows.ndim:
+        raise ValueError(
+            f"heads_axis must be an axis of {rows.shape}, in [{-rows.ndim}, {rows.ndim - 1}], got "
+            f"{heads_axis!r}."
+        )
     rows = jax.lax.stop_gradient(rows.astype(accumulation_dtype(rows.dtype)))
     heads_last = jnp.moveaxis(jnp.where(sees(rows), rows, -jnp.inf), heads_axis, -1)
     return largest(heads_last, tuple(range(heads_last.ndim - 1)))

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.meshes import mesh_axes
+from muonclip_jax._core.options import check_count
 from muonclip_jax._core.paths import Path
 
 Names = tuple[str, ...]
@@ -273,6 +274,9 @@ def is_stack(name: str) -> bool:
 def freeze(declaration: Any, *mappings: str) -> None:
     """Mappings of a frozen dataclass as sorted tuples, so that it can be hashed."""
     for name in mappings:
+        if not isinstance(given := getattr(declaration, name), Mapping | tuple):
+            meaning = "whole number of at least 1" if name == "sizes" else "index or (start, stop)"
+            raise TypeError(f"{name} must be a mapping, {{axis: {meaning}}}, got {given!r}.")
         frozen = tuple(sorted(dict(getattr(declaration, name)).items()))
         object.__setattr__(declaration, name, frozen)
 
@@ -281,7 +285,7 @@ def check_sizes_and_select(owner: str, names: Names, sizes: Any, select: Any) ->
     """Raises ValueError for a name that is there twice, or that sizes or select invent, for a size
     that is no count and a select that is no cut."""
     for name, size in sizes:
-        check_count(f"{owner}: size of {name}", size)
+        check_count(f"{owner}: sizes[{name!r}]", size)
     if len(set(names)) < len(names):
         raise ValueError(f"{owner} has a name twice.")
     if taken := [name for name in names if is_stack(name)]:
@@ -292,12 +296,6 @@ def check_sizes_and_select(owner: str, names: Names, sizes: Any, select: Any) ->
         )
     if not all(_is_cut(chosen) for _, chosen in select):
         raise ValueError(f"{owner} has a select that is neither an index nor (start, stop).")
-
-
-def check_count(what: str, value: Any) -> None:
-    """Raises ValueError for what is no whole number of at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}.")
 
 
 def measure(

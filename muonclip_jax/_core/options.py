@@ -5,6 +5,7 @@ All concrete options are checked when a chain is built. Numbers that are traced 
 """
 
 from collections.abc import Callable, Collection
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -25,9 +26,16 @@ def is_function(value: Any) -> bool:
 
 
 def check_number(
-    name: str, value: Any, is_right: Callable[[Any], Any], wanted: str, owner: str
+    name: str, value: Any, is_right: Callable[[Any], Any], wanted: str, owner: str = ""
 ) -> None:
     """Raises for an option that is not one number, or not the wanted one.
+
+    Args:
+      name: The option.
+      value: What was given.
+      is_right: Whether a number is the wanted one.
+      wanted: The same in words.
+      owner: The transformation to wrap for a schedule, if it can be wrapped.
 
     Raises:
       TypeError: It is not one number.
@@ -35,7 +43,7 @@ def check_number(
     """
     if isinstance(value, Tracer):
         return
-    if callable(value):
+    if owner and callable(value):
         raise TypeError(
             f"{name} must be a number, {wanted}; for a schedule wrap {owner} in "
             "optax.inject_hyperparams."
@@ -58,13 +66,25 @@ def check_rate(name: str, value: Any) -> None:
     if not _is_number(value):
         raise TypeError(f"{name} must be one number or an Optax schedule, got {value!r}.")
     if not (np.asarray(value) >= 0 and np.isfinite(value)):
-        raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raises TypeError for what is neither True nor False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_text(name: str, value: Any, optional: bool = False) -> None:
+    """Raises TypeError for what is no text, None excepted where it is optional."""
+    if not isinstance(value, str) and not (optional and value is None):
+        raise TypeError(f"{name} must be text{' or None' * optional}, got {value!r}.")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises ValueError for what is no whole number of at least so much."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str], beside: str = "") -> None:
@@ -74,14 +94,21 @@ def check_choice(name: str, value: Any, choices: Collection[str], beside: str = 
         raise ValueError(f"{name} must be one of {names}{beside}, got {value!r}.")
 
 
-def check_float(name: str, dtype: Any) -> None:
-    """Raises TypeError for what is no dtype to compute in, None excepted."""
+def check_float(name: str, dtype: Any, optional: bool = True) -> None:
+    """Raises TypeError for what is no dtype to compute in, None excepted where it is optional."""
+    found = as_dtype(dtype)
+    if (found is None or found.name not in FLOATS) and not (optional and dtype is None):
+        wanted = ", ".join(FLOATS) + ", or None" * optional
+        got = repr(dtype) if found is None else found.name
+        raise TypeError(f"{name} must be one of {wanted}, got {got}.")
+
+
+def as_dtype(dtype: Any) -> jnp.dtype | None:
+    """The dtype that this stands for, if any."""
     try:
-        found = None if dtype is None else jnp.dtype(dtype).name
+        return None if dtype is None else jnp.dtype(dtype)
     except TypeError:
-        found = repr(dtype)
-    if found not in (None, *FLOATS):
-        raise TypeError(f"{name} must be one of {', '.join(FLOATS)}, or None, got {found}.")
+        return None
 
 
 def check_transformation(name: str, tx: Any) -> None:

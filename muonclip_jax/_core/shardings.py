@@ -62,6 +62,12 @@ def shardings_of(tree: Any, given: Shardings | None) -> dict[Path, NamedSharding
     return {path: sharding(path, leaf) for path, leaf in paths.leaves(tree)}
 
 
+def check_shardings(given: Shardings | None) -> None:
+    """Raises TypeError, when a transformation is built, for what can be no shardings."""
+    if given is not None and not is_function(given):
+        _entries(given)
+
+
 def placed(tree: Any, given: Shardings | None) -> Any:
     """Holds arrays to the shardings given: inside `jax.jit` the compiler may choose others."""
     if given is None:

@@ -20,7 +20,6 @@ On meshes the results are replicated; a matrix whose rows or columns are spread 
 """
 
 import functools
-from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from jax.typing import ArrayLike
 
 from muonclip_jax._core.lapack import each_matrix
 from muonclip_jax._core.meshes import in_auto_axes
+from muonclip_jax._core.options import check_number
 from muonclip_jax._orthogonalize.normalization import in_range, nonzero
 
 
@@ -115,11 +115,8 @@ def effective_rank(x: ArrayLike, gamma: float = 1.0) -> jax.Array:
       >>> round(float(mc.effective_rank(jnp.eye(3))), 3)
       3.0
     """
-    if not isinstance(gamma, Real):
-        raise TypeError(f"effective_rank: gamma must be a number such as 1 or 2, got {gamma!r}.")
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"effective_rank: gamma must be above 0 and finite, got {gamma}.")
-
+    wanted = "above 0 and finite, such as 1 or 2"
+    check_number("effective_rank: gamma", gamma, lambda x: 0 < x < float("inf"), wanted)
     values, _ = _spectrum_of("effective_rank", x)
     weights = _relative(values) ** gamma
     total = weights.sum(axis=-1, keepdims=True)

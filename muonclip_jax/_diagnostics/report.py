@@ -14,6 +14,7 @@ from rich.table import Table
 
 from muonclip_jax._attention.max_logits import MAX_LOGITS, read_max_logits
 from muonclip_jax._core.dtypes import accumulation_dtype, of_product
+from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import sown
 from muonclip_jax._core.tables import as_text
@@ -219,6 +220,7 @@ def attention_report(
       >>> list(report.blocks)
       ['attn']
     """
+    check_number("threshold", threshold, lambda x: x > 0, "above 0")
     blocks = find_blocks(layout, params)
     clip = _last_clip(opt_state)
     gamma, clipped = (clip.gamma, clip.max_logits) if clip else ({}, {})

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.options import check_count, check_flag, check_text
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import checks, extras
 from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
@@ -66,17 +67,28 @@ class Layout:
     stack_axis: int = 0
 
     def __post_init__(self):
+        self._check_fields()
         object.__setattr__(self, "pieces", tuple(self.pieces))
         roles = [piece.role for piece in self.pieces]
         ignoring = not roles and self.block is not None
         if not ignoring and not (set(roles) & set(QUERY_ROLES) and set(roles) & set(KEY_ROLES)):
             raise ValueError(
-                f"{self}: pieces have the roles {roles}; there must be one of {QUERY_ROLES} and "
-                f"one of {KEY_ROLES}. Attention whose keys (or queries) are frozen, or another "
+                f"{self}: pieces have the roles {roles}; there must be a Piece of {QUERY_ROLES} "
+                f"and one of {KEY_ROLES}. Attention whose keys (or queries) are frozen, or another "
                 "layer's, cannot be described yet; leave it out with layouts.ignore(block)."
             )
         if twice := [role for role in roles if roles.count(role) > 1]:
             raise ValueError(f"{self}: two pieces have the role {twice[0]!r}; each has one.")
+
+    def _check_fields(self) -> None:
+        check_text("Layout: name", self.name)
+        check_text("Layout: block", self.block, optional=True)
+        check_flag("Layout: shared_keys", self.shared_keys)
+        check_count("Layout: stack_axis", self.stack_axis, least=0)
+        for name, kind, wanted in (("pieces", Piece, "Piece"), ("harmless", str, "text")):
+            given = getattr(self, name)
+            if not isinstance(given, tuple | list) or not all(isinstance(x, kind) for x in given):
+                raise TypeError(f"Layout: {name} must be a tuple of {wanted}, got {given!r}.")
 
     def takes(self, block: Path) -> bool:
         """Whether the `block` pattern admits the module at this path."""

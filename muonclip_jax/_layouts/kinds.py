@@ -6,8 +6,9 @@ A projection is named by its path inside the attention block: a module with a `k
 
 import itertools
 import re
+from typing import Any
 
-from muonclip_jax._core.axes import check_count
+from muonclip_jax._core.options import check_count, check_flag, check_text
 from muonclip_jax._layouts.blocks import Layout
 from muonclip_jax._layouts.pieces import Piece
 from muonclip_jax._layouts.roles import Role
@@ -155,8 +156,16 @@ def mla(
     for name, size in (("nope", nope), ("rope", rope), ("v", v)):
         check_count(f"layouts.mla: {name}", size)
     _check_counts("mla", heads, None)
-    query_down, query_up = (None, query) if isinstance(query, str) else query
-    key_value_down, key_value_up = key_value
+    query_down, query_up = (
+        (None, query) if isinstance(query, str) else _both("query", query, "or one name")
+    )
+    key_value_down, key_value_up = _both("key_value", key_value)
+    for name, value in (
+        ("out", out),
+        ("query_norm", query_norm),
+        ("key_value_norm", key_value_norm),
+    ):
+        check_text(f"layouts.mla: {name}", value, optional=True)
     _check_weights("mla", transposed, query_down, query_up, *key_value, out)
     down = "features in" if transposed else "in features"
     told = {"heads": heads} if heads else {}
@@ -229,7 +238,10 @@ def fused_qkv(
       >>> [str(each) for each in rows[0].matrices]
       ['q 8 × [64, 8]', 'k 8 × [64, 8]', 'v 8 × [64, 8]']
     """
+    check_count("layouts.fused_qkv: heads", heads)
     _check_counts("fused_qkv", heads, kv_heads)
+    check_text("layouts.fused_qkv: kernel", kernel)
+    check_text("layouts.fused_qkv: out", out, optional=True)
     if axes is None:
         axes = "in (part heads features)"
         if kernel.split("/")[-1] == "weight":
@@ -237,7 +249,7 @@ def fused_qkv(
                 f"layouts.fused_qkv: {kernel} may be [in, out], or [out, in] as in Equinox and "
                 f"PyTorch; say axes={axes!r} or axes='(part heads features) in'."
             )
-    if not re.search(r"\b(part heads|heads part)\b", axes):
+    if not isinstance(axes, str) or not re.search(r"\b(part heads|heads part)\b", axes):
         raise ValueError(
             f"layouts.fused_qkv: axes={axes!r} must have 'part' (query, key or value) next to "
             "'heads', such as 'in (part heads features)' or 'part heads in features'."
@@ -289,7 +301,20 @@ def ignore(block: str) -> Layout:
       >>> mc.qk_clip([mc.layouts.mha(block="attn"), mc.layouts.ignore("other")]).init is not None
       True
     """
+    check_text("layouts.ignore: block", block)
     return Layout("ignore", (), block=block)
+
+
+def _both(name: str, names: Any, beside: str = "") -> tuple[str, str]:
+    """A down- and an up-projection."""
+    if not isinstance(names, tuple) or len(names) != 2:
+        raise TypeError(
+            f"layouts.mla: {name} must be text for the down- and for the up-projection, "
+            f'("a", "b"){beside and ", "}{beside}, got {names!r}.'
+        )
+    for one in names:
+        check_text(f"layouts.mla: {name}", one)
+    return names
 
 
 def _separate(
@@ -303,6 +328,10 @@ def _separate(
     transposed: bool | None,
 ) -> tuple[Piece, ...]:
     """One projection each; flat when the query heads are told."""
+    for name, projection in (("query", query), ("key", key)):
+        check_text(f"layouts.{kind}: {name}", projection)
+    for name, projection in (("value", value), ("out", out)):
+        check_text(f"layouts.{kind}: {name}", projection, optional=True)
     if heads:
         _check_weights(kind, transposed, query, key, value, out)
     elif transposed:
@@ -326,6 +355,8 @@ def _separate(
 
 def _check_weights(kind: str, transposed: bool | None, *parameters: str | None) -> None:
     """Shapes do not tell `[in, out]` from `[out, in]`: both are as long, or nothing says which."""
+    if transposed is not None:
+        check_flag(f"layouts.{kind}: transposed", transposed)
     for parameter in parameters:
         if transposed is None and parameter is not None and parameter.split("/")[-1] == "weight":
             raise ValueError(

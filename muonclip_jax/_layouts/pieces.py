@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._core import axes as notation
 from muonclip_jax._core.axes import Axes, Cut, Names, View, is_stack
+from muonclip_jax._core.options import check_text
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role
 
@@ -77,11 +78,10 @@ class Piece:
     bias: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.axes, str | None):
-            raise TypeError(
-                f'Piece({self.role!r}, {self.parameter!r}): axes must be text such as "in heads '
-                f'features", got {self.axes!r}.'
-            )
+        owner = f"Piece({self.role!r}, {self.parameter!r})"
+        check_text(f"{owner}: parameter", self.parameter)
+        check_text(f"{owner}: bias", self.bias, optional=True)
+        check_text(f'{owner}: axes, such as "in heads features",', self.axes, optional=True)
         notation.freeze(self, "sizes", "select")
         if self.role not in EVERY_ROLE:
             raise ValueError(

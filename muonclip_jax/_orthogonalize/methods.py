@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from muonclip_jax._core.options import check_choice, check_count, check_flag
+
 Iteration = Literal["standard", "gram"]
 Kernel = Literal["xla", "pallas"]
 
@@ -49,15 +51,12 @@ class Method:
     chunk_entries: int = 2**24
 
     def __post_init__(self):
-        if self.iteration not in get_args(Iteration):
-            raise ValueError(f'Method: iteration={self.iteration!r}; use "standard" or "gram"')
-        if self.kernel not in get_args(Kernel):
-            raise ValueError(f'Method: kernel={self.kernel!r}; use "xla" or "pallas"')
-        for name in ("smallest_block", "chunk_entries"):
-            number = getattr(self, name)
-            optional = number is None and name != "chunk_entries"
-            if not optional and (type(number) is not int or number < 1):
-                raise ValueError(f"Method: {name}={number!r} must be a whole number, at least 1")
+        check_choice("Method: iteration", self.iteration, get_args(Iteration))
+        check_choice("Method: kernel", self.kernel, get_args(Kernel))
+        check_flag("Method: row_major", self.row_major)
+        check_count("Method: chunk_entries", self.chunk_entries)
+        if self.smallest_block is not None:
+            check_count("Method: smallest_block", self.smallest_block)
 
 
 DENSE = Method("standard")  # whole products by XLA

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from muonclip_jax._core.options import check_float
 from muonclip_jax._orthogonalize.methods import Method, MethodName, check_method
 from muonclip_jax._orthogonalize.schedules import Schedule, polar_express
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class NewtonSchulz:
         check_method("NewtonSchulz", self.method)
         if self.dtype is None:
             return
-        name = _supported("NewtonSchulz", "dtype", self.dtype)
+        check_float("NewtonSchulz: dtype", self.dtype)
+        name = jnp.dtype(self.dtype).name
         object.__setattr__(self, "dtype", name)  # so that equal ones have equal hashes
         if escape := self.schedule.escape(rounding=float(jnp.finfo(name).eps)):
             raise ValueError(
@@ -68,9 +68,19 @@ class NewtonSchulz:
         return how
 
 
+def check_newton_schulz(given: Any) -> None:
+    """Raises TypeError for what is no `NewtonSchulz`."""
+    if not isinstance(given, NewtonSchulz):
+        raise TypeError(
+            f"newton_schulz={given!r} is not a NewtonSchulz; pass for example "
+            'mc.NewtonSchulz(mc.schedules.polar_express(steps=5), dtype="bfloat16").'
+        )
+
+
 def check_matrices(owner: str, x: Any) -> None:
     """Raises TypeError or ValueError for what is no array of matrices in a supported dtype."""
-    _check_enabled(owner, "x", _supported(owner, "x", x.dtype))
+    check_float(f"{owner}: x", x.dtype, optional=False)
+    _check_enabled(owner, "x", x.dtype.name)
     if x.ndim < 2:
         raise ValueError(
             f"{owner}: x has shape {x.shape}, but matrices [..., n, m] are needed; reshape it, "
@@ -78,16 +88,6 @@ def check_matrices(owner: str, x: Any) -> None:
         )
     if 0 in x.shape:
         raise ValueError(f"{owner}: x has shape {x.shape}, with an axis of length zero")
-
-
-def _supported(owner: str, argument: str, dtype: DTypeLike) -> str:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = repr(dtype)
-    if name not in _DTYPES:
-        raise TypeError(f"{owner}: {argument} is {name}; cast it to one of {', '.join(_DTYPES)}")
-    return name
 
 
 def _check_enabled(owner: str, argument: str, name: str) -> None:

@@ -9,11 +9,12 @@ its accuracy is read off p. σ always means a singular value *after* the schedul
 import dataclasses
 import functools
 import math
-import numbers
 from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from muonclip_jax._core.options import check_choice, check_count, check_number, check_text
 
 Step = tuple[float, float, float]
 Normalization = Literal["frobenius", "schatten4", "aol"]
@@ -67,18 +68,14 @@ class Schedule:
     source: str = "unpublished"
 
     def __post_init__(self):
+        check_text("Schedule: name", self.name)
+        check_text("Schedule: source", self.source)
         object.__setattr__(self, "coefficients", _as_steps(self.name, self.coefficients))
-        if self.normalization not in get_args(Normalization):
-            raise ValueError(
-                f"schedule {self.name!r}: normalization={self.normalization!r}; "
-                'use "frobenius", "schatten4" or "aol"'
-            )
-        if not 1 <= self.norm_factor < math.inf:
-            raise ValueError(
-                f"schedule {self.name!r}: norm_factor={self.norm_factor} must be finite and at "
-                "least 1: below 1 the largest singular value can leave the interval (0, 1]"
-            )
-        _check_lower(f"schedule {self.name!r}", self.lower)
+        owner = f"schedule {self.name!r}"
+        check_choice(f"{owner}: normalization", self.normalization, get_args(Normalization))
+        # Below 1 the largest singular value can leave the interval (0, 1].
+        _check_margin(f"{owner}: norm_factor", self.norm_factor)
+        _check_lower(owner, self.lower)
         if escape := self.escape():
             raise ValueError(
                 f"schedule {self.name!r}: {escape}. Fix the coefficients, their order or their "
@@ -213,8 +210,8 @@ def polar_express(
 
     Source: Amsel, Persson, Musco, Gower, "The Polar Express", arXiv:2505.16932, algorithm 1.
     """
-    steps, lower, safety = _whole(steps), float(lower), _safety("polar_express", safety)
     _check_lower("polar_express", lower)
+    steps, lower, safety = _whole(steps), float(lower), _safety("polar_express", safety)
     return Schedule(
         name=f"polar_express({steps}, lower={lower:g})",
         coefficients=tuple(
@@ -312,22 +309,25 @@ def _as_steps(name: str, coefficients: ArrayLike) -> tuple[Step, ...]:
 
 
 def _check_lower(owner: str, lower: float):
-    if not 0 < lower < 1:
-        raise ValueError(
-            f"{owner}: lower={lower} must lie strictly between 0 and 1: it is the smallest "
-            "normalized singular value to bring near 1 (1e-3 suits bfloat16)"
-        )
+    wanted = (
+        "strictly between 0 and 1, the smallest normalized singular value to bring near 1 (1e-3 "
+        "suits bfloat16)"
+    )
+    check_number(f"{owner}: lower", lower, lambda x: 0 < x < 1, wanted)
 
 
 def _whole(steps: int) -> int:
-    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be a whole number, at least 1")
+    check_count("steps", steps)
     return int(steps)
 
 
+def _check_margin(name: str, value: float):
+    wanted = "finite and at least 1 (1.01 is usual)"
+    check_number(name, value, lambda x: 1 <= x < math.inf, wanted)
+
+
 def _safety(owner: str, safety: float) -> float:
-    if not 1 <= safety < math.inf:
-        raise ValueError(f"{owner}: safety={safety} must be finite and at least 1; 1.01 is usual")
+    _check_margin(f"{owner}: safety", safety)
     return float(safety)
 
 

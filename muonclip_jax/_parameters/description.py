@@ -20,11 +20,11 @@ from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._core.tables import as_text
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.roles import EVERY_ROLE, Role
-from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
 from muonclip_jax._parameters import matrices, routing
-from muonclip_jax._parameters.decay import Mask, decays
+from muonclip_jax._parameters.decay import Mask, check_mask, decays
 from muonclip_jax._spread.moves import way_to_matrices
-from muonclip_jax._spread.plan import DevicesPerMatrix, Plan
+from muonclip_jax._spread.plan import DevicesPerMatrix, Plan, check_devices_per_matrix
 from muonclip_jax._spread.stacks import plans
 
 _NUMBER = re.compile(r"\d+")
@@ -183,6 +183,9 @@ def describe(
       attn/value/kernel v 2 × [8, 4]
       mlp/kernel 1 × [8, 16]
     """
+    check_mask(weight_decay_mask)
+    check_newton_schulz(newton_schulz)
+    check_devices_per_matrix(devices_per_matrix)
     numbers = routing.choose(dimension_numbers, layout, per_head, rules)
     specs = routing.resolve(numbers, params)
     decay = decays(weight_decay_mask, params, numbers, layout)

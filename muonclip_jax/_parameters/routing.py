@@ -14,7 +14,7 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.options import is_function
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.blocks import Layouts, find_blocks
+from muonclip_jax._layouts.blocks import Layouts, as_layouts, find_blocks
 from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role, family
@@ -127,6 +127,7 @@ def muon_dimension_numbers(
       MatrixSpec(mlp/kernel (64, 256): 1 × [64, 256])
     """
     _check_tree(params)
+    _check_options(layout, per_head, rules)
     told: dict[Which, How] = dict((rules or {}).items())
     near = Neighbours(params)
     if layout is None and per_head is not EVERY_ROLE:
@@ -149,6 +150,7 @@ def choose(
     Raises:
       TypeError: Both.
     """
+    _check_options(layout, per_head, rules)
     if dimension_numbers is None:
         return partial(muon_dimension_numbers, rules=rules, layout=layout, per_head=per_head)
     if rules is not None or per_head is not EVERY_ROLE:
@@ -156,7 +158,45 @@ def choose(
             "rules= and per_head= are for the default routing, which dimension_numbers= replaces; "
             "give the one or the other."
         )
+    check_dimension_numbers(dimension_numbers)
     return dimension_numbers
+
+
+def check_dimension_numbers(given: DimensionNumbers | None) -> None:
+    """Raises TypeError for what is neither a tree of patterns nor a function."""
+    if given is None or isinstance(given, Resolved) or is_function(given):
+        return
+    for path, entry in paths.leaves(given, is_leaf=matrices.is_pattern):
+        if not matrices.is_pattern(entry):
+            raise TypeError(
+                f"dimension_numbers has {entry!r} for {paths.show(path)}; give a pattern, a "
+                "MuonDimensionNumbers, or None for the other optimizer; or in its place a function "
+                "from parameters to a tree of them."
+            )
+
+
+def _check_options(layout: Layouts | None, per_head: Collection[Role], rules: Rules | None) -> None:
+    """Raises for what no parameters could be routed by."""
+    if layout is not None:
+        as_layouts(layout)
+    if isinstance(per_head, str) or not isinstance(per_head, Collection):
+        raise TypeError(f"per_head={per_head!r} must be a tuple of roles, such as ('q', 'k').")
+    if unknown := set(per_head) - set(EVERY_ROLE):
+        raise ValueError(
+            f"per_head={per_head!r}: {', '.join(sorted(map(str, unknown)))} is no role; choose "
+            f"from {', '.join(EVERY_ROLE)}."
+        )
+    if rules is not None and not isinstance(rules, Mapping):
+        raise TypeError(f"rules must map globs to patterns, {{'*/w': 'in out'}}, got {rules!r}.")
+    for which, how in (rules or {}).items():
+        _glob_and_axes(which)
+        several: Any = how if isinstance(how, list | tuple) else [how]
+        if not (matrices.is_pattern(how) or all(map(matrices.is_pattern, several))):
+            raise TypeError(
+                f"rules has {{{which!r}: {how!r}}}; it must map a glob over paths to a pattern "
+                "such as 'experts in out', a muonclip_jax.MatrixPattern, an "
+                "optax.contrib.MuonDimensionNumbers, several of them, or None."
+            )
 
 
 @dataclass(frozen=True)
@@ -278,8 +318,8 @@ def _glob_and_axes(which: Which) -> tuple[str, int | None]:
         case (str() as glob, int() as axes):
             return glob, axes
     raise TypeError(
-        f"The routing rule {which!r} must be for a glob over paths, '*/kernel', or for one with a "
-        "number of axes, ('*/kernel', 3)."
+        f"rules has {which!r}; it must map a glob over paths, '*/kernel', or one with a number of "
+        "axes, ('*/kernel', 3), to a pattern."
     )
 
 
@@ -287,13 +327,6 @@ def _described(
     layout: Layouts, params: Any, per_head: Collection[Role]
 ) -> Mapping[Path, Callable[[], MatrixSpec | None]]:
     """What the layout says of each parameter that it describes, when it is asked for."""
-    if isinstance(per_head, str):
-        raise ValueError(f"per_head={per_head!r} must be a tuple of roles: ({per_head!r},).")
-    if unknown := set(per_head) - set(EVERY_ROLE):
-        raise ValueError(
-            f"per_head={per_head!r}: {', '.join(sorted(unknown))} is no role; choose from "
-            f"{', '.join(EVERY_ROLE)}."
-        )
     every_part = [part for block in find_blocks(layout, params) for part in block.parts]
     there = {role for part in every_part for role in family(part.role)}
     if per_head is not EVERY_ROLE and (absent := set(per_head) - there):

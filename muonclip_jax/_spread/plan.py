@@ -174,8 +174,8 @@ class Plan:
 
 
 def check_devices_per_matrix(value: Any) -> None:
-    """Raises TypeError for what is no `DevicesPerMatrix`."""
-    entries = value if isinstance(value, Mapping) else {(1, 1): value}
+    """Raises TypeError for what is no `DevicesPerMatrix`, None excepted."""
+    entries = value if isinstance(value, Mapping) else {(1, 1): 1 if value is None else value}
     for shape, devices in entries.items():
         if not _are_counts(shape, 2) or not _are_counts((devices,), 1):
             raise TypeError(

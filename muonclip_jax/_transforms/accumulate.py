@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from muonclip_jax._core import paths
 from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.meshes import in_auto_axes
+from muonclip_jax._core.options import as_dtype, check_transformation
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import read_signal
 from muonclip_jax._core.states import find_state
@@ -206,11 +207,7 @@ def _step_or_wait(tx, is_real, inner_state, mean, updates, params, extra_args):
 
 
 def _check_options(tx, every, accumulator_dtype):
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            "accumulate's first argument must be an Optax transformation (of optax.MultiSteps, "
-            f"its .gradient_transformation()), got {tx!r}."
-        )
+    check_transformation("accumulate: tx", tx)
     if not callable(every) and (isinstance(every, bool) or not isinstance(every, Integral)):
         raise TypeError(
             "every must be a whole number of micro-batches, or a function from the number of real "
@@ -218,8 +215,9 @@ def _check_options(tx, every, accumulator_dtype):
         )
     if not callable(every) and every < 1:
         raise ValueError(f"every, micro-batches for a real step, must be at least 1, got {every}.")
-    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
-        raise TypeError(f"accumulator_dtype must be floating point, got {accumulator_dtype}.")
+    dtype = as_dtype(accumulator_dtype)
+    if accumulator_dtype is not None and not (dtype and jnp.issubdtype(dtype, jnp.inexact)):
+        raise TypeError(f"accumulator_dtype must be floating point, got {accumulator_dtype!r}.")
 
 
 # The mean of the gradients

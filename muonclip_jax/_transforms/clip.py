@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from muonclip_jax._core import paths
 from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.maxima import AxisName, largest_of_devices
-from muonclip_jax._core.options import check_number
+from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import MAX_LOGITS, read_signal
 from muonclip_jax._core.states import without_parameters
@@ -153,8 +153,7 @@ class Clip:
     def check(self, threshold: ArrayLike) -> None:
         """Raises what `clip_by_signal` raises when built."""
         as_layouts(self.layout)
-        if self.scope not in get_args(Scope):
-            raise ValueError(f'scope must be "head" or "layer", got {self.scope!r}.')
+        check_choice("scope", self.scope, get_args(Scope))
         unit = "a logit; Kimi K2 uses 100" if self.signal == MAX_LOGITS else f"a {self.signal}"
         wanted = f"above 0 ({unit})"
         check_number("threshold", threshold, lambda x: x > 0, wanted, self.owner)

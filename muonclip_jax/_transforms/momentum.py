@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from muonclip_jax._core.options import check_number
-from muonclip_jax._core.shardings import Shardings, placed
+from muonclip_jax._core.options import check_flag, check_float, check_number
+from muonclip_jax._core.shardings import Shardings, check_shardings, placed
 from muonclip_jax._core.states import check_same
 
 
@@ -50,6 +50,10 @@ def momentum_trace(
     check_number(
         "momentum", decay, lambda x: 0 <= x < 1, "in [0, 1) (0.95 is usual)", "the transformation"
     )
+    check_flag("nesterov", nesterov)
+    check_flag("bias_correction", bias_correction)
+    check_float("mu_dtype", mu_dtype)
+    check_shardings(shardings)
     plain = optax.trace(decay, nesterov, mu_dtype)
     corrected = optax.trace(decay, nesterov=False, accumulator_dtype=mu_dtype)
 

@@ -9,8 +9,8 @@ import optax
 from muonclip_jax._core import paths
 from muonclip_jax._core.meshes import in_auto_axes, mesh_of, specs_of
 from muonclip_jax._core.paths import Path
-from muonclip_jax._core.shardings import Shardings, shardings_of
-from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muonclip_jax._core.shardings import Shardings, check_shardings, shardings_of
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
 from muonclip_jax._parameters import matrices, routing
 from muonclip_jax._spread.moves import way_to_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, check_devices_per_matrix
@@ -75,13 +75,10 @@ def scale_by_orthogonalization(
         >>> bool(jnp.allclose(jnp.linalg.svd(updates["w"])[1], 1, atol=0.2))
         True
     """
-    if not isinstance(newton_schulz, NewtonSchulz):
-        raise TypeError(
-            f"newton_schulz={newton_schulz!r} is not a NewtonSchulz; pass for example "
-            'mc.NewtonSchulz(mc.schedules.polar_express(steps=5), dtype="bfloat16").'
-        )
-    if devices_per_matrix is not None:
-        check_devices_per_matrix(devices_per_matrix)
+    check_newton_schulz(newton_schulz)
+    check_devices_per_matrix(devices_per_matrix)
+    routing.check_dimension_numbers(dimension_numbers)
+    check_shardings(shardings)
 
     def init(params: optax.Params) -> optax.EmptyState:
         routing.resolve_matrices(dimension_numbers, params)

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
-from muonclip_jax._core.options import check_number
+from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.states import check_same, find_state, without_parameters
 from muonclip_jax._layouts.blocks import (
@@ -262,8 +262,7 @@ def quack_state(opt_state: Any) -> QuackState:
 
 def _check_options(layout: Layouts, relative_learning_rate: Any, rule: Any, floor: Any) -> None:
     as_layouts(layout)
-    if rule not in get_args(QuackRule):
-        raise ValueError(f"rule must be one of {get_args(QuackRule)}, got {rule!r}.")
+    check_choice("rule", rule, get_args(QuackRule))
     for name, value, least, wanted in (
         ("relative_learning_rate", relative_learning_rate, operator.gt, "above 0"),
         ("floor", floor, operator.ge, "at least 0"),

@@ -54,6 +54,7 @@ def scale_by_update_rms(
         2.0
     """  # noqa: E501
     check_rule("rule", rule)
+    routing.check_dimension_numbers(dimension_numbers)
     factor = rule if callable(rule) else _RULES[rule]
 
     def init(params: optax.Params) -> optax.EmptyState:

@@ -235,7 +235,7 @@ def test_inside_shard_map_each_device_looks_at_its_own_examples():
         (ValueError, {"examples": 2}, ["examples=2", "(1, 3, 4, 2)"]),
         (ValueError, {"every": 2}, ["every=2", "step="]),
         (ValueError, {"every": 0, "step": 1}, ["every", "at least 1"]),
-        (TypeError, {"every": 2, "step": 1.0}, ["step", "integer", "float32"]),
+        (TypeError, {"every": 2, "step": 1.0}, ["step", "integer", "1.0"]),
         (TypeError, {"every": 2, "step": jnp.arange(2)}, ["step", "scalar", "(2,)"]),
         (ValueError, {"chunk_size": 0}, ["chunk_size", "at least 1"]),
         (TypeError, {"dtype": int}, ["dtype", "int"]),

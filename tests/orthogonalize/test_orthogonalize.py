@@ -483,8 +483,8 @@ UNSAFE = schedules.cans(safety=1)
         ((jnp.ones(3),), ValueError, r"x has shape \(3,\), but matrices \[\.\.\., n, m\]"),
         ((jnp.ones((0, 3)),), ValueError, r"x has shape \(0, 3\), with an axis of length zero"),
         ((jnp.ones((0, 3, 3)),), ValueError, "axis of length zero"),
-        ((jnp.ones((3, 3), jnp.int32),), TypeError, "x is int32; cast it to one of bfloat16,"),
-        ((jnp.ones((3, 3), jnp.complex64),), TypeError, "x is complex64"),
+        ((jnp.ones((3, 3), jnp.int32),), TypeError, r"x must be one of bfloat16, .*got int32"),
+        ((jnp.ones((3, 3), jnp.complex64),), TypeError, "x must .*got complex64"),
         ((jnp.ones((3, 3)), schedules.jordan), TypeError, "is not a Schedule; pass for example"),
         ((jnp.ones((3, 3)), UNSAFE.coefficients), TypeError, r'Schedule\("mine"'),
         ((jnp.ones((3, 3)), UNSAFE), ValueError, r"'cans.*no margin.*bfloat16.*step 1 of 5.*1.01"),
@@ -498,8 +498,8 @@ def test_a_wrong_input_says_what_is_wrong(arguments, error, message):
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
-        (jnp.int8, "dtype is int8; cast it to one of bfloat16, float16, float32, float64"),
-        ("float99", "dtype is 'float99'"),
+        (jnp.int8, "dtype must be one of bfloat16, float16, float32, float64, or None, got int8"),
+        ("float99", "dtype must .*got 'float99'"),
         (
             jnp.float64,
             "dtype is float64, which JAX would silently run as float32; .*jax_enable_x64",
@@ -516,8 +516,8 @@ def test_a_wrong_dtype_says_what_is_wrong(dtype, message):
     [
         ({"schedule": "jordan"}, TypeError, "schedule='jordan' is not a Schedule; pass for"),
         ({"schedule": schedules.jordan}, TypeError, "is not a Schedule; pass for"),
-        ({"dtype": "int8"}, TypeError, "dtype is int8; cast it to one of bfloat16, float16,"),
-        ({"dtype": 16}, TypeError, "dtype is 16; cast it to"),
+        ({"dtype": "int8"}, TypeError, "dtype must be one of bfloat16, .*got int8"),
+        ({"dtype": 16}, TypeError, "dtype must .*got 16"),
         ({"method": "newton"}, TypeError, 'method=\'newton\'; use "auto", "standard",'),
         ({"schedule": UNSAFE}, ValueError, "no margin for rounding in bfloat16.*larger safety"),
     ],
@@ -560,11 +560,17 @@ def test_a_wrong_method_says_what_is_wrong(method):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"iteration": "auto"}, 'use "standard" or "gram"'),
-        ({"iteration": "gram", "smallest_block": 0}, "smallest_block=0 must be a whole number"),
-        ({"iteration": "gram", "smallest_block": 2.0}, r"smallest_block=2\.0 must be a whole"),
-        ({"iteration": "gram", "chunk_entries": None}, "chunk_entries=None must be a whole"),
-        ({"iteration": "gram", "kernel": "cuda"}, 'use "xla" or "pallas"'),
+        ({"iteration": "auto"}, 'iteration must be one of "standard", "gram", got .auto'),
+        (
+            {"iteration": "gram", "smallest_block": 0},
+            "smallest_block must be a whole .*got 0",
+        ),
+        ({"iteration": "gram", "smallest_block": 2.0}, r"smallest_block must be .*got 2\.0"),
+        ({"iteration": "gram", "chunk_entries": None}, "chunk_entries must be a whole .*got None"),
+        (
+            {"iteration": "gram", "kernel": "cuda"},
+            'kernel must be one of "xla", "pallas"',
+        ),
     ],
 )
 def test_a_wrong_method_raises_when_built(fields, message):

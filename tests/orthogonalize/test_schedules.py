@@ -145,11 +145,14 @@ def test_schedules_are_values():
         ({"coefficients": ((1.5, -0.5),)}, "each of three numbers"),
         ({"coefficients": (("a", "b", "c"),)}, "each of three numbers"),
         ({"coefficients": ((1.5, -0.5, 0), (1.5, np.nan, 0))}, "step 2 is not finite"),
-        ({"norm_factor": 0.99}, "norm_factor=0.99 must be finite and at least 1"),
-        ({"norm_factor": np.inf}, "norm_factor=inf"),
-        ({"lower": 0.0}, "lower=0.0 must lie strictly between 0 and 1"),
-        ({"lower": 1.0}, "lower=1.0"),
-        ({"normalization": "spectral"}, 'use "frobenius", "schatten4" or "aol"'),
+        ({"norm_factor": 0.99}, "norm_factor must be finite and at least 1.*got 0.99"),
+        ({"norm_factor": np.inf}, "norm_factor must .*got inf"),
+        ({"lower": 0.0}, "lower must be strictly between 0 and 1.*got 0.0"),
+        ({"lower": 1.0}, "lower must .*got 1.0"),
+        (
+            {"normalization": "spectral"},
+            'normalization must be .*"schatten4", "aol"',
+        ),
         # Jordan's signs swapped: negative from the smallest σ on.
         ({"coefficients": ((-3.4445, 4.775, -2.0315),)}, r"step 1 of 1.*σ = 1e-12.*p\(σ\) = -3.4"),
         # Unbounded: the matrix would blow up.
@@ -173,14 +176,17 @@ def test_coefficients_that_turn_the_matrix_around_are_refused(steps):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: schedules.jordan(0), "steps=0 must be a whole number, at least 1"),
-        (lambda: schedules.jordan(True), "steps=True"),
-        (lambda: schedules.polar_express(2.0), "steps=2.0"),
-        (lambda: schedules.polar_express(-1), "steps=-1"),
-        (lambda: schedules.polar_express(lower=0), "polar_express: lower=0.0 must lie"),
-        (lambda: schedules.polar_express(lower=1), "polar_express: lower=1.0 must lie"),
-        (lambda: schedules.polar_express(safety=0.9), "safety=0.9 must be finite and at least 1"),
-        (lambda: schedules.you().worst_error(2), "worst_error: lower=2 must lie"),
+        (lambda: schedules.jordan(0), "steps must be a whole number of at least 1, got 0"),
+        (lambda: schedules.jordan(True), "steps must .*got True"),
+        (lambda: schedules.polar_express(2.0), "steps must .*got 2.0"),
+        (lambda: schedules.polar_express(-1), "steps must .*got -1"),
+        (lambda: schedules.polar_express(lower=0), "polar_express: lower must .*got 0"),
+        (lambda: schedules.polar_express(lower=1), "polar_express: lower must .*got 1"),
+        (
+            lambda: schedules.polar_express(safety=0.9),
+            "safety must be finite and at least 1",
+        ),
+        (lambda: schedules.you().worst_error(2), "worst_error: lower must .*got 2"),
     ],
 )
 def test_a_wrong_argument_says_what_is_wrong(build, message):

@@ -185,7 +185,7 @@ def test_patterns_that_do_not_fit(pattern, message):
 @pytest.mark.parametrize(
     ("sizes", "select", "message"),
     [
-        ({"part": 0}, {}, "size of part must be a whole number"),
+        ({"part": 0}, {}, r"sizes\['part'\] must be a whole number"),
         ({"parts": 2}, {}, "does not have parts, which sizes or select name"),
         ({"part": 2}, {"out": "all"}, "neither an index nor"),
     ],

@@ -1,0 +1,379 @@
+"""Every option is checked when a chain is built: a wrong one raises, and says what it may be.
+
+One row for each wrong value of each option of each public function. The message names the option,
+what was found and what it may be. (What `optax.inject_hyperparams` makes arrays of is checked
+where it is concrete.)
+"""
+
+import math
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import muonclip_jax as mc
+
+LAYOUT = mc.layouts.mha()
+KERNELS = {name: {"kernel": jnp.ones((8, 2, 4))} for name in ("query", "key", "value")}
+PARAMS = {"attn": {**KERNELS, "out": {"kernel": jnp.ones((2, 4, 8))}}}
+SOWN = {"attn": {"max_logits": jnp.ones(2)}}
+STATE = mc.qk_clip(LAYOUT).init(PARAMS)
+HEADS = jnp.ones((1, 3, 2, 4))
+PIECES = LAYOUT.pieces
+NAN = math.nan
+
+# Wrong values by what the option should be, and the words that tell it.
+NUMBER = [None, "0.5", [0.5], True]
+NAME = [None, 3, ("a",)]
+FLAG = ([None, "yes", 1.5, 1], ["True or False"])
+COUNT = ["4", 1.5, 0, -1, True]
+WHOLE = ["whole number", "at least 1"]
+MAY_BE_NAME = ([3, ("a",)], ["text"])
+TEXT = ([None, 3], ["text"])
+FLOATS = (["int32", "foo", 3], ["bfloat16, float16, float32, float64"])
+NUMBER_OR_SCHEDULE = (["1e-3", [1e-3], jnp.ones(2), -1.0, NAN, math.inf, True], ["number"])
+RATE = ([None, *NUMBER_OR_SCHEDULE[0]], ["number"])
+TRANSFORMATION = ([None, "adam", 3, optax.adam], ["Optax transformation"])
+LAYOUT_WANTED = (["mha", mc.layouts.mha, 3, [], [LAYOUT, "mha"]], ["layouts.mha()"])
+NEWTON_SCHULZ = ([None, "polar", mc.schedules.jordan()], ["NewtonSchulz"])
+SCHEDULE = ([None, "jordan", mc.schedules.jordan], ["Schedule"])
+METHOD = ([None, "foo", 3], ['"auto"', '"standard"', '"gram"'])
+DIMENSION_NUMBERS = ([3, {"a": 3}, 0.5], ["pattern", "MuonDimensionNumbers", "None"])
+MASK = ([True, "kernel", 1, {"a": 1}], ["True", "weight_decay_mask"])
+DEVICES = ([0, "2", 1.5, {(8, 4): 0}, {8: 2}], WHOLE)
+SHARDINGS = ([3, "data", {"a": 3}], ["NamedSharding", "PartitionSpec"])
+PER_HEAD = (["q", ("x",), 3, None], ["role"])
+RULES = ([[("a", None)], "a/*", 3, {"a": 3}, {3: None}, {"a": ["in out", 3]}], ["pattern"])
+UPDATE_RMS = (["arbitrary", None, 0.2], ['"match_adam"', '"jordan"', "function"])
+MOMENTUM = ([*NUMBER, 1.5, 1.0, -0.1, NAN], ["[0, 1)"])
+THRESHOLD = ([*NUMBER, 0.0, -1.0, NAN], ["above 0"])
+ALPHA = ([*NUMBER, 1.5, -0.1, NAN], ["[0, 1]"])
+SCOPE = ([None, "model", 3], ['"head"', '"layer"'])
+MODULE = ([None, "attn", 3], ["flax.linen.Module", "flax.nnx.Module"])
+AXES = ([3, ["data"], ("data", 3)], ["name of an axis", "tuple"])
+
+ROUTING = {
+    "layout": LAYOUT_WANTED,
+    "per_head": PER_HEAD,
+    "rules": RULES,
+    "dimension_numbers": DIMENSION_NUMBERS,
+}
+ON_A_MESH = {"shardings": SHARDINGS, "devices_per_matrix": DEVICES}
+MUON = {"momentum": MOMENTUM, "nesterov": FLAG, "newton_schulz": NEWTON_SCHULZ, "mu_dtype": FLOATS}
+DIRECTION = {"other": TRANSFORMATION, "update_rms": UPDATE_RMS, **MUON, **ROUTING, **ON_A_MESH}
+DECAY = {"weight_decay": RATE, "weight_decay_mask": MASK}
+RECIPE = {"learning_rate": RATE, "other_learning_rate": NUMBER_OR_SCHEDULE, **DIRECTION, **DECAY}
+CLIP = {
+    "layout": LAYOUT_WANTED,
+    "threshold": THRESHOLD,
+    "scope": SCOPE,
+    "axis_name": AXES,
+    "heads_axis_name": AXES,
+}
+QUACK = {
+    "layout": LAYOUT_WANTED,
+    "relative_learning_rate": ([*NUMBER, 0.0, -1.0, NAN, math.inf], ["above 0"]),
+    "rule": ([None, "mla", 3], ['"paper"', '"latent_norm"']),
+    "floor": ([*NUMBER, -1.0, NAN, math.inf], ["at least 0"]),
+}
+ATTENTION = {
+    "is_causal": FLAG,
+    "local_window_size": (["3", 1.5, -1, (1, -1), (1, 2, 3), [1, 2]], ["int"]),
+    "scale": (["0.5", [0.5], NAN, math.inf], ["number", "finite"]),
+    "soft_cap": (["30", [30.0], 0.0, -1.0, NAN], ["number", "above 0"]),
+    "chunk_size": (COUNT, ["int", "at least 1"]),
+    "dtype": (["int32", "foo"], ["floating point"]),
+}
+DROPOUT = {
+    "implementation": ([None, "flash", 3], ['"auto"', '"chunked"', '"tokamax"', '"logsumexp"']),
+    "dropout_rate": ([None, "0.1", 1.0, -0.1, NAN], ["[0, 1)"]),
+    "broadcast_dropout": FLAG,
+}
+PROJECTION = {"query": TEXT, "key": TEXT, "value": MAY_BE_NAME, "out": MAY_BE_NAME}
+SIZES = {
+    "sizes": ([{"heads": 0}, {"heads": "4"}, {"heads": 1.5}, 3], ["whole number", "at least 1"])
+}
+SELECT = {"select": ([{"features": "a"}, {"features": (0, 1, 2)}, 3], ["(start, stop)"])}
+
+# function: (it, what it needs, the options with their wrong values and the words that tell better)
+FUNCTIONS = {
+    "muon": (mc.muon, {"learning_rate": 1e-3}, RECIPE),
+    "muonclip": (
+        mc.muonclip,
+        {"learning_rate": 1e-3, "layout": LAYOUT},
+        {**RECIPE, **CLIP, "alpha": ALPHA},
+    ),
+    "quack": (
+        mc.quack,
+        {"learning_rate": 1e-3, "layout": LAYOUT},
+        {
+            "learning_rate": RATE,
+            **QUACK,
+            "direction": (["adam", 3, optax.adam], TRANSFORMATION[1]),
+            **DECAY,
+            "scale_weight_decay": FLAG,
+        },
+    ),
+    "muon_direction": (mc.muon_direction, {}, DIRECTION),
+    "scale_by_muon": (
+        mc.scale_by_muon,
+        {},
+        {**MUON, "bias_correction": FLAG, "dimension_numbers": DIMENSION_NUMBERS, **ON_A_MESH},
+    ),
+    "scale_by_orthogonalization": (
+        mc.scale_by_orthogonalization,
+        {},
+        {"newton_schulz": NEWTON_SCHULZ, "dimension_numbers": DIMENSION_NUMBERS, **ON_A_MESH},
+    ),
+    "scale_by_update_rms": (
+        mc.scale_by_update_rms,
+        {},
+        {"rule": UPDATE_RMS, "dimension_numbers": DIMENSION_NUMBERS},
+    ),
+    "scale_by_quack": (mc.scale_by_quack, {"layout": LAYOUT}, QUACK),
+    "qk_clip": (mc.qk_clip, {"layout": LAYOUT}, {**CLIP, "alpha": ALPHA}),
+    "apply_qk_clip": (
+        mc.apply_qk_clip,
+        {"params": PARAMS, "max_logits": SOWN, "layout": LAYOUT},
+        {**CLIP, "alpha": ALPHA},
+    ),
+    "clip_by_signal": (
+        mc.clip_by_signal,
+        {"layout": LAYOUT, "threshold": 1.0, "signal": "s", "factors": lambda block, gamma: {}},
+        {
+            **CLIP,
+            "signal": ([None, 3, "not a name"], ["name"]),
+            "factors": ([None, {"o": 1}], ["function"]),
+        },
+    ),
+    "accumulate": (
+        mc.accumulate,
+        {"tx": optax.sgd(0.1), "every": 2},
+        {
+            "tx": TRANSFORMATION,
+            "every": ([None, "4", 1.5, 0, -1, True], ["micro-batches"]),
+            "accumulator_dtype": (["int32", "foo"], ["floating point"]),
+        },
+    ),
+    "describe": (
+        mc.describe,
+        {"params": PARAMS},
+        {
+            **ROUTING,
+            **ON_A_MESH,
+            "weight_decay_mask": MASK,
+            "newton_schulz": NEWTON_SCHULZ,
+        },
+    ),
+    "muon_dimension_numbers": (
+        mc.muon_dimension_numbers,
+        {"params": PARAMS},
+        {name: ROUTING[name] for name in ("layout", "per_head", "rules")},
+    ),
+    "NewtonSchulz": (
+        mc.NewtonSchulz,
+        {},
+        {"schedule": SCHEDULE, "dtype": FLOATS, "method": METHOD},
+    ),
+    "orthogonalize": (
+        mc.orthogonalize,
+        {"x": jnp.ones((2, 3))},
+        {
+            "schedule": SCHEDULE,
+            "dtype": FLOATS,
+            "method": METHOD,
+            "x": ([jnp.ones((2, 2), int), jnp.ones((2, 2), complex)], FLOATS[1]),
+        },
+    ),
+    "Method": (
+        mc.Method,
+        {"iteration": "gram"},
+        {
+            "iteration": ([None, "foo", 3], ['"standard"', '"gram"']),
+            "smallest_block": (COUNT, WHOLE),
+            "row_major": FLAG,
+            "kernel": ([None, "triton", 3], ['"xla"', '"pallas"']),
+            "chunk_entries": ([None, *COUNT], WHOLE),
+        },
+    ),
+    "Schedule": (
+        mc.Schedule,
+        {"name": "mine", "coefficients": ((2.0, -1.5, 0.5),) * 3},
+        {
+            "name": TEXT,
+            "coefficients": ([None, "abc", (), ((1.0, 2.0),), 3], ["(a, b, c)"]),
+            "norm_factor": ([None, "1", 0.5, NAN, math.inf], ["finite", "at least 1"]),
+            "lower": ([None, "0.1", 0.0, 1.0, NAN], ["between 0 and 1"]),
+            "normalization": ([None, "spectral", 3], ['"frobenius"', '"schatten4"', '"aol"']),
+            "source": TEXT,
+        },
+    ),
+    "jordan": (mc.schedules.jordan, {}, {"steps": ([None, *COUNT], WHOLE)}),
+    "polar_express": (
+        mc.schedules.polar_express,
+        {},
+        {
+            "steps": ([None, *COUNT], WHOLE),
+            "lower": ([None, "0.1", 0.0, 1.0, NAN], ["between 0 and 1"]),
+            "safety": ([None, "1", 0.5, NAN, math.inf], ["finite", "at least 1"]),
+            "normalization": ([None, "spectral"], ['"frobenius"', '"schatten4"', '"aol"']),
+        },
+    ),
+    "cans": (mc.schedules.cans, {}, {"safety": ([None, "1", 0.5, NAN], ["at least 1"])}),
+    "mha": (mc.layouts.mha, {}, {"heads": (COUNT, WHOLE), **PROJECTION, "block": MAY_BE_NAME}),
+    "gqa": (
+        mc.layouts.gqa,
+        {},
+        {"kv_heads": (COUNT, WHOLE), "heads": (COUNT, WHOLE), **PROJECTION, "block": MAY_BE_NAME},
+    ),
+    "mla": (
+        mc.layouts.mla,
+        {"nope": 4, "rope": 2, "v": 4},
+        {
+            **dict.fromkeys(("nope", "v"), ([None, *COUNT], WHOLE)),
+            "rope": ([None, "4", 1.5, -1, True], WHOLE),  # 0 has a message of its own
+            "heads": (COUNT, WHOLE),
+            "query": ([None, 3, ("a", 3), ("a", "b", "c")], ["text"]),
+            "transposed": (["yes", 1, 1.5], FLAG[1]),
+            "key_value": ([None, 3, "wkv", ("a", 3)], ["text"]),
+            **dict.fromkeys(("out", "query_norm", "key_value_norm", "block"), MAY_BE_NAME),
+        },
+    ),
+    "fused_qkv": (
+        mc.layouts.fused_qkv,
+        {"heads": 4},
+        {
+            "heads": ([None, *COUNT], WHOLE),
+            "kv_heads": (COUNT, WHOLE),
+            "kernel": TEXT,
+            "axes": ([3, "in features"], ["'part'", "'heads'"]),
+            **dict.fromkeys(("out", "block"), MAY_BE_NAME),
+        },
+    ),
+    "ignore": (mc.layouts.ignore, {}, {"block": TEXT}),
+    "Layout": (
+        mc.Layout,
+        {"name": "mine", "pieces": PIECES},
+        {
+            "name": TEXT,
+            "pieces": ([None, "q", ("q",), PIECES[0], ()], ["Piece"]),
+            "shared_keys": FLAG,
+            "harmless": (["v_norm", (3,), 3, None], ["tuple", "text"]),
+            "block": MAY_BE_NAME,
+            "stack_axis": ([None, "0", 0.5, -1, True], ["whole number", "at least 0"]),
+        },
+    ),
+    "Piece": (
+        mc.layouts.Piece,
+        {"role": "q", "parameter": "query"},
+        {
+            "role": ([None, "query", 3], ["q_nope", "kv_down"]),
+            "parameter": TEXT,
+            "axes": ([3, ("in", "features")], ["text"]),
+            **SIZES,
+            **SELECT,
+            "bias": MAY_BE_NAME,
+        },
+    ),
+    "MatrixPattern": (
+        mc.MatrixPattern,
+        {"pattern": "heads in features"},
+        {"pattern": TEXT, **SIZES, **SELECT},
+    ),
+    "dot_product_attention": (
+        mc.dot_product_attention,
+        dict.fromkeys(("query", "key", "value"), HEADS),
+        {**ATTENTION, **DROPOUT},
+    ),
+    "attention_fn": (
+        mc.attention_fn,
+        dict.fromkeys(("query", "key", "value"), HEADS),
+        {
+            **{name: ATTENTION[name] for name in ATTENTION if name != "dtype"},
+            **DROPOUT,
+            "module": (["attn", 3], MODULE[1]),
+        },
+    ),
+    "measure_max_logits": (
+        mc.measure_max_logits,
+        {"query": HEADS, "key": HEADS, "step": 0},
+        {
+            **{name: wrong for name, wrong in ATTENTION.items() if name != "soft_cap"},
+            "examples": (COUNT, ["int", "at least 1"]),
+            "every": ([None, *COUNT], ["int", "at least 1"]),
+            "step": (["3", 1.5, jnp.ones(2, int)], ["integer scalar"]),
+        },
+    ),
+    "max_logits_bound": (
+        mc.max_logits_bound,
+        {"logsumexp": jnp.ones((3, 2))},
+        {"heads_axis": ([None, "1", 0.5, 2, -3], ["axis"]), "logsumexp": ([1], ["floating"])},
+    ),
+    "max_logits_from_residuals": (
+        mc.max_logits_from_residuals,
+        {"row_max": jnp.ones((2, 3)), "row_sum": jnp.ones((2, 3))},
+        {"heads_axis": ([None, "1", 0.5, 2, -3], ["axis"]), "row_sum": ([1], ["floating"])},
+    ),
+    "sow_max_logits": (
+        mc.sow_max_logits,
+        {"module": None, "max_logits": jnp.ones(2)},
+        {"module": MODULE},
+    ),
+    "read_max_logits": (
+        mc.read_max_logits,
+        {},
+        {"intermediates": (["attn", 3, jnp.ones(2)], ["intermediates", "mapping"])},
+    ),
+    "attention_report": (
+        mc.attention_report,
+        {"params": PARAMS, "opt_state": STATE, "intermediates": SOWN, "layout": LAYOUT},
+        {"layout": LAYOUT_WANTED, "threshold": THRESHOLD},
+    ),
+    "head_matrices": (
+        mc.head_matrices,
+        {"tree": PARAMS, "layout": LAYOUT},
+        {"layout": LAYOUT_WANTED},
+    ),
+    "find_blocks": (
+        mc.layouts.find_blocks,
+        {"params": PARAMS, "layout": LAYOUT},
+        {"layout": LAYOUT_WANTED},
+    ),
+    "effective_rank": (
+        mc.effective_rank,
+        {"x": jnp.ones((2, 3))},
+        {"gamma": ([*NUMBER, 0.0, -1.0, NAN], ["above 0"])},
+    ),
+}
+
+ROWS = [
+    pytest.param(fn, {**needed, option: value}, option, words, id=f"{name}({option}={value!r:.40})")
+    for name, (fn, needed, options) in FUNCTIONS.items()
+    for option, (values, words) in options.items()
+    for value in values
+]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("fn", "arguments", "option", "words"), ROWS)
+def test_a_wrong_option_raises(fn, arguments, option, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        fn(**arguments)
+    message, value = str(caught.value), arguments[option]
+    for word in (option, *words):
+        assert word in message, f"{word!r} is not in: {message}"
+    if isinstance(value, str | float | None):
+        found = repr(value), str(value), f"found {type(value).__name__}"
+        assert any(text in message for text in found), f"{value!r} is not in: {message}"
+
+
+@pytest.mark.parametrize(("fn", "needed"), [row[:2] for row in FUNCTIONS.values()], ids=FUNCTIONS)
+def test_the_right_options_raise_nothing(fn, needed):
+    """What the wrong rows are made of."""
+    if fn not in (mc.sow_max_logits, mc.read_max_logits, mc.layouts.ignore):
+        fn(**needed)
+
+
+def test_the_table_covers_what_is_public():
+    """A new public function, or option, needs rows, or a reason here."""
+    assert len(ROWS) > 500
