@@ -334,8 +334,7 @@ def test_two_parameters_of_one_path_raise():
 
 
 def test_haiku_blocks_are_found_by_their_path():
-    params = {f"net/attn/{n}": {"w": jnp.ones((32, 32)), "b": jnp.ones(32)} for n in "qkv"}
-    params["net/attn/o"] = {"w": jnp.ones((32, 32))}
+    params = {f"net/attn/{n}": {"w": jnp.ones((32, 32)), "b": jnp.ones(32)} for n in "qkvo"}
     layout = mc.layouts.mha(heads=4, query="q/w", key="k/w", value="v/w", out="o/w")
     (block,) = mc.layouts.find_blocks(layout, params)
     assert (block.name, block.heads) == ("net/attn", 4)
@@ -446,7 +445,9 @@ def test_what_cannot_be_trained_is_refused_at_init(link, leaf):
 
 
 @pytest.mark.parametrize("leaf", ["whole numbers", "complex", "bool"])
-@pytest.mark.parametrize("link", [mc.scale_by_quack(mc.layouts.mha())], ids=["quack"])
+@pytest.mark.parametrize(
+    "link", [mc.scale_by_quack(mc.layouts.mha()), mc.qk_clip(mc.layouts.mha())], ids=["quack", "qk"]
+)
 def test_heads_that_cannot_be_scaled_are_refused_at_init(link, leaf):
     wrong, error, words = WRONG[leaf]
     params = {"attn": ATTN | {"query": {"kernel": jnp.ones((8, 2, 4), wrong.dtype)}}}
