@@ -22,7 +22,7 @@ from muonclip_jax._core.maxima import AxisName, largest_of_devices
 from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import MAX_LOGITS, read_signal
-from muonclip_jax._core.states import without_parameters
+from muonclip_jax._core.states import check_same, without_parameters
 from muonclip_jax._layouts.blocks import (
     Block,
     Layouts,
@@ -187,6 +187,8 @@ class Clip:
                 )
             blocks, roles = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
+            like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
+            check_same("maxima", state[0], like, "the layout or the parameters")
             dtype, own = _dtype(params), leaves_of(blocks, roles, params)
             floor = _floor_of_updates(own, leaves_of(blocks, roles, updates))
 
@@ -429,7 +431,8 @@ def _floor_of_updates(params: Leaves, updates: Leaves) -> float:
 
 
 def _dtype(params: Any) -> DTypeLike:
-    return jnp.result_type(jnp.float32, *(paths.dtype_of(leaf) for _, leaf in paths.leaves(params)))
+    dtypes = [paths.dtype_of(leaf) for _, leaf in paths.leaves(params)]
+    return jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.issubdtype(d, jnp.floating)))
 
 
 def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Array) -> jax.Array:

@@ -20,6 +20,9 @@ from muonclip_jax._core import paths
 
 pytestmark = pytest.mark.versions
 
+MHA = mc.layouts.mha()
+SOWN = {("attn",): jnp.array([400.0, 1.0])}
+
 # One step of the iteration: of five only compiling takes longer.
 FAST = {"newton_schulz": mc.NewtonSchulz(mc.schedules.polar_express(steps=1))}
 
@@ -387,8 +390,8 @@ def test_a_bare_array():
         (optax.flatten(mc.scale_by_muon()), {"a": jnp.ones((2, 3))}, r"\(6,\).*optax.flatten"),
         (mc.scale_by_muon(), jnp.ones((2, 3, 4)), r"<root> of shape \(2, 3, 4\)"),
         (mc.muon(1e-3), jnp.ones((2, 3)), r"<root> of shape \(2, 3\).*rules="),
-        (mc.qk_clip(mc.layouts.mha()), jnp.ones((2, 3)), "no attention block found.*<root>"),
-        (mc.scale_by_quack(mc.layouts.mha()), jnp.ones(3), "no attention block found"),
+        (mc.qk_clip(MHA), jnp.ones((2, 3)), "no attention block found.*<root>"),
+        (mc.scale_by_quack(MHA), jnp.ones(3), "no attention block found"),
     ],
 )
 def test_a_bare_array_that_is_no_matrix_raises(tx, params, words):
@@ -402,9 +405,8 @@ def test_a_bare_array_that_is_no_matrix_raises(tx, params, words):
 )
 def test_python_floats_as_leaves(wrap):
     params = model() | {"temperature": 0.5}
-    tx = wrap(mc.muonclip(1e-2, layout=mc.layouts.mha(), **FAST))
-    maxima = {("attn",): jnp.array([400.0, 1.0])}
-    new, _ = trained("dict", tx, params, max_logits=maxima)
+    tx = wrap(mc.muonclip(1e-2, layout=MHA, **FAST))
+    new, _ = trained("dict", tx, params, max_logits=SOWN)
     assert new["temperature"] != 0.5 and jnp.isfinite(new["temperature"])
     rows = {row.path: row.shape for row in mc.describe(params)}
     assert rows["temperature"] == ()
@@ -427,8 +429,8 @@ WRONG = {
     [
         mc.muon(1e-3),
         mc.muon_direction(),
-        mc.quack(1e-3, layout=mc.layouts.mha()),
-        mc.muonclip(1e-3, layout=mc.layouts.mha()),
+        mc.quack(1e-3, layout=MHA),
+        mc.muonclip(1e-3, layout=MHA),
         mc.scale_by_muon(),
         mc.scale_by_orthogonalization(),
         mc.scale_by_update_rms(),
@@ -445,9 +447,7 @@ def test_what_cannot_be_trained_is_refused_at_init(link, leaf):
 
 
 @pytest.mark.parametrize("leaf", ["whole numbers", "complex", "bool"])
-@pytest.mark.parametrize(
-    "link", [mc.scale_by_quack(mc.layouts.mha()), mc.qk_clip(mc.layouts.mha())], ids=["quack", "qk"]
-)
+@pytest.mark.parametrize("link", [mc.scale_by_quack(MHA), mc.qk_clip(MHA)], ids=["quack", "qk"])
 def test_heads_that_cannot_be_scaled_are_refused_at_init(link, leaf):
     wrong, error, words = WRONG[leaf]
     params = {"attn": ATTN | {"query": {"kernel": jnp.ones((8, 2, 4), wrong.dtype)}}}
@@ -465,6 +465,10 @@ def test_random_keys_of_an_nnx_module_are_refused():
     with pytest.raises(TypeError, match=r"dropout/rngs.*nnx\.state\(model, nnx\.Param\)"):
         mc.muon(1e-3).init(nnx.state(model))
     mc.muon(1e-3).init(nnx.state(model, nnx.Param))
+    # Beside attention they are not the clip's.
+    params = {"attn": ATTN, "rngs": jax.random.key(0), "poles": jnp.ones(3, jnp.complex64)}
+    _, state = mc.qk_clip(MHA).update(params, mc.qk_clip(MHA).init(params), params, max_logits=SOWN)
+    assert state.gamma["attn"].dtype == jnp.float32
 
 
 def test_complex_parameters_may_go_to_the_other_optimizer():
@@ -497,9 +501,9 @@ def test_trees_are_not_called(kind, option):
 
 def test_dimension_numbers_of_a_callable_tree_may_be_given():
     params = KINDS["eqx.Module"](model())
-    numbers = mc.muon_dimension_numbers(params, layout=mc.layouts.mha())
+    numbers = mc.muon_dimension_numbers(params, layout=MHA)
     new, _ = trained("eqx.Module", mc.muon(1e-2, dimension_numbers=numbers, **FAST), params)
-    expected, _ = trained("dict", mc.muon(1e-2, layout=mc.layouts.mha(), **FAST), model())
+    expected, _ = trained("dict", mc.muon(1e-2, layout=MHA, **FAST), model())
     chex.assert_trees_all_close(new, expected, rtol=1e-6)
 
 
@@ -523,8 +527,6 @@ def test_rules_may_name_what_is_masked(masked):
 
 CONVOLUTION = model() | {"c": {"kernel": weights(3, 3, 4, 5)}}
 RULES = {"c/kernel": None}
-MHA = mc.layouts.mha()
-SOWN = {("attn",): jnp.array([400.0, 1.0])}
 LINKS = {
     "muon": mc.muon(1e-3, rules=RULES, **FAST),
     "muonclip": mc.muonclip(1e-3, layout=MHA, rules=RULES, **FAST),
@@ -615,6 +617,20 @@ def test_wrappers_change_nothing(wrap, kind):
 def test_a_state_of_another_routing_is_told(before, now, words):
     with pytest.raises(ValueError, match=words):
         now.update(CONVOLUTION, before.init(CONVOLUTION), CONVOLUTION)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        (mc.layouts.mha(block="a"), MHA, r"b has no maxima.*\(2,\): the layout"),
+        (MHA, mc.layouts.mha(block="a"), r"b has maxima of shape \(2,\).*none: the layout"),
+    ],
+)
+def test_a_state_of_another_layout_is_told(before, now, words):
+    params = {"a": ATTN, "b": ATTN}
+    state = mc.qk_clip(before).init(params)
+    with pytest.raises(ValueError, match=words):
+        mc.qk_clip(now).update(params, state, params, max_logits=SOWN)
 
 
 def test_a_state_of_another_model_is_told():
