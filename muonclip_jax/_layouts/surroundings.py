@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from muonclip_jax._core.paths import Path
+from muonclip_jax._layouts.extras import on_values_side
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES
 
@@ -76,11 +77,12 @@ def qk_norms(
         ):
             # MLA's latent norms are in front, and some are called q_norm.
             in_front = latent and len(lengths) == 1 and lengths[0] in inputs
+            values = on_values_side(module[len(block) :])
             behind = lengths in per_head or (len(lengths) == 1 and lengths[0] in outputs - inputs)
             if len(lengths) == 1 and lengths[0] in one_head - single:
                 # As long as a head and as the input: only its name can tell.
                 behind |= not latent and not _IN_FRONT.search(module[-1])
-            if behind or (_QK_NORM.search(module[-1]) and not in_front):
+            if (behind and not values) or (_QK_NORM.search(module[-1]) and not in_front):
                 yield path
 
 

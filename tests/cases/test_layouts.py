@@ -327,6 +327,7 @@ FLAT = dict(heads=4, query="q_proj", key="k_proj", value="v_proj", out="o_proj")
         (16, {"norm/kernel": (16,)}),
         (16, {"q_norm/kernel": (4, 16)}),
         (16, {"q_norm/weight": (16,)}),
+        (16, {"norm/g": (16,)}),
         (16, {"logit_scale": (4,)}),  # cosine attention
         (16, {"logit_scale": (4, 1, 1)}),
         (16, {"attn_logit_scale": ()}),
@@ -358,6 +359,8 @@ def test_qk_norms_are_seen(features, extra, stack):
         (16, {"norm/kernel": (64,)}),
         (64, {"pre_norm/scale": (64,)}),
         (64, {"norm_in/scale": (64,)}),
+        (16, {"v_norm/scale": (16,)}),  # of values and outputs
+        (16, {"o_norm/g": (4, 16)}),
         (16, {"q_scale": (16,)}),  # a temperature of each feature
         (16, {"k_scale": ()}),
     ],
