@@ -128,13 +128,25 @@ def flags(*arguments):
 MISTAKES = [
     # --- options
     ("threshold zero", lambda: mc.qk_clip(mc.layouts.mha(), 0.0), ["threshold", "above 0", "0.0"]),
-    ("threshold NaN", lambda: mc.qk_clip(mc.layouts.mha(), np.nan), ["threshold", "nan"]),
+    (
+        "threshold NaN",
+        lambda: mc.qk_clip(mc.layouts.mha(), np.nan),
+        ["threshold", "above 0", "nan"],
+    ),
     ("threshold as text", lambda: clip(threshold="100"), ["threshold", "one number", "'100'"]),
     ("alpha above one", lambda: clip(alpha=1.5), ["alpha", "[0, 1]", "1.5"]),
     ("unknown scope", lambda: clip(scope="model"), ["scope", '"head", "layer"', "'model'"]),
-    ("layout not called", lambda: mc.qk_clip(mc.layouts.mha), ["layouts.mha()", "function mha"]),
+    (
+        "layout not called",
+        lambda: mc.qk_clip(mc.layouts.mha),
+        ["layout must be", "layouts.mha()", "function mha"],
+    ),
     ("momentum of one", lambda: mc.scale_by_muon(1.0), ["momentum", "[0, 1)", "1.0"]),
-    ("momentum schedule", lambda: mc.scale_by_muon(lambda count: 0.9), ["inject_hyperparams"]),
+    (
+        "momentum schedule",
+        lambda: mc.scale_by_muon(lambda count: 0.9),
+        ["momentum", "[0, 1)", "inject_hyperparams"],
+    ),
     (
         "an optimizer with its own learning rate",
         lambda: mc.muon(0.1, other=optax.adamw(1e-3)),
@@ -142,22 +154,30 @@ MISTAKES = [
     ),
     ("unknown rule", lambda: mc.scale_by_update_rms("adam"), ["'adam'", "match_adam", "jordan"]),
     ("MLA size zero", lambda: mc.layouts.mla(4, 0, 3), ["layouts.mla", "rope", "0"]),
-    ("uneven groups", lambda: mc.layouts.gqa(3, heads=4), ["4 query heads", "3 key heads"]),
+    (
+        "uneven groups",
+        lambda: mc.layouts.gqa(3, heads=4),
+        ["layouts.gqa", "4 query heads", "3 key heads", "multiple of kv_heads"],
+    ),
     (
         "a step that turns singular values around",
         lambda: dataclasses.replace(
             mc.schedules.jordan(), coefficients=((3.4445, -4.7750, 2.0315), (2.0, -3.5, 0.5))
         ),
-        ["jordan", "step"],
+        ["jordan", "step 2 of 2", "outside (0, 2]", "Fix the coefficients"],
     ),
     # --- the optimizer's wiring
-    ("no max_logits", lambda: update(mc.qk_clip(mc.layouts.mha())), ["max_logits=", "capture"]),
+    (
+        "no max_logits",
+        lambda: update(mc.qk_clip(mc.layouts.mha())),
+        ["got no max_logits", "max_logits=", "capture"],
+    ),
     (
         "no params",
         lambda: mc.qk_clip(mc.layouts.mha()).update(
             PARAMS, mc.qk_clip(mc.layouts.mha()).init(PARAMS), max_logits=MAXIMA
         ),
-        ["params", "tx.update(grads, state, params"],
+        ["qk_clip rescales weights", "tx.update(grads, state, params"],
     ),
     (
         "qk_clip inside a partition",
@@ -167,11 +187,19 @@ MISTAKES = [
         ).init(PARAMS),
         ["masked", "optax.partition", "end of the chain"],
     ),
-    ("no clip in the chain", lambda: mc.qk_clip_state(optax.adam(1).init(PARAMS)), ["found 0"]),
+    (
+        "no clip in the chain",
+        lambda: mc.qk_clip_state(optax.adam(1).init(PARAMS)),
+        ["QKClipState", "found 0", "in the chain"],
+    ),
     # --- accumulation
     ("no micro-batches", lambda: mc.accumulate(optax.sgd(1), 0), ["every", "at least 1", "0"]),
     ("half a micro-batch", lambda: mc.accumulate(optax.sgd(1), 2.5), ["every", "whole", "2.5"]),
-    ("every in front", lambda: mc.accumulate(4, optax.sgd(1)), ["Optax transformation", "4"]),
+    (
+        "every in front",
+        lambda: mc.accumulate(4, optax.sgd(1)),
+        ["tx must be", "Optax transformation", "got 4"],
+    ),
     (
         "accumulating integers",
         lambda: mc.accumulate(optax.sgd(1), 2, accumulator_dtype="int8"),
@@ -180,7 +208,7 @@ MISTAKES = [
     (
         "no max_logits, accumulated",
         lambda: update(mc.accumulate(mc.qk_clip(mc.layouts.mha()), 2)),
-        ["max_logits="],
+        ["got no max_logits", "max_logits=intermediates"],
     ),
     (
         "the state of another optimizer, accumulated",
@@ -206,7 +234,11 @@ MISTAKES = [
         ),
         ["(2, 3)", "a (3,)", "once for each micro-batch"],
     ),
-    ("nothing accumulated", lambda: mc.accumulate_state(optax.adam(1).init(PARAMS)), ["found 0"]),
+    (
+        "nothing accumulated",
+        lambda: mc.accumulate_state(optax.adam(1).init(PARAMS)),
+        ["AccumulateState", "found 0", "in the chain"],
+    ),
     # --- parameter trees
     (
         "no attention at all",
@@ -226,7 +258,7 @@ MISTAKES = [
     (
         "flat grouped kernels, one head count missing",
         lambda: mc.layouts.gqa(heads=4),
-        ["heads=4", "give kv_heads="],
+        ["layouts.gqa", "heads=4", "give kv_heads="],
     ),
     (
         "flat grouped model, layout mha",
@@ -261,7 +293,7 @@ MISTAKES = [
     (
         "wrong MLA value size",
         lambda: clip(MLA, layout=mc.layouts.mla(4, 2, 4)),
-        ["attn/wkv_b/kernel", "(5, 14)"],
+        ["attn/wkv_b/kernel", "(5, 14)", "8 features do not divide", "nope, rope, v"],
     ),
     (
         "MLA without query compression",
@@ -290,7 +322,7 @@ MISTAKES = [
     (
         "two kinds of attention",
         lambda: mc.find_layout({"a": block(), "b": {"wq": kernel(8, 8), "wk": kernel(8, 8)}}),
-        ["b holds wq and wk", "block= patterns"],
+        ["b holds wq and wk", "layouts.mha() does not cover", "block= patterns"],
     ),
     (
         "attention that the layout does not name",
@@ -310,10 +342,14 @@ MISTAKES = [
     (
         "a layout without keys",
         lambda: dataclasses.replace(mc.layouts.mha(), pieces=(mc.layouts.Piece("q", "query"),)),
-        ["roles ['q']", "'k_nope'"],
+        ["roles ['q']", "'k_nope'", "layouts.ignore"],
     ),
     ("a fraction of a head", lambda: mc.layouts.mha(heads=4.0), ["heads", "whole number", "4.0"]),
-    ("find_layout finds nothing", lambda: mc.find_layout({"a": kernel(2, 3)}), ["a/kernel", "mla"]),
+    (
+        "find_layout finds nothing",
+        lambda: mc.find_layout({"a": kernel(2, 3)}),
+        ["a/kernel", "no Flax attention", "layouts.mla"],
+    ),
     # --- routing
     (
         "unnamed matrix",
@@ -364,36 +400,36 @@ MISTAKES = [
     (
         "dimension numbers for no parameter",
         lambda: mc.muon(0.1, dimension_numbers={"a": None, "c": None}).init({"a": jnp.ones(2)}),
-        ["c", "no parameter"],
+        ["for c", "no parameter", "remove it or correct it"],
     ),
     (
         "dimension numbers out of range",
         lambda: mc.muon(0.1, dimension_numbers=MuonDimensionNumbers(0, 2)).init(
             {"a": jnp.ones((2, 3))}
         ),
-        ["a of shape (2, 3)", "output_axis=2"],
+        ["a of shape (2, 3)", "output_axis=2", "[-2, 1]"],
     ),
     # --- sown values
     ("nothing sown", lambda: clip(maxima={}), ["intermediates", "capture", "sow_weights=True"]),
     (
         "Linen: collection not mutable",
         lambda: clip_linen(mutable=(), axes=("params", "intermediates")),
-        ["found nothing", "mutable=['intermediates']"],
+        ["'max_logits'", "found nothing", "mutable=['intermediates']"],
     ),
     (
         "Linen: scan drops the collection",
         lambda: clip_linen(),
-        ["variable_axes", "intermediates"],
+        ["found nothing", "variable_axes", "intermediates"],
     ),
     (
         "Linen: Flax attention without sow_weights",
         lambda: clip_linen(sow_weights=False, axes=("params", "intermediates")),
-        ["sow_weights=True"],
+        ["'max_logits'", "found nothing", "sow_weights=True"],
     ),
     (
         "NNX: another variable type captured",
         nnx_intermediates_without_capture_type,
-        ["nnx.Intermediate"],
+        ["'max_logits'", "nnx.Intermediate"],
     ),
     (
         "a block that sowed nothing",
@@ -403,7 +439,7 @@ MISTAKES = [
     (
         "sown where no kernels are",
         lambda: clip(maxima={**MAXIMA, "mlp": {"max_logits": jnp.ones(4)}}),
-        ["sown in mlp", "layers/attn"],
+        ["sown in mlp", "layers/attn", "Sow in the attention module"],
     ),
     (
         "sown with the wrong number of heads",
@@ -423,23 +459,39 @@ MISTAKES = [
     (
         "a scalar sown",
         lambda: clip(maxima={"layers": {"attn": {"max_logits": jnp.ones(())}}}),
-        ["layers/attn"],
+        ["layers/attn", "found a scalar", "not over heads"],
     ),
     # --- kernel and attention
-    ("a vector to orthogonalize", lambda: mc.orthogonalize(jnp.ones(3)), ["(3,)"]),
-    ("integers to orthogonalize", lambda: mc.orthogonalize(jnp.ones((3, 3), int)), ["int32"]),
+    (
+        "a vector to orthogonalize",
+        lambda: mc.orthogonalize(jnp.ones(3)),
+        ["(3,)", "[..., n, m]", "reshape it"],
+    ),
+    (
+        "integers to orthogonalize",
+        lambda: mc.orthogonalize(jnp.ones((3, 3), int)),
+        ["x must be", "bfloat16", "int32"],
+    ),
     (
         "schedule by name",
         lambda: mc.orthogonalize(jnp.ones((3, 3)), "jordan"),
-        ["chedule", "jordan"],
+        ["schedule='jordan'", "not a Schedule", "schedules.polar_express"],
     ),
     (
         "heads do not divide",
         lambda: attention(key=(1, 3, 3, 2), value=(1, 3, 3, 2)),
-        ["4 query heads", "not a multiple of 3"],
+        ["4 query heads", "not a multiple of 3", "(1, 3, 3, 2)", "[..., length, heads, size]"],
     ),
-    ("key and value lengths", lambda: attention(value=(1, 5, 4, 2)), ["value", "(1, 5, 4, 2)"]),
-    ("mask of floats", lambda: attention(mask=jnp.ones((1, 1, 3, 3))), ["mask", "float32"]),
+    (
+        "key and value lengths",
+        lambda: attention(value=(1, 5, 4, 2)),
+        ["key and value", "same length", "(1, 5, 4, 2)"],
+    ),
+    (
+        "mask of floats",
+        lambda: attention(mask=jnp.ones((1, 1, 3, 3))),
+        ["mask", "boolean", "float32", "mask.astype(bool)"],
+    ),
     (
         "soft cap zero",
         lambda: attention(soft_cap=0.0),
@@ -450,7 +502,11 @@ MISTAKES = [
         lambda: mc.orthogonalize(jnp.ones((3, 3)), mc.schedules.cans(safety=1)),
         ["cans(safety=1)", "bfloat16", "safety"],
     ),
-    ("functions under inject_hyperparams", inject_function, ["static_args", "dimension_numbers"]),
+    (
+        "functions under inject_hyperparams",
+        inject_function,
+        ["got one number", "static_args", "dimension_numbers"],
+    ),
     # --- the example's data and flags
     ("data that is not there", lambda: text_of("nowhere"), ["nowhere", "no such file", "--data"]),
     ("binary data", lambda: text_of("binary", b"a\0b"), ["binary", "UTF-8", "--data"]),
@@ -476,6 +532,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("do", "words"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES]
 )

@@ -332,9 +332,8 @@ def _separate(
         check_text(f"layouts.{kind}: {name}", projection)
     for name, projection in (("value", value), ("out", out)):
         check_text(f"layouts.{kind}: {name}", projection, optional=True)
-    if heads:
-        _check_weights(kind, transposed, query, key, value, out)
-    elif transposed:
+    _check_weights(kind, transposed, *((query, key, value, out) if heads else ()))
+    if transposed and not heads:
         raise ValueError(
             f"layouts.{kind}: transposed=True is for flat kernels [heads*features, in]; give "
             "heads=, or write the axes down: Piece(role, parameter, axes)."

@@ -9,6 +9,8 @@ from optax.contrib import MuonDimensionNumbers as Numbers
 
 import muonclip_jax as mc
 
+pytestmark = pytest.mark.versions  # Optax's wrappers and masks
+
 HOW = mc.NewtonSchulz(mc.schedules.polar_express(steps=2), dtype="float32")
 LAYERS = 3
 

@@ -88,11 +88,23 @@ def inside_partition(make):
 MISTAKES = [
     # --- no layout
     ("a string", lambda: find("mha"), ["'mha'", "layouts.mha()", "find_layout(params)"]),
-    ("None", lambda: find(None), ["None", "layouts.mha()"]),
-    ("an empty list", lambda: find([]), ["[]", "layouts.mha()"]),
-    ("a list with a string", lambda: find([mc.layouts.mha(), "x"]), ["'x'", "layouts.mha()"]),
-    ("a layout not called", lambda: find(mc.layouts.mha), ["function mha", "layouts.mha()"]),
-    ("no dict of parameters", lambda: find_blocks(mc.layouts.mha(), {}), ["no attention block"]),
+    ("None", lambda: find(None), ["layout must be", "None", "layouts.mha()"]),
+    ("an empty list", lambda: find([]), ["layout must be", "[]", "layouts.mha()"]),
+    (
+        "a list with a string",
+        lambda: find([mc.layouts.mha(), "x"]),
+        ["layout must be", "'x'", "layouts.mha()"],
+    ),
+    (
+        "a layout not called",
+        lambda: find(mc.layouts.mha),
+        ["layout must be", "function mha", "layouts.mha()"],
+    ),
+    (
+        "no dict of parameters",
+        lambda: find_blocks(mc.layouts.mha(), {}),
+        ["no attention block", "this tree: none", "query="],
+    ),
     # --- parameters that are not there
     (
         "missing kernel",
@@ -288,8 +300,16 @@ MISTAKES = [
         lambda: Piece("q", "query", "in heads"),
         ["'query'", "'in heads'", "must have", "'features'"],
     ),
-    ("neither in nor out", lambda: Piece("q", "w", "heads features"), ["'w'", "must have 'in'"]),
-    ("o without out", lambda: Piece("o", "w", "in heads features"), ["'w'", "must have 'out'"]),
+    (
+        "neither in nor out",
+        lambda: Piece("q", "w", "heads features"),
+        ["Piece('q', 'w'", "axes='heads features'", "must have 'in'"],
+    ),
+    (
+        "o without out",
+        lambda: Piece("o", "w", "in heads features"),
+        ["Piece('o', 'w'", "axes='in heads features'", "must have 'out'"],
+    ),
     (
         "in inside of parentheses",
         lambda: Piece("q", "query", "(in heads) features"),
@@ -303,7 +323,7 @@ MISTAKES = [
     (
         "nested parentheses",
         lambda: Piece("q", "query", "in ((heads part) features)"),
-        ["'query'", "nested"],
+        ["'query'", "axes=", "nested"],
     ),
     (
         "a size for no axis",
@@ -400,7 +420,11 @@ MISTAKES = [
     ),
     ("sown elsewhere", lambda: clip(sown(4, at="mlp")), ["layers/mlp", "layers/attn", "Sow in"]),
     ("unknown role in per_head", lambda: route(per_head=("q", "x")), ["per_head", "v, o", "x is"]),
-    ("per_head as a string", lambda: route(per_head="q"), ["per_head='q'", "tuple of roles"]),
+    (
+        "per_head as a string",
+        lambda: route(per_head="q"),
+        ["per_head='q'", "tuple of roles", "('q', 'k')"],
+    ),
     (
         "QK-Clip inside a partition",
         lambda: inside_partition(mc.qk_clip),
@@ -412,11 +436,15 @@ MISTAKES = [
         ["attn", "optax.partition", "move it outside"],
     ),
     # --- the kinds
-    ("fused without part", lambda: mc.layouts.fused_qkv(4, axes="in heads features"), ["'part'"]),
+    (
+        "fused without part",
+        lambda: mc.layouts.fused_qkv(4, axes="in heads features"),
+        ["layouts.fused_qkv", "axes='in heads features'", "'part'"],
+    ),
     (
         "unequal parts on an axis of their own",
         lambda: mc.layouts.fused_qkv(4, 2, axes="in part heads features"),
-        ["4 query and 2 key heads", "'in part heads features'"],
+        ["layouts.fused_qkv", "4 query and 2 key heads", "'in part heads features'"],
     ),
     ("uneven groups", lambda: mc.layouts.fused_qkv(4, 3), ["4 query", "3 key", "multiple"]),
     ("no number of heads", lambda: mc.layouts.mha(heads="8"), ["layouts.mha", "heads", "'8'"]),
@@ -427,14 +455,18 @@ MISTAKES = [
             mc.layouts.mha(query="self/query", key="self/key", value="self/value", out="self/out"),
             {"self": HEADED, "cross": HEADED},
         ),
-        ["layers/attn/cross holds query and key", "block= patterns"],
+        [
+            "layers/attn/cross holds query and key",
+            "covers layers/attn/self/query",
+            "block= patterns",
+        ],
     ),
     (
         "attention beside a block at the root",
         lambda: find_blocks(
             mc.layouts.mha(), {**HEADED, "decoder": {"wq": kernel(8, 8), "wk": kernel(8, 8)}}
         ),
-        ["decoder holds wq and wk", "block= patterns"],
+        ["decoder holds wq and wk", "does not cover", "block= patterns"],
     ),
     (
         "one kernel in two blocks",
@@ -483,7 +515,7 @@ MISTAKES = [
         lambda: mc.qk_clip(mc.layouts.mha()).init(
             {"attn": {**HEADED, "q_norm": {"scale": array(4, 6)}}}
         ),
-        ["attn/q_norm/scale (4, 6)", "mc.muon"],
+        ["attn/q_norm/scale (4, 6)", "change nothing", "mc.muon"],
     ),
     (
         "a QK-norm as a parameter of the block",
@@ -494,7 +526,7 @@ MISTAKES = [
     (
         "per_head without a layout",
         lambda: mc.muon(0.1, per_head=("q",)).init({"mlp": {"kernel": jnp.ones((2, 3))}}),
-        ["per_head=('q',)", "needs layout="],
+        ["per_head=('q',)", "needs layout=", "where the heads are"],
     ),
     (
         "per_head of a role that no block has",
@@ -509,6 +541,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("do", "words"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES]
 )
