@@ -58,7 +58,7 @@ def is_norm(name: str) -> bool:
     """Whether a module is called as norms are: `LayerNorm_0`, `q_norm`, `ln_f`."""
     said = words(name)
     ends = said[:1] + said[-1:]
-    return bool({"ln", "rms", "bn", "gn"} & {*said}) or any("norm" in word for word in ends)
+    return any("norm" in word or word in ("ln", "rms", "bn", "gn") for word in ends)
 
 
 def is_gain(path: Path) -> bool:
@@ -144,5 +144,5 @@ def _is_head(said: tuple[str, ...]) -> bool:
         ("lm", "head") in pairwise(said)
         or any(word == "lmhead" or word.startswith("unembed") for word in said)
         or bool(_HEAD & {*said[-1:]} and not _NO_HEAD & {*said})
-        or ("logits" in said and not _NO_LOGITS & {*said})
+        or (any(word.startswith("logit") for word in said) and not _NO_LOGITS & {*said})
     )

@@ -40,7 +40,7 @@ def read(path: Path, near: Neighbours) -> MatrixPattern | None:
         raise _unnamed(path, shape)
     if len(shape) > 2:
         return _stack_of_kernels(path, near)
-    if names.is_norm(names.holder(path)):
+    if names.is_norm(names.holder(path)) and near.bias(path) is None:
         raise Unclear(
             "is a matrix ('in out'), or the gain of a norm in stacked layers (None)", "in out"
         )
@@ -119,7 +119,7 @@ def _stack_of_kernels(path: Path, near: Neighbours) -> MatrixPattern:
         "it may be a convolution ('h w in out -> (h w in) out'), a stack of experts ('experts in "
         "out'), a projection to heads (one matrix per head: 'in heads features -> heads in "
         "features'), or have a scan axis other than 0",
-        "experts in out",
+        "experts in out" if len(shape) == 3 else "... in out",
         near.shown(path),
     )
 

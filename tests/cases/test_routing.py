@@ -186,6 +186,9 @@ def test_a_kernel_of_a_norm_is_no_matrix():
     assert routes(tree_of({"norm/kernel": (12,)})) == {"norm/kernel": "other"}
     said = message_of(tree_of({"layers/attn_norm/kernel": (12, 64)}))
     assert "gain of a norm in stacked layers (None)" in said
+    # Its bias is as long as its outputs: a matrix, of DiT.
+    modulation = {"adaLN/kernel": (64, 384), "adaLN/bias": (384,)}
+    assert routes(tree_of(modulation))["adaLN/kernel"] == "muon 1 × [64, 384]"
 
 
 # --- rules ----------------------------------------------------------------------------------------

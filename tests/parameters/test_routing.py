@@ -198,7 +198,7 @@ def optimizers(tree, **options):
         "lm_head/kernel", "head/kernel", "unembed/w", "logits_dense/kernel", "classifier/kernel",
         "decoder_output_layer/kernel", "LMHead/kernel", "lmHead/w", "heads/0/kernel", "lm_head",
         "lm_head/dense/kernel", "decoder/toLogits/kernel", "UnembedLayer_0/kernel", "policy_head/w",
-        "lm_head/weight", "heads/3/Dense_0/kernel",
+        "lm_head/weight", "heads/3/Dense_0/kernel", "decoder/logitdense/kernel",
     ],
 )  # fmt: skip
 def test_unembeddings_go_to_the_other_optimizer(path):
