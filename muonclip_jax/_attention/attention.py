@@ -41,7 +41,8 @@ def dot_product_attention(
 
     The maxima are of `scale · q kᵀ`, the only part that scaling the kernels of q and k
     scales: the soft cap and the bias come after. They are what QK-Clip compares with its
-    threshold, and carry no gradient.
+    threshold, and carry no gradient. What the mask or the bias hides from the softmax does not
+    count (see `bias`).
 
     Flax's attention modules call `attention_fn` instead, which is made of this function.
 
@@ -74,9 +75,12 @@ def dot_product_attention(
       key: `[..., S, K, H]`, N a multiple of K; query head n uses key head n // (N // K).
       value: `[..., S, K, V]`.
       bias: added to the logits, broadcastable to `[..., N, T, S]`. A number at or below
-        half the lowest one of its dtype (−inf, `finfo.min`) hides the position, as a mask
-        does; −1e9 does not, and the position counts in the maxima. The gradient with
-        respect to a bias is accumulated in one float32 array of the bias's own shape.
+        half the lowest one of its dtype (−inf, `finfo.min`, −65504 in float16) hides the
+        position, as a mask does. One at or below −1e8 (−1e9, −1e10, −1e30) is added as it is,
+        so that a row of nothing else has the weights that `jax.nn` gives it, but the position
+        does not count in the maxima. All others count, and so does −1e4: position biases
+        (ALiBi) get there; hide by a mask instead. The gradient with respect to a bias is
+        accumulated in one float32 array of the bias's own shape.
       mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends.
       is_causal: query i sees keys 0 … i.
       local_window_size: `(left, right)` or one int for both, as `jax.nn.dot_product_attention`.
@@ -96,8 +100,8 @@ def dot_product_attention(
 
     Returns:
       `(out, max_logits)`: `[..., T, N, V]`, and `[N]` in float32 (float64 for float64).
-      The maxima are over batch and all visible pairs: −inf for a head that sees nothing,
-      NaN where a visible logit is NaN.
+      The maxima are over batch and all visible pairs that the bias leaves in the softmax: −inf
+      for a head that sees nothing, NaN where a visible logit is NaN.
 
     Raises:
       ValueError: shapes that do not fit, a number out of its range, or an option that the

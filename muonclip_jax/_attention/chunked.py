@@ -17,6 +17,7 @@ from muonclip_jax._attention.call import Call
 from muonclip_jax._attention.tiles import (
     Operands,
     Tiling,
+    counted,
     cut,
     hide,
     raw_logits,
@@ -45,7 +46,7 @@ def _dropout(tiling: Tiling, tile: Operands, shape: tuple[int, ...]) -> jax.Arra
     if tile.dropout_rng is None:
         return 1.0
     keep = 1 - tiling.dropout_rate
-    pattern = shape[-2:] if tiling.broadcast_dropout else shape
+    pattern = (1,) * (len(shape) - 2) + shape[-2:] if tiling.broadcast_dropout else shape
     return jnp.where(jax.random.bernoulli(tile.dropout_rng, keep, pattern), 1 / keep, 0.0)
 
 
@@ -78,13 +79,13 @@ def _forward(tiling: Tiling, x: Operands):
         logits = _softmax_logits(tiling, raw, tile.bias, tile.mask)
         peak = _highest(seen.peak, logits)
         decay = jnp.exp(seen.peak - _shift(peak))
-        weights = jnp.exp(logits - _shift(peak))
+        weights = _exp(logits, _shift(peak))
         kept = (weights * _dropout(tiling, tile, weights.shape)).astype(tile.value.dtype)
         new = _Rows(
             out=seen.out * decay + tiling.matmul("...kgts,...ksv->...kgtv", kept, tile.value),
             total=seen.total * decay + jnp.sum(weights, -1, keepdims=True),
             peak=peak,
-            top=None if seen.top is None else _highest(seen.top, hide(raw, tile.mask)),
+            top=None if seen.top is None else _highest(seen.top, hide(raw, counted(tile))),
         )
         return tiling.queries.put(rows, new, ij[0]), None
 
@@ -114,6 +115,16 @@ def _shift(peak: jax.Array) -> jax.Array:
     return jnp.where(peak == -jnp.inf, 0, peak)
 
 
+def _exp(logits: jax.Array, shift: jax.Array) -> jax.Array:
+    """exp(logits - shift), at most 1.
+
+    The minimum changes no number. It keeps compilers from making one operation (fma) of the product
+    in the logits and the difference: that rounds the product no more, and of logits above 1e9 the
+    difference is then as large as an ulp, ±100, where it should be 0.
+    """
+    return jnp.exp(jnp.minimum(logits, shift) - shift)
+
+
 def _backward(tiling: Tiling, saved: _Residuals, cotangents) -> tuple[Operands]:
     x, d_out = saved.operands, cotangents[0]  # the maxima carry no gradient
     accumulated = accumulation_dtype(x.query.dtype)
@@ -132,7 +143,7 @@ def _backward(tiling: Tiling, saved: _Residuals, cotangents) -> tuple[Operands]:
             raw_logits(tiling, tile),
             tile.bias,
         )
-        weights = jnp.exp(logits - shift) * inverse
+        weights = _exp(logits, shift) * inverse
         dropout = _dropout(tiling, tile, weights.shape)
         kept = (weights * dropout).astype(tile.value.dtype)
         d_weights = tiling.matmul("...kgtv,...ksv->...kgts", d_rows, tile.value) * dropout

@@ -22,6 +22,9 @@ from muonclip_jax._core.dtypes import accumulation_dtype
 # its sides may be. Found by `python -m benchmarks.attention --chunk-sizes 128 256 512`.
 _TILE_ENTRIES = 2**21
 _TILE_SIDES = (128, 512)
+# A bias at or below it is an additive mask: -1e9, -1e10, -1e30. Position biases (T5's, ALiBi's
+# slope times distance) are smaller by far.
+_OUTSIDE = -1e8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +165,7 @@ def tile_of(tiling: Tiling, x: Operands, i, j) -> Operands:
         key=tiling.keys.take(x.key, j),
         value=tiling.keys.take(x.value, j),
         bias=None if bias is None else bias.astype(accumulation_dtype(x.query.dtype)),
-        mask=_visible(tiling, bias, mask, i, j),
+        mask=_visible(tiling, x.query.ndim, bias, mask, i, j),
         dropout_rng=None if rng is None else jax.random.fold_in(rng, i * tiling.keys.count + j),
     )
 
@@ -177,8 +180,10 @@ def tile_bounds(tiling: Tiling, x: jax.Array, i, j) -> tuple[list[Any], list[int
     return starts, sizes
 
 
-def _visible(tiling: Tiling, bias, mask, i, j) -> jax.Array | None:
-    rows, columns = tiling.queries.positions(i)[:, None], tiling.keys.positions(j)
+def _visible(tiling: Tiling, axes: int, bias, mask, i, j) -> jax.Array | None:
+    # As many axes as the logits have: NumPy's rank promotion can be forbidden.
+    rows = jnp.expand_dims(tiling.queries.positions(i), (*range(axes - 2), axes - 1))
+    columns = jnp.expand_dims(tiling.keys.positions(j), tuple(range(axes - 1)))
     conditions = []
     if tiling.queries.length % tiling.queries.size:
         conditions.append(rows >= i * tiling.queries.size)
@@ -193,6 +198,14 @@ def _visible(tiling: Tiling, bias, mask, i, j) -> jax.Array | None:
     if bias is not None:  # written so that a NaN stays visible
         conditions.append(~(bias <= jnp.finfo(bias.dtype).min / 2))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def counted(tile: Operands) -> jax.Array | None:
+    """Which logits the maxima count: the visible ones that no bias pushes out of the softmax."""
+    if tile.bias is None:
+        return tile.mask
+    inside = ~(tile.bias <= _OUTSIDE)  # written so that a NaN counts
+    return inside if tile.mask is None else tile.mask & inside
 
 
 def raw_logits(tiling: Tiling, tile: Operands) -> jax.Array:

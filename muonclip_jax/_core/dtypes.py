@@ -1,15 +1,18 @@
 """In which precision sums and products are computed: the one place that says so."""
 
+import functools
 from typing import TypedDict
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
 
-def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """What numbers of this dtype are summed in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+def accumulation_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """What numbers of these dtypes are summed in: float32, or float64 if one is float64."""
+    with jax.numpy_dtype_promotion("standard"):  # this is no implicit promotion
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 class ProductOptions(TypedDict):

@@ -24,7 +24,7 @@ class Method:
     Attributes:
       iteration: `"standard"` multiplies the matrix `[n, m]`, n <= m, at every step: 4n²m + 2n³
         FLOPs. `"gram"` multiplies polynomials of its Gram matrix XXᵀ, which is smaller, and the
-        matrix itself at restarts, every two or three steps: 8n³ FLOPs a step, and 4n²m - 6n³ a
+        matrix itself at restarts, every two steps or three: 8n³ FLOPs a step, and 4n²m - 6n³ a
         restart (see `iterations.gram_iteration`).
       smallest_block: Symmetric products compute only blocks on and below the diagonal, cut in
         halves of at least so many rows. None: they compute both sides of it.
@@ -68,6 +68,8 @@ MethodName = Iteration | Literal["auto"]
 # same numbers. By FLOPs it wins from 1.2 on where the halves of symmetric products are left out,
 # and from 1.5 on where they are not.
 _GRAM_FROM = 1.5
+# The least n. The standard iteration needs no margins, and of fewer rows it costs little.
+_GRAM_ROWS = 64
 
 # What else "auto" goes by, for each backend. That of CPU is measured:
 # `python -m benchmarks.methods` does it again.
@@ -91,7 +93,7 @@ def iteration_for(method: MethodName | Method, n: int, m: int) -> Iteration:
     if isinstance(method, Method):
         return method.iteration
     if method == "auto":
-        return "gram" if m >= _GRAM_FROM * n else "standard"
+        return "gram" if n >= _GRAM_ROWS and m >= _GRAM_FROM * n else "standard"
     return method
 
 

@@ -52,8 +52,8 @@ class NewtonSchulz:
         if escape := self.schedule.escape(rounding=float(jnp.finfo(name).eps)):
             raise ValueError(
                 f"NewtonSchulz: schedule {self.schedule.name!r} has no margin for rounding in "
-                f"{name}, with which some matrices blow up: {escape}. Give it a larger safety "
-                "factor (1.01 suits bfloat16), or run it in a dtype that rounds less"
+                f"{name}, with which some matrices end far from orthogonal: {escape}. Give it a "
+                "larger safety factor (1.01 suits bfloat16), or run it in a dtype that rounds less"
             )
 
     def for_matrices(self, x: Any, owner: str = "orthogonalize") -> "NewtonSchulz":

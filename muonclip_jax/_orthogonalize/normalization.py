@@ -33,7 +33,7 @@ def in_range(x: jax.Array, dtype: jnp.dtype, group: OneDevice = ONE_DEVICE) -> j
       dtype: Of the result.
       group: The devices that have the other parts.
     """
-    x = x.astype(jnp.promote_types(accumulation_dtype(x.dtype), dtype))
+    x = x.astype(accumulation_dtype(x.dtype, dtype))
     largest = group.largest(lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)))
     # Bounded, for the power to be a normal number: XLA may take others for zero.
     limit = -jnp.finfo(x.dtype).minexp
@@ -49,7 +49,8 @@ def rescaled_rows(
         return x
     rows = jnp.abs(joined(group.sum_rows(gram(x, method))))
     sums = group.all_rows(jnp.sum(rows, axis=-1, keepdims=True))
-    return (x / (jnp.sqrt(nonzero(sums)) * schedule.norm_factor)).astype(x.dtype)
+    norms = jnp.sqrt(nonzero(sums)) * schedule.norm_factor
+    return (x.astype(norms.dtype) / norms).astype(x.dtype)
 
 
 def scale_at(

@@ -84,10 +84,15 @@ def _by_kernel(left: jax.Array, right: jax.Array) -> jax.Array:
     from muonclip_jax._orthogonalize.symmetric_tpu import symmetric_product
 
     total = precision.accumulation_dtype(left.dtype)
+
+    def on_tpu(left, right):
+        with jax.enable_x64(False):  # the kernel counts in 32 bits
+            return symmetric_product(left, right.mT, out_dtype=total)
+
     return lax.platform_dependent(
         left,
         right,
-        tpu=lambda left, right: symmetric_product(left, right.mT, out_dtype=total),
+        tpu=on_tpu,
         default=lambda left, right: matmul(left, right, DENSE),
     )
 

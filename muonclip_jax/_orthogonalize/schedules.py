@@ -28,6 +28,10 @@ _CONVERGED_WIDTH = 5e-6
 _CUSHION = 0.02407327424182761
 # Where singular values must stay: a schedule generated for a tiny `lower` fills (0, 2].
 _LARGEST = 2 + 1e-9
+# By how much rounding may take σ above the exact top.
+_ROUNDING = 0.1
+# What `repr` says of a schedule: that its values pass this.
+_FAR = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Schedule:
 
     @functools.cache  # noqa: B019 (schedules are few and small)
     def escape(self, rounding: float = 0.0) -> str | None:
-        """Finds where a singular value leaves (0, 2].
+        """Finds where a singular value leaves (0, 2], or rounding takes it 0.1 above `top`.
 
         Args:
             rounding: Relative error that each step may add to σ: the eps of the dtype it runs in.
@@ -93,6 +97,7 @@ class Schedule:
         Returns:
             Step, σ and p(σ) in words; None if every σ from (0, 1] stays inside.
         """
+        p = np.zeros(1)
         high = 1 + rounding
         for number, step in enumerate(self.coefficients, start=1):
             sigma = high * _grid(1e-12)
@@ -106,6 +111,8 @@ class Schedule:
                     f"σ = {sigma[at]:.4g} into p(σ) = {p[at]:.4g}, outside (0, 2]"
                 )
             high = p.max() * (1 + rounding)  # p is continuous, so its values fill (0, p.max()]
+        if rounding and p.max() > self.top + _ROUNDING:
+            return f"σ can end at {p.max():.4g}, where exactly it ends at {self.top:.4g} at most"
         return None
 
     def apply(self, sigma: ArrayLike) -> np.ndarray:
@@ -121,6 +128,19 @@ class Schedule:
         for step in self.coefficients:
             sigma = _quintic(step, sigma)
         return sigma
+
+    def __repr__(self) -> str:
+        fields = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self)]
+        far = [f"top={self.top:.4g}: σ can end so far above 1"] if self.top > _FAR else []
+        return f"Schedule({', '.join([*fields, *far])})"
+
+    @functools.cached_property
+    def top(self) -> float:
+        """The largest p(σ) for σ in [0, 1]. Rounding adds 0.1 at most (`escape`)."""
+        high = 1.0
+        for step in self.coefficients:
+            high = float(_quintic(step, high * _grid(1e-12)).max())  # its values fill (0, high]
+        return high
 
     @property
     def slope(self) -> float:
@@ -194,7 +214,8 @@ def polar_express(
 
     Args:
         steps: Number of quintics, at least 1. Steps that come after convergence are
-            (15/8, −10/8, 3/8), which restores orthogonality lost to rounding.
+            (15/8, −10/8, 3/8), which restores orthogonality lost to rounding. Too few for a
+            small `lower` leave σ above 1: `polar_express(3)` up to 1.66 (`Schedule.top`).
         lower: The smallest normalized singular value to bring to 1, in (0, 1). A smaller one
             needs more steps for the same error.
         safety: Margin against rounding, at least 1: the norm and every step short of convergence
@@ -253,23 +274,31 @@ def cans(safety: float = 1.01) -> Schedule:
     )
 
 
-def aol() -> Schedule:
+def aol(safety: float = 1.01) -> Schedule:
     """Turbo-Muon: almost-orthogonal-layer preconditioning, then only four steps.
 
     The result approximates the polar factor of the rescaled matrix, not of the matrix itself.
+
+    Args:
+        safety: Margin against rounding, at least 1, as in `polar_express`. It was published with
+            none (`safety=1`), which in bfloat16 ends at 1.2 for some matrices of few rows, not at
+            1.05, and is refused there.
 
     Example:
         >>> len(mc.schedules.aol().coefficients)
         4
     """
+    published = (
+        (4.6051, -9.6552, 5.6769),
+        (4.7505, -6.0861, 2.1790),
+        (2.7763, -2.3190, 0.5523),
+        (2.4231, -2.2861, 0.8193),
+    )
+    safety = _safety("aol", safety)
     return Schedule(
-        name="aol",
-        coefficients=(
-            (4.6051, -9.6552, 5.6769),
-            (4.7505, -6.0861, 2.1790),
-            (2.7763, -2.3190, 0.5523),
-            (2.4231, -2.2861, 0.8193),
-        ),
+        name=f"aol(safety={safety:g})",
+        coefficients=tuple(widen(step, safety) for step in published),
+        norm_factor=safety,
         lower=1e-2,
         normalization="aol",
         source="arXiv:2512.04632",

@@ -92,7 +92,7 @@ ACCURACY = {
     schedules.you(): (493, 0.525, 0.032),
     schedules.polar_express(5, lower=1e-3): (976, 0.154, 0.130),
     schedules.cans(safety=1): (1049, 0.120, 0.120),
-    schedules.aol(): (147, 0.853, 0.059),
+    schedules.aol(safety=1): (147, 0.853, 0.059),
     schedules.polar_express(8, lower=1e-3): (6363, 0, 0),
     schedules.deepseek_v4(): (79263, 5e-4, 5e-4),
 }
@@ -252,3 +252,11 @@ def test_every_schedule_is_documented():
         for name, value in vars(schedules).items()
         if getattr(value, "__annotations__", {}).get("return") is Schedule
     }
+
+
+def test_top_is_the_largest_value_and_repr_tells_a_high_one():
+    sigma = np.linspace(0, 1, 400_001)
+    for schedule in (schedules.polar_express(3), schedules.jordan(), schedules.aol()):
+        assert schedule.top == pytest.approx(schedule.apply(sigma).max(), abs=1e-5)
+    assert "top=1.655: σ can end so far above 1" in repr(schedules.polar_express(3))
+    assert "top=" not in repr(schedules.polar_express(4))  # 1.21
