@@ -211,20 +211,6 @@ def test_an_update_that_is_compiled_inside_loses_no_maxima():
     np.testing.assert_array_equal(state.max_logits["attn"], jnp.maximum(OUTPUTS, OUTPUTS[::-1]))
 
 
-def test_a_clip_that_cannot_be_heard_raises():
-    """Its init is compiled and cached: nothing says which modules are whose."""
-    params, clip = {"attn": attention()}, mc.qk_clip(mc.layouts.gqa(), 100.0)
-    hidden = optax.GradientTransformationExtraArgs(jax.jit(clip.init), clip.update)
-    sown = {("attn",): OUTPUTS}
-    for hear_first in (True, False):
-        if not hear_first:
-            hidden.init(params)  # now the first init is not heard either
-        tx = mc.accumulate(hidden, 2)
-        state = tx.init(params)
-        with pytest.raises(ValueError, match="give accumulate the transformation as it is"):
-            tx.update(params, state, params, max_logits=sown)
-
-
 def test_clips_that_disagree_about_a_block_raise():
     params = {"attn": {**attention(), "inner": {"w": jnp.ones((8, 8))}}}
     block = mc.layouts.gqa(block="attn")
