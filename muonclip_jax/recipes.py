@@ -60,7 +60,7 @@ def muon(
     | --- | --- |
     | a matrix of Muon's | yes |
     | a bias, gain or QK-norm that the layout knows | no |
-    | called bias, scale, gain, gamma, beta, offset, shift, b or g, alone or in a longer name | no |
+    | last word bias, scale, gain, gamma, beta, offset or shift; first b or g, as in `b_Q` | no |
     | in a module called norm, ln, rms, bn or gn, but for `kernel`, `w` and `embedding` | no |
     | fewer than two axes, not counting those of the stack of layers that it is in | no |
     | anything else: embeddings, unembeddings, convolutions | yes |

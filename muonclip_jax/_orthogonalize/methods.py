@@ -36,7 +36,8 @@ class Method:
       chunk_entries: The chunk size: of a stack, as many matrices at a time as have so many entries.
 
     Raises:
-      ValueError: Another iteration, or a number below 1.
+      TypeError: `row_major` is neither True nor False.
+      ValueError: Another iteration or kernel, or a number below 1.
 
     Example:
       >>> method = mc.Method("gram", smallest_block=256)

@@ -56,7 +56,7 @@ def scale_by_muon(
       steps taken as well.
 
     Raises:
-      TypeError: As `scale_by_orthogonalization`.
+      TypeError: An option of the wrong type, when built.
       ValueError: momentum outside [0, 1) when built; at init and update, as
         `scale_by_orthogonalization`; at update, a state of other matrices.
 

@@ -125,6 +125,19 @@ def test_a_router_among_experts_decays():
     }
 
 
+def test_quack_goes_by_the_same_table_and_by_names_behind_another_direction():
+    attn = {name: {"kernel": ones(LAYERS, 8, 2, 4)} for name in ("query", "key", "value")}
+    attn["out"] = {"kernel": ones(LAYERS, 2, 4, 8)}
+    params = {
+        "layers": {"attn": attn, "norm": {"scale": ones(LAYERS, 8), "gamma": ones(LAYERS, 8)}}
+    }
+    layout = mc.layouts.mha()
+    for direction in (None, optax.scale_by_adam()):
+        found = decay_of(params, mc.quack(1.0, layout=layout, direction=direction))
+        assert found.pop("layers/norm/scale") == found.pop("layers/norm/gamma") == 0
+        assert len(found) == 4 and min(found.values()) > 0.09
+
+
 # --- masks
 
 
