@@ -13,7 +13,7 @@ EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all budgets test-models test-tpu test-lowest docs lint clean
+.PHONY: help train compare bench methods overhead test test-all budgets test-models test-tpu test-lowest docs lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ lint: $(VENV)/.dev-$(JAX)  ## ruff and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+kills: $(VENV)/.test-$(JAX)  ## the example's training, killed 24 times, half of them inside a save
+	KILLS=24 $(BIN)/python -m pytest tests/examples/test_kills.py -s $(ARGS)
 
 test-models:  ## the tests on models from Gemma, Tunix, Transformers and (Python >= 3.12) MaxText
 	$(MAKE) .venv-models/.models-cpu VENV=.venv-models JAX=cpu

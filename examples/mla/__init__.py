@@ -9,6 +9,7 @@ partition.py   the mesh: which axis of which parameter goes where
 steps.py       what runs on the devices: optimizer, training step, validation
 train.py       the run: `python -m examples.mla.train`
 checkpoint.py  checkpoints; stopping on a signal
+folder.py      the run's folder: its name, its lock, files written whole
 recorder.py    progress bar and metrics, one step late
 metrics.py     metrics.jsonl, and what is computed from it
 figures.py     pictures of the metrics

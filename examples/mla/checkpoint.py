@@ -1,7 +1,10 @@
 """Checkpoints of a run: all that a bit-exact continuation needs, written whole or not at all."""
 
+import hashlib
+import json
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +19,22 @@ from examples.mla.cli import InputError
 from examples.mla.mesh import everywhere, largest
 
 FOLDER = "checkpoints"
+DIGEST = "digest"
 
-# Orbax logs every save, and after a failed read every other read that was running.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every save, and what it raises too; after a failed read every other read that ran.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+_hook = sys.unraisablehook
+
+
+def _without_late_reads(unraisable: Any) -> None:
+    """After a failed read Orbax's others go on, and each complains that nobody waits for it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _hook(unraisable)
+
+
+sys.unraisablehook = _without_late_reads
 
 
 class Checkpoints:
@@ -27,17 +42,24 @@ class Checkpoints:
 
     Orbax writes into a temporary folder and renames it when it is complete, so what an interrupted
     save leaves behind is never listed. One checkpoint holds the parameters, the optimizer's state
-    (with the clip state), the position in the data, and `about`: settings and fingerprints. Several
-    processes save and restore at the same time, each its part of the arrays.
+    (with the clip state), the position in the data, and `about`: settings and fingerprints. Orbax
+    checks what it reads of the arrays; for the rest, `about` has a digest. Several processes save
+    and restore at the same time, each its part of the arrays.
+
+    Args:
+      run_dir: The run's folder.
+      read_only: Writes nothing and removes nothing: another process may be saving. Without it, what
+        an interrupted save left is removed.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, *, read_only: bool = False):
         self.folder = run_dir / FOLDER
+        writing = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(read_only=True) if read_only else writing,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "position": ocp.JsonCheckpointHandler(),
@@ -47,17 +69,18 @@ class Checkpoints:
 
     @classmethod
     def existing(cls, run_dir: Path) -> "Checkpoints":
-        """The checkpoints of a run that has at least one.
+        """The checkpoints, read only, of a run that has at least one.
 
         Raises:
           InputError: It has none.
         """
         if (run_dir / FOLDER).is_dir():
-            found = cls(run_dir)
+            found = cls(run_dir, read_only=True)
             if found._manager.latest_step() is not None:
                 return found
         raise InputError(
-            f"{run_dir}: no complete checkpoint to resume; start a run without --resume"
+            f"{run_dir}: no complete checkpoint to resume; start a run without --resume, in a new "
+            "folder"
         )
 
     @property
@@ -76,23 +99,36 @@ class Checkpoints:
         position: dict[str, Any],
         about: dict[str, Any],
     ) -> None:
-        """Writes a checkpoint; when it returns, it is on disk."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(nnx.state((model, optimizer))),
-                position=ocp.args.JsonSave(position),
-                about=ocp.args.JsonSave(about),
-            ),
+        """Writes a checkpoint; when it returns, it is on disk.
+
+        Raises:
+          InputError: It could not be written.
+        """
+        about = {**about, DIGEST: digest(step, position, about)}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(nnx.state((model, optimizer))),
+            position=ocp.args.JsonSave(position),
+            about=ocp.args.JsonSave(about),
         )
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:  # not an OSError alone: tensorstore has its own
+            raise InputError(
+                f"{self.folder}: step {step} could not be saved; what was saved before is "
+                f"whole, --resume goes on from there ({_in_short(error)})"
+            ) from error
 
     def about(self) -> dict[str, Any]:
-        """The newest checkpoint's settings and fingerprints."""
-        return self._restore(about=ocp.args.JsonRestore())["about"]
+        """The newest checkpoint's settings and fingerprints.
+
+        Raises:
+          InputError: It does not read, or has none.
+        """
+        return self._position_and_about()[1]
 
     def is_older(self, model: nnx.Module, optimizer: nnx.Optimizer) -> bool:
         """Whether the newest checkpoint's state has another form: that of an older release."""
-        with self._one_line_errors():
+        with self.one_line_errors():
             return names(self._saved_shapes()) != names(nnx.state((model, optimizer)))
 
     def restore(self, model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
@@ -108,16 +144,29 @@ class Checkpoints:
         state = nnx.state((model, optimizer))
         older = self.is_older(model, optimizer)
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        saved = self._restore(
-            state=ocp.args.StandardRestore(self._saved_shapes() if older else shapes),
-            position=ocp.args.JsonRestore(),
-        )
-        if older:
-            with self._one_line_errors():
-                upgrade(model, optimizer, plain(saved["state"]))
-        else:
-            nnx.update((model, optimizer), saved["state"])
-        return saved["position"]
+        position, _ = self._position_and_about()
+        with self.one_line_errors():
+            shapes = self._saved_shapes() if older else shapes
+            saved = self._restore(state=ocp.args.StandardRestore(shapes))["state"]
+            if older:
+                upgrade(model, optimizer, plain(saved))
+            else:
+                nnx.update((model, optimizer), saved)
+        return position
+
+    def _position_and_about(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        with self.one_line_errors():
+            saved = self._restore(about=ocp.args.JsonRestore(), position=ocp.args.JsonRestore())
+            position, about = saved["position"], saved["about"]
+            for item, needed in ((position, {"next_index"}), (about, {"settings", "text"})):
+                if not isinstance(item, dict) or needed - item.keys():
+                    raise ValueError(f"without its {' and '.join(sorted(needed))}")
+            if type(position["next_index"]) is not int:
+                raise ValueError(f"next_index is {position['next_index']}")
+            found = about.pop(DIGEST, None)  # releases up to 0.1.0 saved none
+            if found is not None and found != digest(self.latest, position, about):
+                raise ValueError("settings or position are not what was saved")
+        return position, about
 
     def _saved_shapes(self) -> dict[str, Any]:
         """The newest checkpoint's state as nested dictionaries of shapes, each array replicated."""
@@ -127,18 +176,28 @@ class Checkpoints:
         )
 
     def _restore(self, **items: ocp.args.CheckpointArgs) -> Any:
-        with self._one_line_errors():
-            return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
+        return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
 
     @contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
+    def one_line_errors(self) -> Iterator[None]:
+        """Turns whatever the newest checkpoint's content raises into an `InputError`."""
         try:
             yield
         except Exception as error:  # Orbax raises no less for a file cut short
             raise InputError(
                 f"{self.folder / str(self.latest)}: damaged, or not a checkpoint of this model; "
-                f"move it away to resume from the one before ({' '.join(str(error).split())[:100]})"
+                f"move it away to resume from the one before ({_in_short(error)})"
             ) from error
+
+
+def digest(step: int, position: dict[str, Any], about: dict[str, Any]) -> str:
+    """A hash of what a checkpoint has beside its arrays."""
+    return hashlib.sha256(json.dumps([step, position, about], sort_keys=True).encode()).hexdigest()
+
+
+def _in_short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 100 else f"{text[:60]} … {text[-40:]}"
 
 
 def upgrade(model: nnx.Module, optimizer: nnx.Optimizer, saved: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,19 @@ class InputError(Exception):
 def console() -> Console:
     """The console of a run; of several processes, only the first prints."""
     return Console(quiet=jax.process_index() > 0)
+
+
+def shown(text: str, *, keep: str = "") -> str:
+    """The text with escapes for all that would not show, such as line breaks, the codes that move
+    a terminal's cursor, and bytes that are not UTF-8; but for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def say(console: Console, text: str, *, keep: str = "") -> None:
+    """Prints text as it is: nothing in it is markup."""
+    console.print(
+        shown(text, keep=keep), markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
 
 
 def parse(
@@ -77,10 +92,17 @@ def _tyro_errors() -> Iterator[None]:
 
 
 def _first_message(box: str) -> str:
-    """The text of tyro's framed error, up to its first ruled line and without the frame."""
-    _, _, body = box.partition("\n")
-    message = re.split(r"\n│ ─", body)[0]
-    return " ".join(message.replace("│", " ").split())
+    """The text of tyro's error, between its title and its next rule, without the frame; where the
+    output is not in Unicode, rules are hyphens and there is no frame."""
+
+    def is_rule(line: str) -> bool:
+        return re.fullmatch("[─-]+|╰─+╯", line) is not None
+
+    _title, *body = filter(None, (line.strip(" │") for line in box.splitlines()))
+    message = itertools.takewhile(
+        lambda line: not is_rule(line), itertools.dropwhile(is_rule, body)
+    )
+    return " ".join(" ".join(message).split())
 
 
 @contextlib.contextmanager
@@ -100,10 +122,11 @@ def run(main: Callable[[], int]) -> int:
     try:
         return main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(str(error))}", file=sys.stderr)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        path = error.filename2 or error.filename  # the file meant, not the partial one beside it
+        where = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
+        print(f"error: {shown(f'{where}{error.strerror or error}')}", file=sys.stderr)
     except KeyboardInterrupt:
         print(
             "error: interrupted outside of training; what was saved before is kept", file=sys.stderr

@@ -12,9 +12,10 @@ import numpy as np
 from examples.mla import cli, figures, metrics
 from examples.mla.cli import InputError
 from examples.mla.devices import Devices, in_every_process, is_first
+from examples.mla.folder import new_run_dir, write_whole
 from examples.mla.metrics import Row, select
-from examples.mla.page import page, picture, section, table
-from examples.mla.settings import UNCLIPPED, Settings, new_run_dir
+from examples.mla.page import escape, page, picture, section, table
+from examples.mla.settings import UNCLIPPED, Settings
 from examples.mla.train import train
 
 FILE = "compare.html"
@@ -76,10 +77,10 @@ def compare(settings: Settings) -> int:
         return 0
     runs = {name: metrics.read(folder / name) for name in names}
     path = folder / FILE
-    path.write_text(comparison_page(runs, settings), encoding="utf-8")
+    write_whole(path, comparison_page(runs, settings).encode())
     console.rule("comparison")
-    console.print(verdict(runs, settings), soft_wrap=True)
-    console.print(f"report: {path}", soft_wrap=True)
+    cli.say(console, verdict(runs, settings))
+    cli.say(console, f"report: {path}")
     return 0
 
 
@@ -105,7 +106,9 @@ def comparison_page(runs: Runs, settings: Settings) -> str:
     """The report of both as HTML."""
     summaries = [dict(metrics.summary(rows)) for rows in runs.values()]
     shared = [(label, *(s.get(label, "") for s in summaries)) for label in summaries[0]]
-    links = "".join(f'<p><a href="{name}/report.html">All about {name}</a></p>' for name in runs)
+    links = "".join(
+        f'<p><a href="{name}/report.html">All about {name}</a></p>' for name in map(escape, runs)
+    )
     return page(
         " and ".join(runs),
         verdict(runs, settings),

@@ -5,12 +5,12 @@ Axis names:  batch  sequences in one step
 """
 
 import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Literal, cast
 
 import grain
@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.mla.cli import InputError
+from examples.mla.folder import write_whole
 
 SEPARATOR = "<|endoftext|>"
 BYTE_VOCABULARY = 257  # every byte, and the separator
@@ -85,7 +86,7 @@ class TokenizedText:
           InputError: These are not the saved fingerprints.
         """
         for part, fingerprint in self.fingerprints.items():
-            if fingerprint != saved[part]:
+            if fingerprint != saved.get(part):
                 raise InputError(
                     f"{self.corpus.source}: its {part} is not the one that {run_dir} was trained "
                     "with; give that run's text with --data, or start a new run without --resume"
@@ -161,16 +162,26 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> Tokeni
             "256 bytes and the document separator"
         )
     path = cache / f"tokenizer-{vocab_size}-{_digest(*texts)[:16]}.json"
-    if not path.exists():
+    tokenizer = _cached_tokenizer(path)
+    if tokenizer is None:
         cache.mkdir(parents=True, exist_ok=True)
-        trained = _train_tokenizer(texts, vocab_size).to_str()
-        # Another process, perhaps on another host, may be writing the same file.
-        with NamedTemporaryFile("w", encoding="utf-8", dir=cache, delete=False) as partial:
-            partial.write(trained)
-        Path(partial.name).replace(path)
-    tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = _train_tokenizer(texts, vocab_size)
+        content = tokenizer.to_str()
+        write_whole(path, json.dumps({"sha256": _digest(content), "tokenizer": content}).encode())
     tokenizer.encode_special_tokens = True  # a separator spelled out in the text stays text
     return tokenizer
+
+
+def _cached_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a file; None where there is none, or not what `load_tokenizer` wrote."""
+    if not path.exists():
+        return None
+    try:
+        cached = json.loads(path.read_bytes())
+        content = cached["tokenizer"]
+        return Tokenizer.from_str(content) if cached["sha256"] == _digest(content) else None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:

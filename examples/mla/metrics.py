@@ -15,20 +15,27 @@ from typing import Any, TextIO
 import numpy as np
 
 from examples.mla.cli import InputError
+from examples.mla.folder import write_whole
 
 Row = dict[str, Any]
 
 FILE = "metrics.jsonl"
+EVENTS = ("start", "step", "eval", "end")
 
 
 def write(file: TextIO, row: Mapping[str, Any]) -> None:
     """Appends a row and flushes it, so that a crash loses nothing."""
-    file.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
+    file.write(_line(row))
     file.flush()
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_jsonable(row), allow_nan=False) + "\n"
+
+
 def read(run_dir: Path) -> list[Row]:
-    """All rows of a run. A last line that a crash cut short is left out.
+    """All rows of a run. A last line that a crash cut short is left out, as are the zeros that a
+    power failure may leave at the end.
 
     Raises:
       InputError: No metrics there, or something else in their place.
@@ -36,21 +43,36 @@ def read(run_dir: Path) -> list[Row]:
     path = run_dir / FILE
     if not path.exists():
         raise InputError(f"{path}: no such file; give the folder of a run")
-    *whole, _cut_short = path.read_text(encoding="utf-8").split("\n")
+    *whole, cut_short = path.read_bytes().split(b"\n")
+    if cut_short.strip(b"\0") and not cut_short.startswith(b"{"):
+        whole.append(cut_short)  # no row began so: it is not ours to leave out
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
+
+
+def _row(line: bytes, where: str) -> Row:
     try:
-        return [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not the metrics of a run ({error})") from error
+        row = json.loads(line)
+        if row["event"] not in EVENTS or type(row["step"]) is not int:
+            raise ValueError("no event at a step")
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{where}: not the metrics of a run ({error}); take the line out, or move the file "
+            "away: a run goes on without it"
+        ) from error
+    return row
 
 
-def rewind(run_dir: Path, step: int) -> None:
-    """Drops what was recorded after `step`, where a resumed run continues."""
+def rewind(run_dir: Path, step: int) -> bool:
+    """Drops what was recorded after `step`, where a resumed run continues.
+
+    Returns:
+      Whether there was a record.
+    """
+    if not (run_dir / FILE).exists():
+        return False
     kept = [row for row in read(run_dir) if row["step"] <= step and row["event"] != "end"]
-    partial = run_dir / f"{FILE}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        for row in kept:
-            write(file, row)
-    partial.replace(run_dir / FILE)
+    write_whole(run_dir / FILE, "".join(_line(row) for row in kept).encode())
+    return True
 
 
 def select(rows: Sequence[Row], event: str) -> list[Row]:
@@ -93,7 +115,7 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The results of a run, as pairs of label and text."""
     start = select(rows, "start")[-1]
     steps, evals = select(rows, "step"), select(rows, "eval")
-    loss = column(evals[-1:], "loss").item()
+    loss = column(evals[-1:], "loss").item() if evals else math.nan
     bits_per_byte = loss / math.log(2) / start["facts"]["bytes_per_token"]
     found = [
         ("steps", f"{steps[-1]['step']:,}"),

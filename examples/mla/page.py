@@ -8,6 +8,8 @@ from string import Template
 
 from matplotlib.figure import Figure
 
+from examples.mla import cli
+
 PAGE = Template("""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -41,14 +43,17 @@ $sections
 
 def page(title: str, lead: str, sections: Sequence[str]) -> str:
     """A whole document; `sections` are HTML."""
-    return PAGE.substitute(
-        title=html.escape(title), lead=html.escape(lead), sections="\n".join(sections)
-    )
+    return PAGE.substitute(title=escape(title), lead=escape(lead), sections="\n".join(sections))
+
+
+def escape(value: object) -> str:
+    """A value as text in HTML: no part of it is a tag, and every character can be written."""
+    return html.escape(cli.shown(str(value), keep="\n\t"))
 
 
 def section(heading: str, body: str) -> str:
     """A card with a heading; `body` is HTML."""
-    return f"<section>\n<h2>{html.escape(heading)}</h2>\n{body}\n</section>"
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{body}\n</section>"
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[object] = ()) -> str:
@@ -59,7 +64,7 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[object] = ()) -> st
 
 
 def _row(cells: Sequence[object], tag: str) -> str:
-    label, *values = (html.escape(str(cell)) for cell in cells)
+    label, *values = map(escape, cells)
     return f"<tr><th>{label}</th>" + "".join(f"<{tag}>{v}</{tag}>" for v in values) + "</tr>"
 
 
@@ -68,7 +73,7 @@ def picture(figure: Figure, caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
-    text = html.escape(caption)
+    text = escape(caption)
     return (
         f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>"

@@ -3,7 +3,6 @@
 Rebuild it with `python -m examples.mla.report RUN_DIR`.
 """
 
-import html
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,13 @@ from pathlib import Path
 import tyro
 
 from examples.mla import cli, figures, metrics
+from examples.mla.folder import write_whole
 from examples.mla.metrics import Row, select
-from examples.mla.page import page, picture, section, table
+from examples.mla.page import escape, page, picture, section, table
 
 FILE = "report.html"
+# What rows of something else raise where their values are used.
+OTHER_ROWS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def build(run_dir: Path) -> Path:
@@ -31,11 +33,16 @@ def build(run_dir: Path) -> Path:
       InputError: No metrics there, or none of a single step.
     """
     rows = metrics.read(run_dir)
-    if not select(rows, "step"):
+    if not select(rows, "start") or not select(rows, "step"):
         raise cli.InputError(f"{run_dir}: its metrics hold no step yet; train first")
-    path = run_dir / FILE
-    path.write_text(run_page(rows), encoding="utf-8")
-    return path
+    try:
+        html = run_page(rows)
+    except OTHER_ROWS as error:
+        raise cli.InputError(
+            f"{run_dir / metrics.FILE}: not the metrics of a run ({error!r})"
+        ) from error
+    write_whole(run_dir / FILE, html.encode())
+    return run_dir / FILE
 
 
 def run_page(rows: Sequence[Row]) -> str:
@@ -101,6 +108,8 @@ def clip_factors(steps: Sequence[Row]) -> str:
 
 def participation_ratio(evals: Sequence[Row]) -> str:
     """Its course over training."""
+    if not evals:
+        return "<p>The run has had no validation yet.</p>"
     return picture(figures.participation_ratio(evals), PARTICIPATION_RATIO)
 
 
@@ -108,7 +117,7 @@ def sample(ends: Sequence[Row]) -> str:
     """The generated text, its prompt marked."""
     if not ends:
         return "<p>The run is not finished yet.</p>"
-    prompt, text = (html.escape(ends[-1][name]) for name in ("prompt", "sample"))
+    prompt, text = (escape(ends[-1][name]) for name in ("prompt", "sample"))
     return f"<pre><mark>{prompt}</mark>{text}</pre>"
 
 
@@ -124,7 +133,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
 
     def rebuild() -> int:
-        print(build(cli.parse(Arguments, args, prog="python -m examples.mla.report").run_dir))
+        path = build(cli.parse(Arguments, args, prog="python -m examples.mla.report").run_dir)
+        print(cli.shown(str(path)))
         return 0
 
     return cli.run(rebuild)

@@ -1,19 +1,19 @@
 """The flags of a training run."""
 
 import json
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.mla import cli, metrics
 from examples.mla.cli import InputError
 from examples.mla.data import BYTE_VOCABULARY
 from examples.mla.devices import Devices
 from examples.mla.model import ModelConfig
 
-RUNS = Path("runs")
+LARGEST = 2**31 - 1  # steps and sizes are counted in int32
 # Each chain that clips, and the same chain without the clip.
 UNCLIPPED = {"muonclip": "muon", "quackclip": "quack", "adamclip": "adamw"}
 
@@ -99,6 +99,10 @@ class Settings:
         for name in (*at_least_one, "save_every", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > LARGEST:
+                raise ValueError(
+                    f"{flag(name)} must be at most {LARGEST}, got {getattr(self, name)}"
+                )
         for name in ("learning_rate", "threshold", "relative_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(
@@ -109,8 +113,12 @@ class Settings:
                 raise ValueError(
                     f"{flag(name)} must be 0 or more, and finite, got {getattr(self, name)}"
                 )
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, got {self.seed}")
         if not self.prompt:
             raise ValueError("--prompt must not be empty")
+        if any("\ud800" <= c <= "\udfff" for c in self.prompt):  # bytes that do not decode
+            raise ValueError("--prompt is no UTF-8 text")
         if self.clips and self.model.qk_norm != "none":
             raise ValueError(
                 f"--qk-norm {self.model.qk_norm} undoes what QK-Clip does to the kernels before "
@@ -136,7 +144,7 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """The folder of the run, once it is decided (`new_run_dir`, `newest_run_dir`)."""
+        """The folder of the run, once it is decided (folder.py)."""
         if self.run_dir is None:
             raise ValueError("this run has no folder yet: set run_dir")
         return self.run_dir
@@ -162,14 +170,26 @@ class Settings:
         return json.loads(json.dumps(run, default=str))
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "Settings":
-        """The inverse of `to_json`."""
-        paths = {
-            name: Path(saved[name])
-            for name in ("data", "run_dir", "cache_dir")
-            if saved[name] is not None
-        }
-        return cls(**{**saved, **paths, "model": ModelConfig(**saved["model"])})
+    def from_json(cls, saved: Any) -> "Settings":
+        """The inverse of `to_json`, by way of the command line's parser, which checks types.
+
+        Raises:
+          InputError: These are not the settings of a run.
+        """
+        if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+            raise InputError("no settings of a run")
+        values = metrics.flat(saved)
+        needed = {f.name for f in (*fields(cls), *fields(ModelConfig))} - {"model", "devices"}
+        if missing := sorted(needed - values.keys()):
+            raise InputError(f"settings without {', '.join(missing)}")
+        return cli.parse(cls, [_argument(*item) for item in values.items()], prog="")
+
+
+def _argument(name: str, value: Any) -> str:
+    """A setting as it is given on the command line."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no-{name}")
+    return f"{flag(name)}={value}"
 
 
 def flag(name: str) -> str:
@@ -199,30 +219,3 @@ def check_same(settings: Settings, saved: Settings, checkpoint: Path) -> None:
             f"{checkpoint} is of another model or run: {', '.join(differing)}; leave these flags "
             "out to resume it, or start a new run without --resume"
         )
-
-
-def new_run_dir(wanted: Path | None) -> Path:
-    """The folder of a fresh run, not made yet.
-
-    Raises:
-      InputError: It holds something already.
-    """
-    run_dir = wanted or RUNS / f"mla-{datetime.now():%Y%m%d-%H%M%S}"
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise InputError(
-            f"{run_dir} is in use already; continue the run there with --resume, or give another "
-            "--run-dir"
-        )
-    return run_dir
-
-
-def newest_run_dir() -> Path:
-    """The run in `RUNS` that was saved last.
-
-    Raises:
-      InputError: There is none.
-    """
-    saved = sorted(RUNS.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
-    if not saved:
-        raise InputError(f"no checkpoint to resume in {RUNS}/; start a run without --resume")
-    return saved[-1].parent

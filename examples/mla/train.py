@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TextIO
@@ -15,7 +16,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from examples.mla import cli, metrics, report
+from examples.mla import cli, folder, metrics, report
 from examples.mla.checkpoint import Checkpoints, StopSignal
 from examples.mla.cli import InputError
 from examples.mla.data import (
@@ -29,7 +30,7 @@ from examples.mla.devices import Devices, describe, in_every_process, is_first
 from examples.mla.mesh import spread
 from examples.mla.model import generate
 from examples.mla.recorder import Recorder
-from examples.mla.settings import Settings, Where, check_same, new_run_dir, newest_run_dir
+from examples.mla.settings import Settings, Where, check_same
 from examples.mla.steps import create, participation, train_step, validate
 
 PROGRAM = "python -m examples.mla.train"
@@ -56,10 +57,12 @@ def _read_settings(args: Sequence[str] | None) -> Settings:
     where = cli.peek(Where, args)
     if not where.resume:
         settings = cli.parse(Settings, args, prog=PROGRAM)
-        return replace(settings, run_dir=new_run_dir(settings.run_dir))
-    run_dir = where.run_dir or newest_run_dir()
-    about = Checkpoints.existing(run_dir).about()
-    with cli.one_line_errors():
+        return replace(settings, run_dir=folder.new_run_dir(settings.run_dir))
+    run_dir = where.run_dir or folder.newest_run_dir()
+    folder.check_name(run_dir)
+    checkpoints = Checkpoints.existing(run_dir)
+    about = checkpoints.about()
+    with checkpoints.one_line_errors():
         saved = Settings.from_json(about["settings"])
     settings = cli.parse(Settings, args, prog=PROGRAM, default=replace(saved, run_dir=run_dir))
     check_same(settings, saved, run_dir)
@@ -78,22 +81,23 @@ def train(settings: Settings, console: Console | None = None) -> int:
     console = console or cli.console()
     with settings.devices.on_mesh():
         run = Run(settings)
-        console.print(run.text.describe(), soft_wrap=True)
-        done = run.resume(console) if settings.resume else run.start()
-        stopped_by = run.loop(done, console)
-        if stopped_by:
-            console.print(
+        cli.say(console, run.text.describe())
+        with run.alone_in_folder():
+            done = run.resume(console) if settings.resume else run.start()
+            stopped_by = run.loop(done, console)
+            if stopped_by is None:
+                run.finish(console)
+                return 0
+            cli.say(
+                console,
                 f"{signal.Signals(stopped_by).name}: saved step {run.checkpoints.latest}; to go "
                 f"on: --resume --run-dir {settings.run_dir}",
-                soft_wrap=True,
             )
             return 128 + stopped_by
-        run.finish(console)
-    return 0
 
 
 class Run:
-    """A model, its optimizer and its text. Nothing is written before `start` or `resume`."""
+    """A model, its optimizer and its text. Nothing is written before `alone_in_folder`."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -111,14 +115,20 @@ class Run:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.settings.folder)
 
-    def start(self) -> int:
-        """Makes the folder; returns step 0.
+    @contextmanager
+    def alone_in_folder(self) -> Iterator[None]:
+        """Makes the folder of a fresh run, and lets no other process write into it.
 
         Raises:
-          InputError: Not every process sees the folder.
+          InputError: Another process does, or not every process sees the folder.
         """
-        in_every_process(self._make_folder)
-        in_every_process(self._check_folder)
+        with ExitStack() as held:
+            in_every_process(lambda: self._take_folder(held))
+            in_every_process(self._check_folder)
+            yield
+
+    def start(self) -> int:
+        """Returns step 0."""
         return self._record_start(0)
 
     def resume(self, console: Console) -> int:
@@ -127,18 +137,21 @@ class Run:
         Raises:
           InputError: It is of other text, or beyond `--steps`, or does not read.
         """
-        step, folder = self.checkpoints.latest, self.settings.folder
-        self.text.check_same(self.checkpoints.about()["text"], folder)
+        step, run_dir = self.checkpoints.latest, self.settings.folder
+        about = self.checkpoints.about()
+        self.text.check_same(about["text"], run_dir)
         if step > self.settings.steps:
-            raise InputError(f"{folder} is at step {step} already, beyond --steps; raise --steps")
+            raise InputError(f"{run_dir} is at step {step} already, beyond --steps; raise --steps")
         if self.checkpoints.is_older(self.model, self.optimizer):
-            console.print(
-                f"{folder}: converting the optimizer state of an older release at step {step}",
-                soft_wrap=True,
+            cli.say(
+                console,
+                f"{run_dir}: converting the optimizer state of an older release at step {step}",
             )
-        self.batches.set_state(self.checkpoints.restore(self.model, self.optimizer))
-        if is_first():
-            metrics.rewind(folder, step)
+        position = self.checkpoints.restore(self.model, self.optimizer)
+        with self.checkpoints.one_line_errors():
+            self.batches.set_state(position)
+        if not in_every_process(lambda: not is_first() or metrics.rewind(run_dir, step)):
+            cli.say(console, f"{run_dir / metrics.FILE} is gone: the record begins at step {step}")
         return self._record_start(step)
 
     def loop(self, done: int, console: Console) -> int | None:
@@ -187,9 +200,9 @@ class Run:
             table.add_row(label, value)
         console.print(table)
         console.rule("sample")
-        console.print(settings.prompt + rows[-1]["sample"], markup=False, highlight=False)
+        cli.say(console, settings.prompt + sample, keep="\n\t")
         console.rule()
-        console.print(f"report: {report.build(settings.folder)}", soft_wrap=True)
+        cli.say(console, f"report: {report.build(settings.folder)}")
 
     def _evaluate(self, step: int, recorder: Recorder) -> None:
         losses, keys = [], {}
@@ -207,6 +220,8 @@ class Run:
             position=self.batches.get_state(),
             about={"settings": self.settings.to_json(), "text": self.text.fingerprints},
         )
+        if is_first():
+            folder.note_newest(self.settings.folder)
 
     def _text(self) -> TokenizedText:
         settings = self.settings
@@ -217,9 +232,14 @@ class Run:
             cache=settings.cache_dir,
         )
 
-    def _make_folder(self) -> None:
-        if is_first():
-            self.settings.folder.mkdir(parents=True, exist_ok=True)
+    def _take_folder(self, held: ExitStack) -> None:
+        if not is_first():
+            return
+        run_dir = self.settings.folder
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(folder.locked(run_dir))
+        if not self.settings.resume:
+            folder.new_run_dir(run_dir)  # another run may have been there since the flags were read
 
     def _check_folder(self) -> None:
         if not self.settings.folder.is_dir():

@@ -81,8 +81,8 @@ def test_what_an_interrupted_save_leaves_is_never_picked(saved):
     (partial / "state").rename(partial / "state.orbax-checkpoint-tmp")
     (partial / "about" / "metadata").write_text('{"settings"')
 
-    checkpoints = Checkpoints.existing(run_dir)
-    assert checkpoints.latest == 6
+    assert Checkpoints.existing(run_dir).latest == 6
+    checkpoints = Checkpoints(run_dir)
     model, optimizer = make(seed=1)
     checkpoints.restore(model, optimizer)
     chex.assert_trees_all_equal(nnx.state((model, optimizer)), state)
@@ -99,7 +99,9 @@ def test_a_save_that_fails_leaves_the_one_before(saved, monkeypatch):
 
     monkeypatch.setattr(os, "rename", full_disk)
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        InputError, match=r"step 9 could not be saved; .* \(No space left on device\)"
+    ):
         save(Checkpoints(run_dir), 9, model, optimizer)
     monkeypatch.undo()
     assert Checkpoints.existing(run_dir).latest == 6

@@ -122,7 +122,7 @@ def test_a_line_cut_short_is_left_out_and_a_bad_one_is_named(rows, tmp_path):
         file.write('{"event": "st')
     assert metrics.read(tmp_path) == rows
     (tmp_path / metrics.FILE).write_text("no metrics\nat all\n")
-    with pytest.raises(InputError, match=r"metrics\.jsonl: not the metrics of a run"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 1: not the metrics of a run"):
         metrics.read(tmp_path)
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from examples.mla import metrics, recorder, settings, train
+from examples.mla import folder, metrics, recorder, settings, train
 from examples.mla.metrics import select
 
 
@@ -163,12 +163,12 @@ def test_without_a_folder_each_run_gets_a_new_one_and_resume_takes_the_newest(
     finished, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    first = settings.new_run_dir(None)
+    first = folder.new_run_dir(None)
     assert first.parent == Path("runs") and not first.exists()
     for age, name in enumerate(["newest", "old"]):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
         os.utime(tmp_path / "runs" / name / "checkpoints", (10**9 - age, 10**9 - age))
-    assert settings.newest_run_dir() == Path("runs/newest")
+    assert folder.newest_run_dir() == Path("runs/newest")
 
 
 @pytest.mark.slow
