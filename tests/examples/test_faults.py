@@ -175,6 +175,7 @@ def test_a_checkpoint_that_is_not_one_is_named_in_one_line_and_kept(run_dir, cap
     assert contents(run_dir) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_moved_away_leaves_the_one_before(finished, tmp_path, capfd):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
@@ -216,6 +217,7 @@ GOES_ON = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", GOES_ON.values(), ids=GOES_ON)
 def test_a_run_goes_on_with_the_exact_losses(run_dir, finished, fault):
     fault(run_dir)
@@ -230,6 +232,7 @@ LOST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", LOST.values(), ids=LOST)
 def test_a_run_goes_on_without_its_metrics(run_dir, finished, capfd, fault):
     fault(run_dir)
@@ -302,6 +305,7 @@ def full_disk_in_a_save(step, small_files, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", limited)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_full_disk_in_a_save_stops_in_one_line_and_keeps_the_save_before(
     flags, finished, tmp_path, small_files, monkeypatch, capfd, step
@@ -509,6 +513,7 @@ def test_a_note_that_names_no_run_is_not_followed(runs, note):
     assert folder.newest_run_dir() == Path("runs/newest")
 
 
+@pytest.mark.slow
 def test_a_save_notes_the_run(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main(flags("runs/x[bold]", steps=3)) == 2  # Orbax cannot
@@ -599,6 +604,7 @@ def test_a_folder_that_orbax_cannot_read_again_is_refused_before_anything(
     assert "Orbax cannot keep checkpoints under a path with" in one_line(capfd)
 
 
+@pytest.mark.slow
 def test_odd_names_are_shown_as_they_are_and_resumed(flags, finished, text_file, tmp_path, capfd):
     run_dir = tmp_path / "<script>:smile:\n\x1b]x"
     text = tmp_path / "[/b]" / os.fsdecode(b"[link=x]\xff\n.txt")  # a run cannot have this one
@@ -678,6 +684,7 @@ def test_wrong_flags_get_one_line_in_any_encoding(monkeypatch, encoding):
         assert str(error.value).startswith(message) and "--- " not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_largest_seed(flags, tmp_path):
     assert train.main(flags(tmp_path / "run", seed=2**32 - 1)) == 0
     rows = metrics.read(tmp_path / "run")
