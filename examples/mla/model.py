@@ -110,10 +110,10 @@ def attention_layout(config: ModelConfig) -> mc.Layout:
             query_norm="q_norm" if config.q_rank else None,
             key_value_norm="kv_norm",
         )
-    names = {"query": "wq", "key": "wk", "value": "wv", "out": "wo"}
+    heads = config.heads
     if config.attention == "mha":
-        return mc.layouts.mha(heads=config.heads, **names)
-    return mc.layouts.gqa(config.kv_heads, heads=config.heads, **names)
+        return mc.layouts.mha(heads=heads, query="wq", key="wk", value="wv", out="wo")
+    return mc.layouts.gqa(config.kv_heads, heads=heads, query="wq", key="wk", value="wv", out="wo")
 
 
 def linear(ins: int, outs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
