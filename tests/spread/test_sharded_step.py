@@ -22,7 +22,7 @@ from muonclip_jax._core import paths
 
 WIDTH, LAYERS, HEADS, F, RANK, EXPERTS, THRESHOLD = 16, 4, 4, 4, 8, 8, 2.0
 SHAPES = {
-    "embed/embedding": (32, WIDTH),
+    "embed/embedding": (64, WIDTH),
     "dense/kernel": (WIDTH, 32),
     "dense/bias": (32,),
     "layers/norm/scale": (LAYERS, WIDTH),
