@@ -219,10 +219,9 @@ def accumulated_on_one_device():
     [
         ("Explicit", True),
         ("Auto", True),
-        ("mixed", False),
+        ("mixed", True),
         pytest.param("Explicit", False, marks=pytest.mark.slow),
         pytest.param("Auto", False, marks=pytest.mark.slow),
-        pytest.param("mixed", True, marks=pytest.mark.slow),
     ],
 )
 def test_accumulate_outside_of_jit(kind, set_mesh):
