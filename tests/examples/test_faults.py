@@ -608,7 +608,7 @@ def test_a_folder_that_orbax_cannot_read_again_is_refused_before_anything(
 def test_odd_names_are_shown_as_they_are_and_resumed(flags, finished, text_file, tmp_path, capfd):
     run_dir = tmp_path / "<script>:smile:\n\x1b]x"
     text = tmp_path / "[/b]" / os.fsdecode(b"[link=x]\xff\n.txt")  # a run cannot have this one
-    text.parent.mkdir()
+    text.parent.mkdir(parents=True)
     shutil.copy(text_file, text)
     assert train.main(flags(run_dir, data=text)) == 0
     said = capfd.readouterr().out
