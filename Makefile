@@ -13,7 +13,7 @@ EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all budgets test-models test-tpu test-lowest docs lint kills clean
+.PHONY: help train compare bench methods overhead test test-all budgets fuzz soak test-models test-tpu test-lowest docs lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,13 @@ test-all: $(VENV)/.test-$(JAX)  ## every test
 
 budgets: $(VENV)/.test-$(JAX)  ## FLOPs, bytes and operations of compiled programs against a file
 	$(BIN)/python -m benchmarks.budgets $(ARGS)
+
+# make fuzz SECONDS=600 SEED=1000: each property for ten minutes, from seed 1000 on
+fuzz: $(VENV)/.test-$(JAX)  ## random cases against float64, SECONDS=120 for each property
+	FUZZ_SECONDS=$(or $(SECONDS),120) FUZZ_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/fuzz -s -p no:cacheprovider $(ARGS)
+
+soak: $(VENV)/.train-$(JAX)  ## 5,000 steps of MuonClip at a rate at which Muon diverges: nothing may grow
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	$(BIN)/mkdocs build --strict
