@@ -3,9 +3,10 @@
     make soak                        5,000 steps
     make soak ARGS="--steps 200"
 
-A small MLA decoder learns sequences that repeat. Held: memory of the process and live arrays are flat, nothing is compiled again, parameters are
-finite, γ is in (0, 1]. Muon without the clip runs beside it until its max logits are far above what
-the clip holds. Prints figures, and returns 1 if anything is not held.
+A small MLA decoder learns sequences that repeat. Held: the process's memory and the live arrays are
+flat, nothing is compiled again, parameters are finite, γ is in (0, 1]. Muon without the clip runs
+beside it until its max logits are far above what the clip holds. Prints figures; returns 1 if
+anything is not held.
 """
 
 import argparse
@@ -28,8 +29,8 @@ CONFIG = ModelConfig(
     vocab_size=32, d_model=16, layers=2, heads=2, nope=4, rope=4, v=4, q_rank=8, kv_rank=8,
     d_ff=32, max_length=16,
 )  # fmt: skip
-THRESHOLD, RATE, BATCH = 5.0, 0.05, 8
-FAR = 20 * THRESHOLD  # Muon alone has diverged
+THRESHOLD, RATE, DECAY, BATCH = 5.0, 0.02, 0.1, 8
+FAR = 8 * THRESHOLD  # Muon alone has diverged
 LOOKS = 20  # how often memory is read
 
 
@@ -83,7 +84,7 @@ def make(clips: bool):
     """Parameters, state and the compiled step."""
     graph, params, rest = nnx.split(Decoder(CONFIG, nnx.Rngs(0)), nnx.Param, ...)
     layout = attention_layout(CONFIG)
-    recipe = dict(layout=layout, weight_decay=0.0)
+    recipe = dict(layout=layout, weight_decay=DECAY)
     tx = mc.muonclip(RATE, threshold=THRESHOLD, **recipe) if clips else mc.muon(RATE, **recipe)
 
     def loss_of(params, tokens):

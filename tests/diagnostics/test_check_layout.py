@@ -309,7 +309,8 @@ def test_equinox(exchanged):
     rng = np.random.default_rng(0)
     shapes = {"q": (16, 4, 4), "k": (16, 4, 4), "v": (16, 4, 4), "o": (4, 4, 16)}
     model = Own({name: jnp.asarray(rng.normal(size=s), "float32") for name, s in shapes.items()})
-    names = {"query": "q", "key": "v" if exchanged else "k", "value": None, "out": "o"}
+    key, value = ("v", "k") if exchanged else ("k", "v")
+    names = {"query": "q", "key": key, "value": value, "out": "o"}
     params, static = eqx.partition(model, eqx.is_inexact_array)
     model_fn = lambda params, x: eqx.combine(params, static)(x)  # noqa: E731
     run = functools.partial(mc.check_layout, model_fn, params, mc.layouts.mha(**names), BATCH)

@@ -19,10 +19,10 @@ SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -3.0, 1e-30]
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 
-def factors(maxima, threshold, alpha, scope, heads_of):
+def factors(maxima, threshold, alpha, scope, heads_of, floor):
     """By role of queries and keys `[stack..., heads of the role]`, as in the table; and γ."""
     clipped = np.isfinite(maxima) & (maxima > threshold)
-    gamma = np.where(clipped, threshold / np.where(clipped, maxima, 1), 1.0)
+    gamma = np.where(clipped, np.maximum(threshold / np.where(clipped, maxima, 1), floor), 1.0)
     if scope == "layer":
         gamma = np.broadcast_to(gamma.min(-1, keepdims=True), gamma.shape)
     if "k_nope" in heads_of:
@@ -75,7 +75,10 @@ def test_clip_is_its_formula(rng):
         )
         check_state(state, maxima, threshold)
         found = {name: leaf_of(new["attn"], name) for name in params}
-        expected, gamma = factors(maxima.astype(np.float64), threshold, alpha, scope, heads_of)
+        kind = jnp.finfo(dtype)  # γ p stays normal, and is left of p + u to a sixteenth
+        floor = max(float(kind.tiny) ** 0.5, 8 * float(kind.eps))
+        wide = maxima.astype(np.float64)
+        expected, gamma = factors(wide, threshold, alpha, scope, heads_of, floor)
         # γ/κ is 1 only to rounding where a clipped head is the smallest of its group.
         kept = {role: m == 1 for role, m in expected.items()}
         kept |= {"q": kept["q"] & (gamma == 1)} if "q" in kept else {}

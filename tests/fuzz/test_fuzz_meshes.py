@@ -47,7 +47,7 @@ def draw_shapes(rng, devices):
         "layers/attn/out/kernel": (*stack, heads, features, width),
         "layers/norm/scale": (*stack, width),
         "dense/kernel": (width, 2 * devices),
-        "embed/embedding": (2 * devices, width),
+        "embed/embedding": (3 * devices, width),
     }
 
 
