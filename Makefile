@@ -13,7 +13,7 @@ EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all budgets fuzz soak test-models test-tpu test-lowest docs lint kills clean
+.PHONY: help train compare bench methods overhead test test-all contract mutants budgets fuzz soak test-models test-tpu test-lowest docs lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,10 +42,16 @@ study-%: $(VENV)/.train-$(JAX)  ## what a source claims, tested: clip, rank, spe
 	$(BIN)/python -m studies.$* $(ARGS)
 
 test: $(VENV)/.test-$(JAX)  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not long" $(ARGS)
 
-test-all: $(VENV)/.test-$(JAX)  ## every test
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+test-all: $(VENV)/.test-$(JAX)  ## every test, but for those with targets of their own
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long" $(ARGS)
+
+contract: $(VENV)/.test-$(JAX)  ## every cell of the contract: links × behaviours × meshes
+	$(BIN)/python -m pytest tests/contract -n auto -m contract $(ARGS)
+
+mutants: $(VENV)/.test-$(JAX)  ## break the package in 250 places, and tell which breaks no test catches
+	$(BIN)/python -m tests.mutants.run $(ARGS)
 
 budgets: $(VENV)/.test-$(JAX)  ## FLOPs, bytes and operations of compiled programs against a file
 	$(BIN)/python -m benchmarks.budgets $(ARGS)
