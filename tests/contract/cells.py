@@ -1,0 +1,54 @@
+"""Which cells the contract has: every behaviour of every link, in every place where it can differ.
+
+    python -m tests.contract
+
+prints how many there are, and what is passed over with its reason.
+"""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from tests.contract.links import LINKS, Link
+from tests.contract.places import ONE_DEVICE, PLACES, Place
+
+# What is passed over: the behaviour, the link and the place as patterns, and the reason.
+PASSED_OVER = [
+    ("inject", "^scale_by_(orthogonalization|update_rms)$", "", "it has no numbers to inject"),
+    ("masked", "clip|accumulate", "", "a clip must see all parameters"),
+]
+
+
+def reason(behaviour: str, link: Link, place: Place) -> str | None:
+    """Why a cell is passed over; None where it is not."""
+    told = (behaviour, link.name, place.name)
+    for *patterns, why in PASSED_OVER:
+        if all(re.search(p, text) for p, text in zip(patterns, told, strict=True)):
+            return why
+    return None
+
+
+def cells(test: Callable[..., None]) -> Callable[..., None]:
+    """For every link in every place."""
+    return _parametrized(test, PLACES)
+
+
+def cells_on_one_device(test: Callable[..., None]) -> Callable[..., None]:
+    """For every link; what lies on a mesh makes no difference to it."""
+    return _parametrized(test, [ONE_DEVICE])
+
+
+def _parametrized(test: Callable[..., None], places: list[Place]) -> Callable[..., None]:
+    behaviour = test.__name__.removeprefix("test_")
+    kept, passed = [], []
+    for link in LINKS:
+        for place in places:
+            why = reason(behaviour, link, place)
+            if why is None:
+                kept.append(pytest.param(link, place, id=f"{link.name}-{place.name}"))
+            else:
+                passed.append((link.name, place.name, why))
+    marked = pytest.mark.contract(pytest.mark.parametrize(("link", "place"), kept)(test))
+    marked.kept, marked.passed_over = kept, passed
+    return marked
