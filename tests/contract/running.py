@@ -61,11 +61,7 @@ def plain(link: Link, place: Place, steps: int = 2) -> Run:
 
 
 def assert_same(found: Any, wanted: Any, rtol: float = 2e-5) -> None:
-    """Leaf by leaf, relative to each leaf's largest entry.
-
-    float32 products in another order of summation differ by 1e-6; the iteration takes that of
-    small singular values up to a tenfold.
-    """
+    """Leaf by leaf, relative to each leaf's largest entry; see `Link.tolerance`."""
     found, wanted = jax.tree.leaves(found), jax.tree.leaves(wanted)
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):

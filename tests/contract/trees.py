@@ -5,6 +5,7 @@ All order their leaves as the nested dict does, so that runs are compared leaf b
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,39 +38,28 @@ def _of(make: Callable[[dict[str, Any]], Any], tree: Any) -> Any:
     return make({name: _of(make, tree[name]) for name in sorted(tree)})
 
 
-def _named_tuple(items: dict[str, Any]) -> Any:
-    return collections.namedtuple("Node", list(items))(**items)
+# One class for each set of names: trees of one structure have the same.
+@functools.cache
+def _tuple_class(names: tuple[str, ...]) -> type:
+    return collections.namedtuple("Node", names)
 
 
-def _dataclass(items: dict[str, Any]) -> Any:
-    return _classes(tuple(items))(**items)
+@functools.cache
+def _data_class(names: tuple[str, ...]) -> type:
+    plain = dataclasses.make_dataclass(
+        "Node", [(name, Any) for name in names], namespace={"__call__": _never}
+    )
+    return flax.struct.dataclass(plain)
 
 
-_made: dict[tuple[str, ...], type] = {}
-
-
-def _classes(names: tuple[str, ...]) -> type:
-    """One class for each set of names: trees of one structure have the same."""
-    if names not in _made:
-        plain = dataclasses.make_dataclass("Node", [(name, Any) for name in names])
-        plain.__call__ = _never
-        _made[names] = flax.struct.dataclass(plain)
-    return _made[names]
+@functools.cache
+def _module_class(names: tuple[str, ...]) -> type:
+    body = {"__annotations__": dict.fromkeys(names, Any), "__call__": _never}
+    return type("Node", (eqx.Module,), body)
 
 
 def _never(self, *_):
     raise AssertionError("a tree was taken for a function")
-
-
-_modules: dict[tuple[str, ...], type] = {}
-
-
-def _equinox(items: dict[str, Any]) -> Any:
-    names = tuple(items)
-    if names not in _modules:
-        body = {"__annotations__": dict.fromkeys(names, Any), "__call__": _never}
-        _modules[names] = type("Node", (eqx.Module,), body)
-    return _modules[names](**items)
 
 
 def _haiku(tree: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +97,13 @@ class Kind(NamedTuple):
 KINDS = {
     "Linen's variables": Kind(lambda tree: {"params": tree}),
     "FrozenDict": Kind(flax.core.freeze),
-    "named tuples": Kind(lambda tree: _of(_named_tuple, tree)),
-    "dataclasses that can be called": Kind(lambda tree: _of(_dataclass, tree)),
-    "Equinox modules": Kind(lambda tree: _of(_equinox, tree)),
+    "named tuples": Kind(lambda tree: _of(lambda items: _tuple_class(tuple(items))(**items), tree)),
+    "dataclasses that can be called": Kind(
+        lambda tree: _of(lambda items: _data_class(tuple(items))(**items), tree)
+    ),
+    "Equinox modules": Kind(
+        lambda tree: _of(lambda items: _module_class(tuple(items))(**items), tree)
+    ),
     "an NNX State": Kind(lambda tree: nnx.State(jax.tree.map(nnx.Param, tree))),
     "Haiku": Kind(_haiku),
     "wrapped arrays": Kind(lambda tree: jax.tree.map(Named, tree)),
