@@ -4,7 +4,6 @@ All order their leaves as the nested dict does, so that runs are compared leaf b
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,10 +45,8 @@ def _tuple_class(names: tuple[str, ...]) -> type:
 
 @functools.cache
 def _data_class(names: tuple[str, ...]) -> type:
-    plain = dataclasses.make_dataclass(
-        "Node", [(name, Any) for name in names], namespace={"__call__": _never}
-    )
-    return flax.struct.dataclass(plain)
+    body = {"__annotations__": dict.fromkeys(names, Any), "__call__": _never}
+    return flax.struct.dataclass(type("Node", (), body))
 
 
 @functools.cache
