@@ -239,7 +239,7 @@ def _mean(count: jax.Array, path: Path, mean: jax.Array, gradient: jax.Array) ->
         )
     dtype = accumulation_dtype(mean.dtype)
     before, new = jnp.where(count == 0, 0, mean).astype(dtype), jnp.asarray(gradient, dtype)
-    return (before + (new - before) / (count + 1)).astype(mean.dtype)
+    return (before + (new - before) / (count + 1).astype(dtype)).astype(mean.dtype)
 
 
 # The maxima of signals

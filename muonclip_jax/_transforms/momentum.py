@@ -72,16 +72,28 @@ def momentum_trace(
             "the routing (rules=, layout=, dimension_numbers=, what is masked) or the parameters"
         )
         check_same("momentum", state.trace, updates, cause)
+        trace, updates = _widened(state.trace, updates), _widened(updates, state.trace)
         if not bias_correction:
             after: Any
-            new, after = plain.update(updates, state)
+            new, after = plain.update(updates, optax.TraceState(trace))
             return new, optax.TraceState(keep(after.trace, state.trace))
-        sums, _ = corrected.update(updates, optax.TraceState(state.trace))
+        sums, _ = corrected.update(updates, optax.TraceState(trace))
         step = jnp.asarray(optax.safe_increment(state.step))
         after = CorrectedTraceState(keep(sums, state.trace), step)
         if not nesterov:
             return sums, after
-        ahead, gradient_weight = decay / (1 - decay ** (step + 1)), 1 / (1 - decay**step)
-        return jax.tree.map(lambda m, g: ahead * m + gradient_weight * g, sums, updates), after
+        count = step.astype(jnp.float32)
+        ahead, gradient_weight = decay / (1 - decay ** (count + 1)), 1 / (1 - decay**count)
+
+        def look_ahead(m: jax.Array, g: jax.Array) -> jax.Array:
+            dtype = accumulation_dtype(m.dtype)
+            return ahead.astype(dtype) * m.astype(dtype) + gradient_weight.astype(dtype) * g.astype(dtype)
+
+        return jax.tree.map(look_ahead, sums, updates), after
 
     return optax.GradientTransformation(init, update)
+
+
+def _widened(tree: Any, other: Any) -> Any:
+    """Each leaf in a dtype that has room for the other tree's leaf as well."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x, wider(dtype_of(x), dtype_of(y))), tree, other)

@@ -21,6 +21,17 @@ PASSED_OVER = [
 ]
 
 
+# Programs that take long to compile, and say what others here have said: `make contract` has them.
+_LONG_ANYWHERE = ("scale_by_muon corrected", "muon_direction", "muon", "quack")
+_LONG_ON_MESHES = ("scale_by_orthogonalization", "muonclip", "accumulate")
+
+
+def is_long(link: Link, place: Place) -> bool:
+    """Whether `make test-all` leaves the cell to `make contract`."""
+    on_mesh = place is not ONE_DEVICE
+    return link.name in _LONG_ANYWHERE or (on_mesh and link.name in _LONG_ON_MESHES)
+
+
 def reason(behaviour: str, link: Link, place: Place) -> str | None:
     """Why a cell is passed over; None where it is not."""
     told = (behaviour, link.name, place.name)
@@ -47,9 +58,13 @@ def _parametrized(test: Callable[..., None], places: list[Place]) -> Callable[..
         for place in places:
             why = reason(behaviour, link, place)
             if why is None:
-                kept.append(pytest.param(link, place, id=f"{link.name}-{place.name}"))
+                marks = [pytest.mark.long] if is_long(link, place) else []
+                name = f"{link.name}-{place.name}"
+                kept.append(pytest.param(link, place, id=name, marks=marks))
             else:
                 passed.append((link.name, place.name, why))
-    marked = pytest.mark.contract(pytest.mark.parametrize(("link", "place"), kept)(test))
+    marked = pytest.mark.contract(
+        pytest.mark.slow(pytest.mark.parametrize(("link", "place"), kept)(test))
+    )
     marked.kept, marked.passed_over = kept, passed
     return marked
