@@ -11,8 +11,13 @@ from jax.typing import DTypeLike
 
 def accumulation_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     """What numbers of these dtypes are summed in: float32, or float64 if one is float64."""
+    return widest(jnp.float32, *dtypes)
+
+
+def widest(*dtypes: DTypeLike) -> jnp.dtype:
+    """The dtype that has room for all of these."""
     with jax.numpy_dtype_promotion("standard"):  # this is no implicit promotion
-        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+        return functools.reduce(jnp.promote_types, map(jnp.dtype, dtypes))
 
 
 class ProductOptions(TypedDict):

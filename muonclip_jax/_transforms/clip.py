@@ -432,7 +432,7 @@ def _floor_of_updates(params: Leaves, updates: Leaves) -> float:
 
 def _dtype(params: Any) -> DTypeLike:
     dtypes = [paths.dtype_of(leaf) for _, leaf in paths.leaves(params)]
-    return jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.issubdtype(d, jnp.floating)))
+    return accumulation_dtype(*(d for d in dtypes if jnp.issubdtype(d, jnp.floating)))
 
 
 def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Array) -> jax.Array:
@@ -440,7 +440,7 @@ def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Arr
 
     Written so that a multiplier of 1 gives the update back as it was.
     """
-    dtype = jnp.promote_types(accumulation_dtype(param.dtype), update.dtype)
+    dtype = accumulation_dtype(param.dtype, update.dtype)
     m, u, p = (x.astype(dtype) for x in (multiplier, update, param))
     return jnp.where(m == 1, u, m * u + (m - 1) * p).astype(update.dtype)
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from muonclip_jax._core.dtypes import accumulation_dtype, widest
 from muonclip_jax._core.options import check_flag, check_float, check_number
+from muonclip_jax._core.paths import dtype_of
 from muonclip_jax._core.shardings import Shardings, check_shardings, placed
 from muonclip_jax._core.states import check_same
 
@@ -87,7 +89,8 @@ def momentum_trace(
 
         def look_ahead(m: jax.Array, g: jax.Array) -> jax.Array:
             dtype = accumulation_dtype(m.dtype)
-            return ahead.astype(dtype) * m.astype(dtype) + gradient_weight.astype(dtype) * g.astype(dtype)
+            weights = ahead.astype(dtype), gradient_weight.astype(dtype)
+            return weights[0] * m.astype(dtype) + weights[1] * g.astype(dtype)
 
         return jax.tree.map(look_ahead, sums, updates), after
 
@@ -96,4 +99,4 @@ def momentum_trace(
 
 def _widened(tree: Any, other: Any) -> Any:
     """Each leaf in a dtype that has room for the other tree's leaf as well."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x, wider(dtype_of(x), dtype_of(y))), tree, other)
+    return jax.tree.map(lambda x, y: jnp.asarray(x, widest(dtype_of(x), dtype_of(y))), tree, other)

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.states import check_same, find_state, without_parameters
@@ -335,7 +336,7 @@ def _per_part(
 def _dtype(params: Any, blocks: Sequence[Block]) -> DTypeLike:
     kernels = {part.kernel for block in blocks for part in block.parts}
     found = (leaf.dtype for path, leaf in paths.leaves(params) if path in kernels)
-    return jnp.result_type(jnp.float32, *found)
+    return accumulation_dtype(*found)
 
 
 # Norms
