@@ -73,8 +73,8 @@ class Options:
     generations: int = 30
     """Of the climb, each of 512 matrices; 0 for none."""
     inside: tuple[int, int] = (16, 64)
-    """Every matrix is put into zeros of so many rows and columns, which changes no product. From
-    256 rows on the Gram iteration takes it as a large matrix, of which few rows are not zero."""
+    """Every matrix is put into zeros of so many rows and columns, which changes no product, so that
+    one program does for all. From 64 rows on "auto" takes the Gram iteration."""
     seed: int = 0
     json: Path | None = None
     """Write the figures there as well."""

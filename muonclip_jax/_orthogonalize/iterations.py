@@ -2,7 +2,7 @@
 
 A step maps X to WX, where W = aI + bR + cR² and R = XXᵀ: every singular value σ becomes
 aσ + bσ³ + cσ⁵. The standard iteration forms R from X and X from W at every step. The Gram iteration
-needs R only, since the next one is WRW: it multiplies several steps' W first, and X by the product.
+needs R only, since the next one is WRW: it multiplies two steps' W first, and X by the product.
 
 Factors of products are in the dtype of X; sums, norms and coefficients in its accumulation dtype.
 """
@@ -79,7 +79,7 @@ def standard_iteration(
 
 
 def gram_iteration(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
-    """X ← (… W₂ W₁)X by R alone, with a restart, R = XXᵀ, every two or three steps.
+    """X ← (W₂W₁)X by R alone, with a restart, R = XXᵀ, every two steps at most.
 
     Cost for each matrix: 8n³ FLOPs a step, and 4n²m - 6n³ for each restart; less what
     `method.smallest_block` saves of all but 2n²m of a restart.
@@ -91,15 +91,17 @@ def gram_iteration(x: jax.Array, schedule: Schedule, method: Method) -> jax.Arra
     sI + Q. R, Z and Q are symmetric and commute, so that half of each product is enough.
 
     Source: Dao-AILab, gram-newton-schulz. Its restart and safety factor suit float16; what bfloat16
-    needs was found here, by random matrices of few rows, whose rounding errors do not average out.
+    needs was found here, by random matrices of few rows, whose rounding errors do not average out
+    (nor do those of large matrices of which few rows are not zero).
     """
-    # polar_express(5) in bfloat16 takes its five steps as 2 and 3. With X [8, 256, 1024]:
+    # polar_express(5) takes its five steps as 2, 2 and 1. With X [8, 256, 1024] in bfloat16:
     #   R = XXᵀ [8, 256, 256], of which the norm is read off
     #   W₁ from R;  R ← W₁RW₁;  W₂ from R;  X ← (W₂W₁)X [8, 256, 1024], made smaller by 20%
     #   R = XXᵀ of this X, free of the rounding of the two steps before
-    #   W₃ from R;  R ← W₃RW₃;  W₄;  R ← W₄RW₄;  W₅;  X ← (W₅W₄W₃)X
+    #   W₃ from R;  R ← W₃RW₃;  W₄;  X ← (W₄W₃)X, made smaller by 20%
+    #   R = XXᵀ;  W₅;  X ← W₅X
     first = True
-    restarts = steps_between_restarts(schedule, x.dtype, x.shape[-2])
+    restarts = steps_between_restarts(schedule, x.dtype)
     # Those with equally many steps compile once.
     for _, group in itertools.groupby(restarts, key=len):
         equal = jnp.asarray(list(group), accumulation_dtype(x.dtype))
@@ -138,15 +140,8 @@ def _until_restart(
     scale = scale_at(first, x, square, schedule, ONE_DEVICE)
     r, a, z = polynomial(each(lambda block: scale**2 * block, square), coefficients[0])
     s, q = a, rounded(z, accumulation_dtype(x.dtype))
-    if len(coefficients) > 1:
-
-        def step(carry, abc):
-            r, s, q = carry
-            r, a, z = polynomial(r, abc)
-            return (next_gram(r, a, z), *product(s, q, a, z)), None
-
-        (r, s, q), _ = lax.scan(step, (next_gram(r, a, z), s, q), coefficients[1:-1])
-        _, a, z = polynomial(r, coefficients[-1])  # the last step needs no further R
+    for abc in coefficients[1:]:
+        r, a, z = polynomial(next_gram(r, a, z), abc)
         s, q = product(s, q, a, z)
     return _multiplied(x, scale, s, q, method)
 
@@ -191,34 +186,23 @@ class _Limits(NamedTuple):
 _FIRST = _Limits(2, 36.0)
 _LATER = _Limits(2, 18.0)
 _LAST = _Limits(2, 6.0)
-# The last, where a matrix has so many rows that rounding errors average out.
-_LAST_OF_MANY_ROWS = _Limits(3, 14.0)
-_MANY_ROWS = 256
 # X is made smaller by it at every restart.
 _MARGIN = {"bfloat16": 1.2, "float16": 1.03, "float32": 1.0, "float64": 1.0}
 
 
-def steps_between_restarts(
-    schedule: Schedule, dtype: jnp.dtype, rows: int
-) -> list[tuple[Step, ...]]:
+def steps_between_restarts(schedule: Schedule, dtype: jnp.dtype) -> list[tuple[Step, ...]]:
     """The schedule's steps as `gram_iteration` takes them in `dtype`, by restart.
 
     At every restart but the first X is made smaller by a margin, so that rounding cannot take
     singular values beyond the interval that the steps are made for: 20% in bfloat16, 3% in float16.
     Small ones grow less by as much.
-
-    Args:
-      schedule: The steps.
-      dtype: What factors are rounded to.
-      rows: Of a matrix, the shorter side. With few of them errors do not average out.
     """
     margin = _MARGIN[jnp.dtype(dtype).name]
     found: list[tuple[Step, ...]] = []
-    last = _LAST_OF_MANY_ROWS if rows >= _MANY_ROWS else _LAST
     for number, step in enumerate(schedule.coefficients, start=1):
         limits = _FIRST if len(found) < 2 else _LATER
         if number == len(schedule.coefficients):
-            limits = last
+            limits = _LAST
         longer = (*found[-1], step) if found else ()
         growth = math.prod(a for a, _, _ in longer)
         if longer and len(longer) <= limits.steps and growth <= limits.growth:
@@ -228,7 +212,7 @@ def steps_between_restarts(
     return found
 
 
-def with_margins(schedule: Schedule, dtype: jnp.dtype, rows: int) -> Schedule:
+def with_margins(schedule: Schedule, dtype: jnp.dtype) -> Schedule:
     """The steps of `steps_between_restarts`, as a schedule for the standard iteration."""
-    steps = steps_between_restarts(schedule, dtype, rows)
+    steps = steps_between_restarts(schedule, dtype)
     return dataclasses.replace(schedule, coefficients=tuple(itertools.chain(*steps)))

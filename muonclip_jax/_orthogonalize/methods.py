@@ -24,7 +24,7 @@ class Method:
     Attributes:
       iteration: `"standard"` multiplies the matrix `[n, m]`, n <= m, at every step: 4n²m + 2n³
         FLOPs. `"gram"` multiplies polynomials of its Gram matrix XXᵀ, which is smaller, and the
-        matrix itself at restarts, every two steps or three: 8n³ FLOPs a step, and 4n²m - 6n³ a
+        matrix itself at restarts, every two steps: 8n³ FLOPs a step, and 4n²m - 6n³ a
         restart (see `iterations.gram_iteration`).
       smallest_block: Symmetric products compute only blocks on and below the diagonal, cut in
         halves of at least so many rows. None: they compute both sides of it.

@@ -48,9 +48,8 @@ def orthogonalize(
         schedule: The polynomial steps, from `schedules`.
         method: How they are computed: "standard", "gram" (`Method`), or "auto", which chooses by
             shape, dtype and the backend it is compiled for. In 16 bits "gram" needs margins: with
-            the default schedule in bfloat16 the smallest singular values grow by a sixth less, in
-            matrices of fewer than 256 rows by a third (`iterations.steps_between_restarts`). A
-            `Method` also says by which products.
+            the default schedule in bfloat16 the smallest singular values grow by a third less
+            (`iterations.steps_between_restarts`). A `Method` also says by which products.
         dtype: What the factors of the matmuls are rounded to, one of the four dtypes; None for
             that of `x`. Sums and the normalization are float32 at least, and float32 is full
             float32 on TPU and GPU as well.
@@ -58,8 +57,7 @@ def orthogonalize(
     Returns:
         An array with the shape and dtype of `x`. How near 1 the singular values are is
         `schedule.worst_error()` plus rounding of `dtype`. The largest is at most 0.1 above
-        `schedule.top`, but for matrices of 256 rows and more by "gram" of which all but a few are
-        zero: they can end at 1.4 with the default schedule (docs/schedules.md).
+        `schedule.top`, as far as searches found (docs/schedules.md).
 
     Raises:
         TypeError: If `schedule` is not a `Schedule`, `method` none of the above, or a dtype is not

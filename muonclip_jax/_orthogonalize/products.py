@@ -10,6 +10,7 @@ from jax import lax
 
 from muonclip_jax._core import dtypes as precision
 from muonclip_jax._orthogonalize.methods import DENSE, Method
+from muonclip_jax._orthogonalize.row_major import row_major
 
 
 class OneDevice:
@@ -49,14 +50,14 @@ Symmetric = jax.Array | tuple["Symmetric", jax.Array, "Symmetric"]
 def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
     """`left @ right` in the accumulation dtype."""
     if method.row_major:
-        left, right = _row_major(left), _row_major(right)
+        left, right = row_major(left), row_major(right)
     return jnp.matmul(left, right, **precision.of_product(left.dtype))
 
 
 def gram(x: jax.Array, method: Method) -> Symmetric:
     """XXᵀ, at the cost of `symmetric`."""
     # Copied here, once for all blocks.
-    return symmetric(x, _row_major(x.mT) if method.row_major else x.mT, method)
+    return symmetric(x, row_major(x.mT) if method.row_major else x.mT, method)
 
 
 def symmetric(left: jax.Array, right: jax.Array, method: Method) -> Symmetric:
@@ -155,9 +156,3 @@ def sum_of_squares(x: Symmetric) -> jax.Array:
 def rounded(x: Symmetric, dtype: jnp.dtype) -> Symmetric:
     """Rounds all entries to `dtype`."""
     return each(lambda block: block.astype(dtype), x)
-
-
-def _row_major(x: jax.Array) -> jax.Array:
-    # Without the barrier XLA folds a transposition into the product. A layout constraint would do
-    # the same, but cannot be exported (`jax.export`).
-    return jax.lax.optimization_barrier(x)

@@ -59,7 +59,7 @@ def orthogonalize_spread(x: jax.Array, plan: Plan, how: NewtonSchulz) -> jax.Arr
     if group := _group(plan, [i for i, f in enumerate(plan.factors) if f.working == "cols"]):
         if iteration_for(how.method, plan.stack.n, plan.stack.m) == "gram":
             # For the numbers that one device gets.
-            schedule = with_margins(schedule, dtype, plan.stack.n)
+            schedule = with_margins(schedule, dtype)
         run = functools.partial(iterate, schedule=schedule, method=DENSE, group=group)
         done = in_chunks(run, _padded(working, 1, group.size), _CHUNK_ENTRIES)
         done = done[:, : working.shape[1]]

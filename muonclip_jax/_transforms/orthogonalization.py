@@ -33,8 +33,8 @@ def scale_by_orthogonalization(
     elsewhere, as `mc.muon` does.
 
     Cost per matrix `[n, m]`, n <= m: at most `(4m/n + 2) n³` FLOPs for each of the schedule's
-    steps; with the default schedule two thirds of them for m = 4n on accelerators, about half on
-    CPU (`Method`). Matrices of one shape are orthogonalized together, as a stack.
+    steps; with the default schedule three quarters of them for m = 4n on accelerators, 59% on CPU
+    (`Method`). Matrices of one shape are orthogonalized together, as a stack.
 
     On a mesh every device orthogonalizes its share of each stack, which travels with one
     all-to-all each way, in the dtype of `newton_schulz`. Where there are fewer matrices than
