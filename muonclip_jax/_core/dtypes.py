@@ -17,7 +17,7 @@ def accumulation_dtype(*dtypes: DTypeLike) -> jnp.dtype:
 def widest(*dtypes: DTypeLike) -> jnp.dtype:
     """The dtype that has room for all of these."""
     with jax.numpy_dtype_promotion("standard"):  # this is no implicit promotion
-        return functools.reduce(jnp.promote_types, map(jnp.dtype, dtypes))
+        return jnp.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 class ProductOptions(TypedDict):

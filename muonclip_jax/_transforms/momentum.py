@@ -89,7 +89,7 @@ def momentum_trace(
 
         def look_ahead(m: jax.Array, g: jax.Array) -> jax.Array:
             dtype = accumulation_dtype(m.dtype)
-            weights = ahead.astype(dtype), gradient_weight.astype(dtype)
+            weights = jnp.asarray(ahead, dtype), jnp.asarray(gradient_weight, dtype)
             return weights[0] * m.astype(dtype) + weights[1] * g.astype(dtype)
 
         return jax.tree.map(look_ahead, sums, updates), after

@@ -14,8 +14,9 @@ from tests.states.make_golden import STEPS, advance, chains, inputs
 FOLDER = pathlib.Path(__file__).parent
 VERSIONS = sorted(folder.name for folder in FOLDER.glob("golden-*"))
 # Compiled for another processor XLA sums in another order, and Newton–Schulz enlarges a rounding
-# of float32 by up to 1e3 times the learning rate of 0.01.
-TOLERANCE = 1e-6
+# of float32 by up to 1e3 times the learning rate of 0.01. So it is for matrices of few rows, which
+# "auto" takes by the standard iteration since 0.3; one chain has no learning rate.
+TOLERANCE = 4e-6
 
 
 def continues(name, like, restored):
