@@ -354,8 +354,16 @@ FUNCTIONS = {
     ),
 }
 
+
+def shown(value):
+    """For a test's name, which must be the same in every process: without addresses."""
+    return getattr(value, "__name__", f"{value!r:.40}")
+
+
 ROWS = [
-    pytest.param(fn, {**needed, option: value}, option, words, id=f"{name}({option}={value!r:.40})")
+    pytest.param(
+        fn, {**needed, option: value}, option, words, id=f"{name}({option}={shown(value)})"
+    )
     for name, (fn, needed, options) in FUNCTIONS.items()
     for option, (values, words) in options.items()
     for value in values
