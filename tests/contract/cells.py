@@ -22,8 +22,8 @@ PASSED_OVER = [
 
 
 # Programs that take long to compile, and say what others here have said: `make contract` has them.
-_LONG_ANYWHERE = ("scale_by_muon corrected", "muon_direction", "muon", "quack")
-_LONG_ON_MESHES = ("scale_by_orthogonalization", "muonclip", "accumulate")
+_LONG_ANYWHERE = ("scale_by_muon corrected", "muon_direction", "muon", "quack", "accumulate")
+_LONG_ON_MESHES = ("scale_by_muon", "scale_by_orthogonalization", "muonclip")
 
 
 def is_long(link: Link, place: Place) -> bool:

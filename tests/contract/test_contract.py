@@ -386,7 +386,8 @@ def test_orbax_round_trip(link, place, target, tmp_path):
         checkpointer.save(folder, saved)
         checkpointer.wait_until_finished()
         if target == "with a target":
-            found = checkpointer.restore(folder, jax.eval_shape(lambda: saved))["state"]
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
+            found = checkpointer.restore(folder, like)["state"]
         else:  # dicts in place of named tuples
             by_path = dict(paths.leaves(checkpointer.restore(folder)["state"]))
             found = paths.map_with_path(lambda path, _: by_path[path], state)

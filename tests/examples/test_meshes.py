@@ -178,7 +178,10 @@ def test_a_checkpoint_goes_from_4_devices_to_8_to_1(tmp_path):
     """With the same next step everywhere, and bit for bit on the mesh that it is of."""
 
     def save(step, run):
-        Checkpoints(tmp_path).save(step, run.model, run.optimizer, position={}, about={})
+        about = {"settings": {}, "text": ""}
+        Checkpoints(tmp_path).save(
+            step, run.model, run.optimizer, position={"next_index": 0}, about=about
+        )
         return values(run.model, run.optimizer)
 
     def restore_and_step(run, saved, step):
