@@ -13,7 +13,7 @@ EXTRAS_models := test
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all contract mutants budgets fuzz soak test-models test-tpu test-lowest docs lint kills clean
+.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-tpu test-lowest docs lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,13 @@ test-all: $(VENV)/.test-$(JAX)  ## every test, but for those with targets of the
 
 contract: $(VENV)/.test-$(JAX)  ## every cell of the contract: links × behaviours × meshes
 	$(BIN)/python -m pytest tests/contract -n auto -m contract $(ARGS)
+
+coverage: $(VENV)/.test-$(JAX)  ## lines of the package that tests run, on this Python and the newest
+	COVERAGE_FILE=.coverage.default $(MAKE) test-all ARGS="--cov=muonclip_jax --cov-report="
+	newest=$$(.ci/newest); test -z "$$newest" || COVERAGE_FILE=.coverage.newest $(MAKE) test \
+		PYTHON="$$newest" VENV=.venv-newest ARGS='-m "versions and not slow and not long" --cov=muonclip_jax --cov-report='
+	$(BIN)/coverage combine
+	$(BIN)/coverage report --skip-covered --show-missing --fail-under=97
 
 mutants: $(VENV)/.test-$(JAX)  ## break the package in 250 places, and tell which breaks no test catches
 	$(BIN)/python -m tests.mutants.run $(ARGS)
