@@ -12,6 +12,9 @@ import jax
 import pytest
 from hypothesis import settings
 
+# Failed assertions in shared checks show their values; said before anything imports these.
+pytest.register_assert_rewrite("tests.models.checks")
+
 # Sharding is tested on simulated devices. Not by XLA_FLAGS, which subprocesses would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
 
