@@ -155,13 +155,15 @@ def check_layout(model: Model) -> None:
     assert not proof.left_out
 
 
-def check_qk_norm(model: Model, norm: str) -> None:
-    """QK-Clip and QuacK refuse a model with a QK-norm, by its name; per-head Muon trains it."""
+def check_qk_norm(model: Model, norm: str, sows: bool = True) -> None:
+    """QK-Clip and QuacK refuse a model with a QK-norm, by its name; per-head Muon trains it. Of one
+    that sows no maxima no layout can be proved."""
     for transformation in (mc.qk_clip(model.layout), mc.scale_by_quack(model.layout)):
         with pytest.raises(ValueError, match=f"{norm}.* normalises queries or keys"):
             transformation.init(model.params)
     assert {row.path for row in model.describe() if row.qk_norm} >= {norm}
-    check_layout(model)
+    if sows:
+        check_layout(model)
     train_step(model, mc.muon(dimension_numbers=model.dimension_numbers, **OPTIONS))
 
 

@@ -213,7 +213,8 @@ def test_gated_attention_among_recurrent_layers():
             "decoder/layers_0/attention/in_proj_qkvz/kernel": "1 × [16, 48]",
         }
     )
-    check_qk_norm(model, f"{block}/key_norm/scale")
+    # MaxText records the maxima of MLA only.
+    check_qk_norm(model, f"{block}/key_norm/scale", sows=False)
 
 
 def test_same_as_maxtexts_own_qk_clip():
