@@ -9,12 +9,10 @@ changed source, and the tests of its folder run until the first fails. Nothing i
 
 import argparse
 import collections
-import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -64,14 +62,17 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoade
 
 
 def tests_for(file: str) -> list[str]:
-    """The test files and folders for a module: of the longest prefix in the table."""
+    """The tests that are asked about a module, in turn: those of its own name, then those of the
+    longest prefix in the table."""
     prefix = max((p for p in TESTS if file.startswith(p)), key=len)
-    found = [ROOT / "tests" / name for name in TESTS[prefix]]
-    return [str(path) for path in found if path.exists()]
+    module = PACKAGE / file
+    own = ROOT / "tests" / module.parent.name.lstrip("_") / f"test_{module.stem}.py"
+    found = [own, *(ROOT / "tests" / name for name in TESTS[prefix])]
+    return [str(path) for path in dict.fromkeys(found) if path.exists()]
 
 
-def _child(break_: Break) -> int:
-    """Runs in the forked process: 0 where no test failed."""
+def _child(break_: Break) -> bool:
+    """Whether a test fails; runs in the forked process."""
     import pytest
 
     sys.meta_path.insert(0, _Changed(break_))
@@ -79,8 +80,10 @@ def _child(break_: Break) -> int:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not long", "--no-header"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        return int(pytest.main([*options, *tests_for(break_.file)]))
+    none_selected = pytest.ExitCode.NO_TESTS_COLLECTED
+    return any(
+        pytest.main([*options, tests]) not in (0, none_selected) for tests in tests_for(break_.file)
+    )
 
 
 def survivors(breaks: list[Break], workers: int) -> list[Break]:
@@ -94,7 +97,7 @@ def survivors(breaks: list[Break], workers: int) -> list[Break]:
             pid = os.fork()
             if pid == 0:
                 os.setpgid(0, 0)
-                os._exit(_child(break_))
+                os._exit(int(_child(break_)))
             running[pid] = break_, time.monotonic()
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
