@@ -80,7 +80,11 @@ def main(folder):
         (folder / f"{name}.msgpack").write_bytes(serialization.msgpack_serialize(plain))
         if name == "accumulate":
             with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save((folder / f"{name}.orbax").absolute(), state)
+                saved = (folder / f"{name}.orbax").absolute()
+                checkpointer.save(saved, state)
+                # Orbax writes down where that was.
+                note = f"Checkpoint commit was successful to {folder.name}/{saved.name}"
+                (saved / "commit_success.txt").write_text(note)
 
 
 if __name__ == "__main__":
