@@ -37,6 +37,7 @@ TESTS = {
     "_parameters": ["parameters", "recipes", "cases"],
     "_transforms/accumulate": ["transforms/test_accumulate.py", "cases/test_meshes.py"],
     "_transforms/quack": ["transforms/test_quack.py", "transforms/test_quack_logits.py", "recipes"],
+    "_transforms/clip": ["cases/test_clip.py", "transforms", "states", "recipes", "test_errors.py"],
     "_transforms": ["transforms", "states", "cases", "recipes", "test_errors.py"],
     "_diagnostics": ["diagnostics"],
     "recipes": ["recipes", "cases"],
