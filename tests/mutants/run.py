@@ -29,7 +29,12 @@ ROOT = PACKAGE.parent
 # The tests that are asked about a module, those that are nearest first.
 TESTS = {
     "_core/axes": ["parameters", "layouts", "core"],
-    "_core": ["core", "transforms/test_qk_clip.py", "transforms/test_sharded_clip.py", "attention"],
+    "_core": [
+        "core",
+        "transforms/test_clip_in_shard_map.py",
+        "transforms/test_qk_clip.py",
+        "attention",
+    ],
     "_orthogonalize": ["orthogonalize", "transforms/test_muon.py", "cases/test_gram.py"],
     "_spread": ["spread"],
     "_attention": ["attention", "cases/test_attention.py"],
