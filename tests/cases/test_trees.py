@@ -686,3 +686,14 @@ def test_optax_dimension_numbers_of_a_named_wrapper():
     numbers = jax.tree.map(lambda _: Numbers(0, 1), params)
     new, _ = trained("dict", mc.muon(1e-2, dimension_numbers=numbers, **FAST), params)
     assert list(new) == ["up"]
+
+
+@struct.dataclass
+class OnlyValue:
+    value: jax.Array
+
+
+def test_a_lone_field_called_value_is_a_name():
+    """Only of NNX's variables and Flax's boxes, which hold one array as well, it is none."""
+    tree = {"attn": OnlyValue(jnp.ones((8, 4)))}
+    assert [path for path, _ in paths.leaves(tree)] == [("attn", "value")]
