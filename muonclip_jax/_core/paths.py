@@ -5,6 +5,7 @@ slashes are paths themselves (Haiku's `{"net/attn/q": {"w": ...}}`), and the key
 wrapper holds its one array (NNX's Variables, Flax's boxes, named arrays) is no part of any.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from optax import MaskedNode
 
 Path = tuple[str, ...]
 IsLeaf = Callable[[Any], bool] | None
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 def name(key: Any) -> Any:
@@ -37,6 +40,11 @@ def parse(names: Iterable[Any]) -> Path:
     for found in names:
         path += parse(found) if isinstance(found, tuple) else tuple(str(found).split("/"))
     return path
+
+
+def words(name: str) -> tuple[str, ...]:
+    """The words and numbers in a name, in lower case: `add_qProj1` is add, q, proj, 1."""
+    return tuple(word.lower() for word in _WORD.findall(name))
 
 
 def show(path: Path) -> str:
@@ -59,6 +67,18 @@ def leaves(tree: Any, is_leaf: IsLeaf = None) -> Iterator[tuple[Path, Any]]:
             )
         seen.add(path)
         yield path, leaf
+
+
+def entry_for(path: Path, entries: Mapping[Path, Any]) -> Path | None:
+    """Which entry of a prefix tree, by path, is for this path: that of its longest prefix."""
+    prefixes = (path[:depth] for depth in range(len(path), -1, -1))
+    return next((prefix for prefix in prefixes if prefix in entries), None)
+
+
+def first_stray(entries: Iterable[Path], every_path: Iterable[Path]) -> Path | None:
+    """The first entry of a prefix tree that is for none of the paths."""
+    known = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
+    return next((entry for entry in entries if entry not in known), None)
 
 
 def shapes(tree: Any) -> dict[Path, tuple[int, ...]]:

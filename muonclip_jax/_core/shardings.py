@@ -112,9 +112,8 @@ def _entries(given: Any) -> dict[Path, Any]:
 
 
 def _entry(path: Path, leaf: Any, told: dict[Path, Any]) -> Any:
-    for depth in range(len(path), -1, -1):
-        if path[:depth] in told:
-            return told[path[:depth]]
+    if (entry := paths.entry_for(path, told)) is not None:
+        return told[entry]
     raise ValueError(
         f"shardings= says nothing about {paths.show(path)} {np.shape(leaf)}; it has "
         f"{', '.join(map(paths.show, list(told)[:8]))}. Give a tree like the parameters: "

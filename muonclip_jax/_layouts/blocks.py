@@ -16,6 +16,7 @@ from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
 from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role
 from muonclip_jax._layouts.surroundings import (
     Shapes,
+    bias_beside,
     looks_like_attention,
     qk_norms,
     unnamed_biases,
@@ -175,8 +176,7 @@ class Layout:
         if piece.role == "o":  # its bias belongs to no head
             return None
         if piece.bias is None:
-            beside = ((*kernel[:-1], name) for name in ("bias", "b"))  # Flax's and Haiku's names
-            return next((path for path in beside if path in shapes and path != kernel), None)
+            return bias_beside(kernel, shapes)
         told = (*block, *piece.bias.split("/"))
         if told not in shapes:
             raise ValueError(

@@ -93,6 +93,7 @@ def refuse_what_escapes(blocks: "Sequence[Block]", params: Any) -> None:
     """Raises ValueError where scaling the kernels of a block would not scale its logits: what
     `refuse_qk_norm` raises, a parameter without a role, one that is masked."""
     refuse_qk_norm(blocks)
+    masked = paths.masked(params)
     for block in blocks:
         if block.without_role:
             found = ", ".join(
@@ -106,7 +107,7 @@ def refuse_what_escapes(blocks: "Sequence[Block]", params: Any) -> None:
                 "is on the side of the keys and you clip with alpha=1, "
                 f"{_say_harmless(block.path, *block.without_role)}."
             )
-        for path in paths.masked(params):
+        for path in masked:
             inside = path[len(block.path) :]
             if path[: len(block.path)] == block.path and not extras.on_values_side(inside):
                 raise ValueError(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, ROLES
@@ -82,7 +83,7 @@ def adapters(block: Path, parts: Sequence[Part], shapes: Shapes) -> Iterator[tup
             if any(path[:end] == module for path in kernels - {part.kernel}):
                 break
             own = end == len(part.kernel) - 1
-            wrapper = not own and "".join(_words_of(part.kernel[end])) in _WRAPPED
+            wrapper = not own and "".join(paths.words(part.kernel[end])) in _WRAPPED
             for path in shapes:
                 if path[:end] != module or path in known or path[-1] == "bias":
                     continue
@@ -94,12 +95,6 @@ def on_values_side(inside: Path) -> bool:
     """Whether a path inside a block is called as values, outputs and gates are."""
     told = _words(inside)
     return bool(told & _VALUES) and not _of_queries_or_keys(told)
-
-
-def _words_of(name: str) -> list[str]:
-    """The words of a name, in lower case: `add_qProj1` is add, q, proj, 1."""
-    found = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
-    return [word.lower() for word in found]
 
 
 def _enters_logits(inside: Path, shape: tuple[int, ...], lengths: _Lengths) -> bool:
@@ -145,7 +140,7 @@ def _features(part: Part) -> int:
 
 
 def _words(inside: Path) -> set[str]:
-    return {word for name in inside for word in _words_of(name)}
+    return {word for name in inside for word in paths.words(name)}
 
 
 def _values_modules(block: Path, parts: Sequence[Part]) -> Iterator[Path]:

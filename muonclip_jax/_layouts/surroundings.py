@@ -86,6 +86,12 @@ def qk_norms(
                 yield path
 
 
+def bias_beside(kernel: Path, shapes: Shapes) -> Path | None:
+    """The bias in the kernel's own module, by Flax's and Haiku's names."""
+    beside = ((*kernel[:-1], name) for name in ("bias", "b"))
+    return next((path for path in beside if path in shapes and path != kernel), None)
+
+
 def unnamed_biases(block: Path, parts: Sequence[Part], shapes: Shapes) -> list[Path]:
     """Parameters beside the kernels that are called as biases of queries or keys are."""
     modules = {block, *(part.kernel[:-1] for part in parts)}

@@ -1,6 +1,6 @@
 """Which parameters weight decay reaches: the table is in `mc.muon`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,13 +44,15 @@ def decays(
     specs = {} if dimension_numbers is None else routing.resolve(dimension_numbers, params)
     vectors = _vectors(layout, params)
     shapes = paths.shapes(params)
+    norms = {p: s[:-1] for p, s in shapes.items() if s and (_is_in_norm(p) or p[-1:] == ("scale",))}
+    matrices = {p: _batch_in_front(spec) for p, spec in specs.items() if spec is not None}
 
     def is_matrix(path: Path) -> bool:
         if specs.get(path) is not None:
             return True
         if path in vectors or _is_vector_by_name(path):
             return False
-        own_axes = len(shapes[path]) - len(_stack_beside(path, shapes, specs))
+        own_axes = len(shapes[path]) - len(_stack_beside(path, shapes, (norms, matrices)))
         return own_axes >= 2
 
     return {path: is_matrix(path) for path in shapes}
@@ -88,12 +90,11 @@ def _is_in_norm(path: Path) -> bool:
 
 
 def _stack_beside(
-    path: Path, shapes: Mapping[Path, _Shape], specs: Mapping[Path, MatrixSpec | None]
+    path: Path, shapes: Mapping[Path, _Shape], kinds: Sequence[Mapping[Path, _Shape]]
 ) -> _Shape:
-    """The axes of the stack of layers that a parameter of the other optimizer is in."""
-    norms = {p: s[:-1] for p, s in shapes.items() if s and (_is_in_norm(p) or p[-1:] == ("scale",))}
-    matrices = {p: _batch_in_front(spec) for p, spec in specs.items() if spec is not None}
-    for witnesses in (norms, matrices):
+    """The axes of the stack of layers that a parameter of the other optimizer is in, by the nearest
+    witnesses of the first kind that has any: for each kind, the stacks that they are in."""
+    for witnesses in kinds:
         for depth in reversed(range(len(path))):
             module = path[:depth]
             near = [s for p, s in witnesses.items() if p != path and p[:depth] == module]
@@ -122,22 +123,20 @@ def _given(mask: Mask, params: Any) -> dict[Path, bool]:
     found: dict[Path, bool] = {}
     shapes = paths.shapes(params)
     for path, shape in shapes.items():
-        matching = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
-        if not matching:
+        entry = paths.entry_for(path, entries)
+        if entry is None:
             raise ValueError(
                 f"weight_decay_mask says nothing about {paths.show(path)} {shape}; it "
                 f"has {some(list(entries))}. Give it True or False: "
                 "jax.tree.map(lambda p: p.ndim > 1, params)."
             )
-        found[path] = entries[matching[-1]]
+        found[path] = entries[entry]
     every_path = [*shapes, *paths.absent(params)]
-    known = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
-    for entry in entries:
-        if entry not in known:
-            raise ValueError(
-                f"weight_decay_mask has an entry for {paths.show(entry)}, which is no parameter; "
-                f"remove it or correct it. There are: {some(every_path)}."
-            )
+    if (stray := paths.first_stray(entries, every_path)) is not None:
+        raise ValueError(
+            f"weight_decay_mask has an entry for {paths.show(stray)}, which is no parameter; "
+            f"remove it or correct it. There are: {some(every_path)}."
+        )
     return found
 
 

@@ -8,6 +8,7 @@ import re
 from functools import cache
 from itertools import pairwise
 
+from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
 
 KERNELS = ("kernel", "w")
@@ -16,7 +17,6 @@ KERNELS = ("kernel", "w")
 WEIGHTS = ("weight", "weights")
 """Names of what may be `[out, in]` (PyTorch, Equinox) or `[in, out]`."""
 
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _EMBED = {"embed", "embeds", "embedding", "embeddings", "embedder", "emb", "embs", "wte", "wpe"}
 _TOKEN = {"token", "tokens", "tok", "word", "words", "vocab", "vocabulary", "wte"}
 _POSITION = {"position", "positions", "positional", "pos", "wpe", "type", "segment"}
@@ -36,7 +36,7 @@ _PROJECTIONS = {"q", "k", "v", "o", "qkv", "kv", "query", "key", "value"} | {
 @cache
 def words(name: str) -> tuple[str, ...]:
     """The words of a name, without numbers: `("lm", "head")`."""
-    return tuple(word.lower() for word in _WORD.findall(name))
+    return tuple(word for word in paths.words(name) if not word.isdigit())
 
 
 def leaf(path: Path) -> str:

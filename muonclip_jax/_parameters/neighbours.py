@@ -8,6 +8,7 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.find import is_flax_attention
+from muonclip_jax._layouts.surroundings import bias_beside
 from muonclip_jax._parameters import names
 
 # Flax kernels are [in, out].
@@ -66,8 +67,7 @@ class Neighbours:
 
     def bias(self, path: Path) -> Path | None:
         """The bias beside a kernel."""
-        beside = ((*path[:-1], name) for name in ("bias", "b") if path)
-        return next((bias for bias in beside if bias in self.shapes and bias != path), None)
+        return bias_beside(path, self.shapes)
 
     def say_stack(self, path: Path, stack: Shape) -> bool:
         """Whether a kernel's first axes are a stack of layers.

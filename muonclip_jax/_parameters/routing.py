@@ -230,22 +230,20 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Matr
     entries = dict(paths.leaves(tree, is_leaf=matrices.is_pattern))
     resolved = {}
     for path, shape in shapes.items():
-        matching = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in entries]
-        if not matching:
+        entry = paths.entry_for(path, entries)
+        if entry is None:
             raise ValueError(
                 f"dimension_numbers says nothing about {paths.show(path)} {shape}. "
                 "Give it a pattern or a MuonDimensionNumbers, or None for the other optimizer."
             )
-        resolved[path] = spec_of(path, shape, entries[matching[-1]])
+        resolved[path] = spec_of(path, shape, entries[entry])
     # What is masked, or None, may be named.
     every_path = [*shapes, *paths.absent(params)]
-    prefixes = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
-    for entry in entries:
-        if entry not in prefixes:
-            raise ValueError(
-                f"dimension_numbers has an entry for {paths.show(entry)}, which is no parameter; "
-                f"remove it or correct it. There are: {some(every_path)}."
-            )
+    if (stray := paths.first_stray(entries, every_path)) is not None:
+        raise ValueError(
+            f"dimension_numbers has an entry for {paths.show(stray)}, which is no parameter; "
+            f"remove it or correct it. There are: {some(every_path)}."
+        )
     return resolved
 
 

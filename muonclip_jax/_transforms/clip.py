@@ -170,7 +170,7 @@ class Clip:
             if paths.holds_nothing(params):
                 observe(self.signal, self.layout, (), params)
                 return without_parameters(kind)
-            blocks, _ = self._find(params, arguments)
+            blocks, *_ = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
 
             def full(value, dtype=jnp.float32):
@@ -185,12 +185,11 @@ class Clip:
                 raise ValueError(
                     f"{self.owner} rescales weights: call tx.update(grads, state, params, ...)."
                 )
-            blocks, roles = self._find(params, arguments)
+            blocks, roles, own = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
             like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
             check_same("maxima", state[0], like, "the layout or the parameters")
-            dtype, own = _dtype(params), leaves_of(blocks, roles, params)
-            floor = _floor_of_updates(own, leaves_of(blocks, roles, updates))
+            dtype, floor = _dtype(params), _floor_of_updates(own, leaves_of(blocks, roles, updates))
 
             def clip(updates, state, params, sown, threshold, arguments):
                 decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
@@ -217,8 +216,8 @@ class Clip:
 
     def apply(self, params: Any, sown: Any, threshold: ArrayLike, *arguments: ArrayLike) -> Any:
         """From parameters to parameters."""
-        blocks, roles = self._find(params, arguments)
-        dtype, floor = _dtype(params), _floor(leaves_of(blocks, roles, params))
+        blocks, roles, own = self._find(params, arguments)
+        dtype, floor = _dtype(params), _floor(own)
 
         def clip(params, sown, threshold, arguments):
             decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
@@ -232,11 +231,12 @@ class Clip:
 
     def _find(
         self, params: Any, arguments: Sequence[ArrayLike]
-    ) -> tuple[tuple[Block, ...], set[Role]]:
-        """The blocks, and the roles of which any is clipped."""
+    ) -> tuple[tuple[Block, ...], set[Role], Leaves]:
+        """The blocks, the roles of which any is clipped, and their leaves."""
         blocks = find_blocks(self.layout, params)
         number = jax.ShapeDtypeStruct((), jnp.float32)
         roles: set[Role] = set()
+        before_softmax: list[Block] = []
         for block in blocks:
             gamma = jax.ShapeDtypeStruct(block.shape, jnp.float32)
             abstract = jax.eval_shape(
@@ -245,8 +245,10 @@ class Clip:
             _check_factors(self.owner, block, abstract)
             roles |= abstract.keys()
             if any(ROLES[role].side != "value" for role in abstract):
-                refuse_what_escapes((block,), params)
-        for path, leaf in leaves_of(blocks, roles, params).items():
+                before_softmax.append(block)
+        refuse_what_escapes(before_softmax, params)
+        own = leaves_of(blocks, roles, params)
+        for path, leaf in own.items():
             dtype = paths.dtype_of(leaf)
             if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
                 raise TypeError(
@@ -255,7 +257,7 @@ class Clip:
                     "from, float32 or at least 16 bits, or leave the block out with the layout's "
                     "block= pattern."
                 )
-        return blocks, roles
+        return blocks, roles, own
 
     def _pair(self, blocks: Sequence[Block], params: Any, given: Any) -> dict[str, list[jax.Array]]:
         """What was sown in each block. Every value must find its block, unless the layout leaves

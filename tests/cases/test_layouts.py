@@ -4,6 +4,7 @@ Situations that went wrong for users, and two more of each kind.
 """
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -13,11 +14,14 @@ import optax
 import pytest
 from flax import nnx
 from flax.nnx import bridge
+from flax.traverse_util import unflatten_dict
 
 import muonclip_jax as mc
 from muonclip_jax.layouts import Layout, Piece, find_blocks
 
 IN, HEADS, F = 8, 2, 4
+
+by_path = partial(unflatten_dict, sep="/")
 
 
 def array(*shape, dtype="float32"):
@@ -32,18 +36,6 @@ def attention(**extra):
     names = ("query", "key", "value")
     own = {**{name: kernel(IN, HEADS, F) for name in names}, "out": kernel(HEADS, F, IN)}
     return {"attn": {**own, **extra}}
-
-
-def nested(extra):
-    """`{"a/b": leaf}` as a tree."""
-    tree = {}
-    for path, leaf in extra.items():
-        *modules, name = path.split("/")
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[name] = leaf
-    return tree
 
 
 def maker(layout, link=mc.qk_clip):
@@ -95,7 +87,7 @@ def test_parameters_that_enter_the_logits_need_a_role(kind, link, stack):
     for extra in ENTER_LOGITS[kind]:
         own = {path: array(*stack, *shape) for path, shape in extra.items()}
         params = jax.tree.map(lambda x: array(*stack, *x.shape), attention())
-        params["attn"] |= nested(own)
+        params["attn"] |= by_path(own)
         all_of_them = [f"attn/{path} {(*stack, *shape)}" for path, shape in extra.items()]
         layout = mc.layouts.mha()
         with pytest.raises(ValueError, match=r"enters the logits of attn") as caught:
@@ -137,7 +129,7 @@ def test_parameters_that_enter_the_logits_need_a_role(kind, link, stack):
 )
 def test_what_does_not_enter_the_logits_is_left_alone(extra):
     params = attention(**{"out": {**kernel(HEADS, F, IN)}})
-    for path, leaf in nested({path: array(*shape) for path, shape in extra.items()}).items():
+    for path, leaf in by_path({path: array(*shape) for path, shape in extra.items()}).items():
         params["attn"][path] = (
             {**params["attn"].get(path, {}), **leaf} if type(leaf) is dict else leaf
         )
@@ -176,7 +168,7 @@ def test_adapters_around_and_inside_a_projection(query, adapter):
     with pytest.raises(
         ValueError, match=f"attn/{adapter} .*also takes part in attn/{query}.*Merge"
     ):
-        find_blocks(layout, {"attn": nested(block)})
+        find_blocks(layout, {"attn": by_path(block)})
 
 
 @pytest.mark.parametrize("extra", ["norm/scale", "mlp/kernel", "value/kernel"])
@@ -185,7 +177,7 @@ def test_a_module_around_several_projections_is_no_wrapper(extra):
     block = {f"self/{name}/kernel": array(8, 8) for name in ("query", "key")}
     block[f"self/{extra}"] = array(8, 8)
     layout = mc.layouts.mha(heads=2, query="self/query", key="self/key", value=None, out=None)
-    (found,) = find_blocks(layout, {"attn": nested(block)})
+    (found,) = find_blocks(layout, {"attn": by_path(block)})
     assert found.name == "attn"
 
 
@@ -343,7 +335,7 @@ FLAT = dict(heads=4, query="q_proj", key="k_proj", value="v_proj", out="o_proj")
 def test_qk_norms_are_seen(features, extra, stack):
     sides = {f"{n}_proj": kernel(*stack, 64, 4 * features) for n in "qkv"}
     block = {**sides, "o_proj": kernel(*stack, 4 * features, 64)}
-    block |= nested({path: array(*stack, *shape) for path, shape in extra.items()})
+    block |= by_path({path: array(*stack, *shape) for path, shape in extra.items()})
     layout = mc.layouts.mha(**FLAT)
     with pytest.raises(ValueError, match="normalises queries or keys") as caught:
         jax.eval_shape(maker(layout), {"attn": block})
@@ -369,7 +361,7 @@ def test_qk_norms_are_seen(features, extra, stack):
 def test_other_gains_are_no_qk_norms(features, extra):
     sides = {f"{n}_proj": kernel(64, 4 * features) for n in "qkv"}
     block = {**sides, "o_proj": kernel(4 * features, 64)}
-    block |= nested({path: array(*shape) for path, shape in extra.items()})
+    block |= by_path({path: array(*shape) for path, shape in extra.items()})
     jax.eval_shape(maker(mc.layouts.mha(**FLAT)), {"attn": block})
 
 

@@ -17,6 +17,7 @@ from optax.contrib import MuonDimensionNumbers as Numbers
 
 import muonclip_jax as mc
 from muonclip_jax._core import paths
+from tests.contract.trees import Named, rebuilt
 
 pytestmark = pytest.mark.versions
 
@@ -52,35 +53,11 @@ class Boxes(nnx.Module):
     __call__ = never_called
 
 
-@jax.tree_util.register_pytree_node_class
-class Named:
-    """An array in a wrapper that is registered without keys, as named arrays are."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def tree_flatten(self):
-        return (self.array,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, leaves):
-        return cls(*leaves)
-
-
 @struct.dataclass
 class DataArray:
-    """The same with a key, as Penzai's."""
+    """As `Named`, with a key, as Penzai's."""
 
     data_array: jax.Array
-
-
-def nested(make, tree):
-    """The nested dict with `make(children)` in place of every dict."""
-    return (
-        make({name: nested(make, child) for name, child in tree.items()})
-        if (isinstance(tree, dict))
-        else tree
-    )
 
 
 def as_named_tuple(children):
@@ -111,13 +88,13 @@ def entries_like(params, entries):
 KINDS = {
     "dict": lambda tree: tree,
     "FrozenDict": FrozenDict,
-    "NamedTuple": partial(nested, as_named_tuple),
+    "NamedTuple": partial(rebuilt, as_named_tuple),
     "list": lambda tree: [tree["attn"], tree["mlp"]],
     "whole-number keys": lambda tree: {0: tree["attn"], 1: tree["mlp"]},
-    "flax.struct": partial(nested, as_struct),
-    "eqx.Module": partial(nested, as_equinox),
-    "nnx.Module": partial(nested, Boxes),
-    "nnx.State": lambda tree: nnx.state(nested(Boxes, tree)),
+    "flax.struct": partial(rebuilt, as_struct),
+    "eqx.Module": partial(rebuilt, as_equinox),
+    "nnx.Module": partial(rebuilt, Boxes),
+    "nnx.State": lambda tree: nnx.state(rebuilt(Boxes, tree)),
     "Haiku": as_haiku,
     "wrapped": partial(jax.tree.map, Named),
     "wrapped, with keys": partial(jax.tree.map, DataArray),

@@ -30,11 +30,11 @@ class Named:
         return cls(*leaves)
 
 
-def _of(make: Callable[[dict[str, Any]], Any], tree: Any) -> Any:
+def rebuilt(make: Callable[[dict[str, Any]], Any], tree: Any) -> Any:
     """Every dict as what `make` gives for its items, from the inside out."""
     if not isinstance(tree, dict):
         return tree
-    return make({name: _of(make, tree[name]) for name in sorted(tree)})
+    return make({name: rebuilt(make, tree[name]) for name in sorted(tree)})
 
 
 # One class for each set of names: trees of one structure have the same.
@@ -76,7 +76,7 @@ def _haiku(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _with_none(tree: dict[str, Any]) -> dict[str, Any]:
     """Every module has a bias that is None where it has none."""
-    return _of(lambda items: {"absent": None, **items}, tree)
+    return rebuilt(lambda items: {"absent": None, **items}, tree)
 
 
 class Kind(NamedTuple):
@@ -94,12 +94,14 @@ class Kind(NamedTuple):
 KINDS = {
     "Linen's variables": Kind(lambda tree: {"params": tree}),
     "FrozenDict": Kind(flax.core.freeze),
-    "named tuples": Kind(lambda tree: _of(lambda items: _tuple_class(tuple(items))(**items), tree)),
+    "named tuples": Kind(
+        lambda tree: rebuilt(lambda items: _tuple_class(tuple(items))(**items), tree)
+    ),
     "dataclasses that can be called": Kind(
-        lambda tree: _of(lambda items: _data_class(tuple(items))(**items), tree)
+        lambda tree: rebuilt(lambda items: _data_class(tuple(items))(**items), tree)
     ),
     "Equinox modules": Kind(
-        lambda tree: _of(lambda items: _module_class(tuple(items))(**items), tree)
+        lambda tree: rebuilt(lambda items: _module_class(tuple(items))(**items), tree)
     ),
     "an NNX State": Kind(lambda tree: nnx.State(jax.tree.map(nnx.Param, tree))),
     "Haiku": Kind(_haiku),

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -369,20 +371,10 @@ STORAGES = {
 # (lengths of stack axes, where they are)
 STACKS = [((), 0), ((3,), 0), ((2, 3), 0), ((3,), 1), ((2, 3), 1)]
 
+by_path = partial(unflatten_dict, sep="/")
+
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 every_stack = pytest.mark.parametrize(("stack", "axis"), STACKS, ids=str)
-
-
-def nested(leaves):
-    """`{"a/b": x}` as `{"a": {"b": x}}`."""
-    tree = {}
-    for path, leaf in leaves.items():
-        *modules, name = path.split("/")
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[name] = leaf
-    return tree
 
 
 def stacked(shape, stack, axis):
@@ -394,7 +386,7 @@ def block_of(storage, stack=(), axis=0):
     shapes = {path: stacked(shape, stack, axis) for path, shape in storage.shapes.items()}
     layout = dataclasses.replace(storage.layout, stack_axis=axis)
     leaves = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}
-    (block,) = find_blocks(layout, {"attn": nested(leaves)})
+    (block,) = find_blocks(layout, {"attn": by_path(leaves)})
     return block, shapes
 
 
@@ -761,7 +753,7 @@ def test_norms_of_stacked_layers(axis):
         shapes_of = {**STORAGES[name].shapes, **norm}
         leaves = {path: add_stack(shape) for path, shape in shapes_of.items()}
         layout = dataclasses.replace(STORAGES[name].layout, stack_axis=axis)
-        return find_blocks(layout, shapes({"attn": nested(leaves)}))
+        return find_blocks(layout, shapes({"attn": by_path(leaves)}))
 
     refuse_qk_norm(blocks("headed", {"norm/scale": (WIDTH,)}))
     refuse_qk_norm(blocks("latent, headed", {"q_norm/scale": (Q_RANK,)}))
@@ -789,7 +781,7 @@ def test_projections_in_a_sub_module():
 def test_several_kinds_in_one_model():
     """A hybrid: plain attention, latent attention, and layers without any."""
     grouped = {name: {"kernel": shape[1]} for name, shape in GROUPED.items()}
-    mla = nested(STORAGES["latent, headed"].shapes)
+    mla = by_path(STORAGES["latent, headed"].shapes)
     layers = {
         "0": {"attn": MHA_BLOCK, "mlp": {"up": {"kernel": (16, 32)}}},
         "1": {"ssm": {"in_proj": {"kernel": (16, 32)}, "conv": {"kernel": (4, 32)}}},
