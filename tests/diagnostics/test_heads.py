@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax._layouts.roles import GAIN_ROLES
-from tests.layouts.test_layouts import STACKS, STORAGES, heads_by_hand, nested, stacked
+from tests.layouts.test_layouts import STACKS, STORAGES, heads_by_hand, stacked
 
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
@@ -41,7 +42,7 @@ def by_hand(storage, params, stack=(), axis=0):
 @every_storage
 def test_head_matrices_are_heads_by_hand(storage, stack, axis):
     params, layout = model_of(storage, stack, axis)
-    found = mc.head_matrices({"attn": nested(params)}, layout)
+    found = mc.head_matrices({"attn": unflatten_dict(params, sep="/")}, layout)
     chex.assert_trees_all_equal(found, {"attn": by_hand(storage, params, stack, axis)})
 
 
@@ -52,7 +53,7 @@ def test_report_is_that_of_heads_by_hand(storage):
     w_q, w_k = maps_by_hand(heads)
     w_k_of_query = np.repeat(w_k, w_q.shape[1] // w_k.shape[1], axis=1)
     maxima = {"attn": {"max_logits": jnp.ones(w_q.shape[:2])}}
-    found = mc.attention_report({"attn": nested(params)}, None, maxima, layout).blocks["attn"]
+    found = mc.attention_report({"attn": unflatten_dict(params, sep="/")}, None, maxima, layout).blocks["attn"]
     # A QR, a product of MLA's kernels and an SVD, each a few float32 roundings of the largest.
     close = lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=1e-5)  # noqa: E731
     close(found.query_norms, np.linalg.norm(w_q, 2, axis=(-2, -1)))
@@ -83,7 +84,7 @@ def test_measures_of_updates_and_gradients_go_through_the_same_layout():
     storage = STORAGES["fused, grouped, interleaved"]
     params, layout = model_of(storage)
     gradients = {path: 3 * x**2 for path, x in params.items()}
-    tree = {"attn": nested(gradients)}
+    tree = {"attn": unflatten_dict(gradients, sep="/")}
     found = jax.tree.map(mc.stable_rank, mc.head_matrices(tree, layout))["attn"]
     for role, heads in by_hand(storage, gradients).items():
         values = np.linalg.svd(heads, compute_uv=False)
@@ -131,4 +132,4 @@ def test_a_tree_of_another_structure_is_refused():
     params, layout = model_of(STORAGES["headed"])
     del params["key/kernel"]
     with pytest.raises(ValueError, match=r"layouts\.mha expects key, or key/kernel"):
-        mc.head_matrices({"attn": nested(params)}, layout)
+        mc.head_matrices({"attn": unflatten_dict(params, sep="/")}, layout)

@@ -10,10 +10,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 import muonclip_jax as mc
 from tests.fuzz.draws import cases, choose
-from tests.layouts.test_layouts import STACKS, STORAGES, heads_by_hand, nested, stacked
+from tests.layouts.test_layouts import STACKS, STORAGES, heads_by_hand, stacked
 
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -3.0, 1e-30]
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
@@ -66,7 +67,7 @@ def test_clip_is_its_formula(rng):
         maxima = draw_maxima(rng, shape, threshold, largest=3)
         layout = dataclasses.replace(storage.layout, stack_axis=axis)
         tx = mc.qk_clip(layout, threshold, alpha=alpha, scope=scope)
-        tree = {"attn": nested(params)}
+        tree = {"attn": unflatten_dict(params, sep="/")}
         new, state = jax.jit(tx.update)(
             {"attn": nested(updates)},
             tx.init(tree),
