@@ -53,7 +53,9 @@ def test_report_is_that_of_heads_by_hand(storage):
     w_q, w_k = maps_by_hand(heads)
     w_k_of_query = np.repeat(w_k, w_q.shape[1] // w_k.shape[1], axis=1)
     maxima = {"attn": {"max_logits": jnp.ones(w_q.shape[:2])}}
-    found = mc.attention_report({"attn": unflatten_dict(params, sep="/")}, None, maxima, layout).blocks["attn"]
+    found = mc.attention_report(
+        {"attn": unflatten_dict(params, sep="/")}, None, maxima, layout
+    ).blocks["attn"]
     # A QR, a product of MLA's kernels and an SVD, each a few float32 roundings of the largest.
     close = lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=1e-5)  # noqa: E731
     close(found.query_norms, np.linalg.norm(w_q, 2, axis=(-2, -1)))

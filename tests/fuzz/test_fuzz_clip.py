@@ -69,7 +69,7 @@ def test_clip_is_its_formula(rng):
         tx = mc.qk_clip(layout, threshold, alpha=alpha, scope=scope)
         tree = {"attn": unflatten_dict(params, sep="/")}
         new, state = jax.jit(tx.update)(
-            {"attn": nested(updates)},
+            {"attn": unflatten_dict(updates, sep="/")},
             tx.init(tree),
             tree,
             max_logits={"attn": {"max_logits": maxima}},
