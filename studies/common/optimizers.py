@@ -11,8 +11,15 @@ import optax
 import muonclip_jax as mc
 from studies.common.model import ModelConfig, attention_layout
 
-NUMBERS = ("learning_rate", "relative_learning_rate", "threshold", "weight_decay", "other_rate")
-KINDS = ("direction", "quack", "scope", "update_rms", "warmup")
+NUMBERS = (
+    "learning_rate",
+    "relative_learning_rate",
+    "threshold",
+    "weight_decay",
+    "other_rate",
+    "decay_steps",
+)
+KINDS = ("direction", "quack", "scope", "update_rms", "warmup", "decay_of")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=NUMBERS, meta_fields=KINDS)
@@ -24,6 +31,9 @@ class Optimizer:
     """Muon on whole kernels, Muon on each head's matrices, or Adam."""
     learning_rate: float = 1e-2
     weight_decay: float = 0.1
+    decay_of: Literal["all", "queries_and_keys"] = "all"
+    """What decays: all that the package's recipes decay, or the kernels `wq` and `wk` alone, which
+    only grouped attention has."""
     quack: Literal["paper", "latent_norm", "fixed"] | None = None
     """The rule of `mc.scale_by_quack`; fixed is a fixed lower rate for queries and keys."""
     relative_learning_rate: float = 1.0
@@ -37,11 +47,19 @@ class Optimizer:
     other_rate: float = 1.0
     """The learning rate of what is not Muon's, relative to Muon's."""
     warmup: int = 20
-    """Steps of linear warm-up; after it the learning rate is constant."""
+    """Steps of linear warm-up; after it the learning rate is constant, or falls."""
+    decay_steps: int | None = None
+    """The step at which the learning rate, falling linearly since the warm-up, is 0; None keeps it
+    constant."""
 
     def chain(self, config: ModelConfig) -> optax.GradientTransformationExtraArgs:
         """The transformation for a model."""
         layout = attention_layout(config)
+        if self.decay_of == "queries_and_keys" and config.attention != "grouped":
+            raise ValueError(
+                f"{config.attention} attention has kernels that values share; "
+                "decay_of='queries_and_keys' takes attention='grouped'."
+            )
         links = [self._recipe(layout)]
         if self.threshold is not None:
             links.append(mc.qk_clip(layout, self.threshold, scope=self.scope))
@@ -57,6 +75,7 @@ class Optimizer:
             "dimension_numbers": numbers,
             "layout": layout,
         }
+        decays = _is_query_or_key if self.decay_of == "queries_and_keys" else None
         if self.quack is not None:
             return mc.quack(
                 self.rate,
@@ -65,17 +84,29 @@ class Optimizer:
                 relative_learning_rate=self.relative_learning_rate,
                 direction=adam if self.direction == "adam" else mc.muon_direction(**muon),
                 weight_decay=self.weight_decay,
+                weight_decay_mask=decays,
             )
         if self.direction == "adam":
-            decay = optax.add_decayed_weights(self.weight_decay, _decays)
+            decay = optax.add_decayed_weights(self.weight_decay, decays or _is_no_scale)
             return optax.chain(adam, decay, optax.scale_by_learning_rate(self.rate))
-        return mc.muon(self.rate, weight_decay=self.weight_decay, **muon)
+        return mc.muon(self.rate, weight_decay=self.weight_decay, weight_decay_mask=decays, **muon)
 
     def rate(self, step: jax.Array) -> jax.Array:
         """The learning rate of a step, counted from 0."""
-        return self.learning_rate * jnp.minimum(1, (step + 1) / (self.warmup + 1))
+        rate = self.learning_rate * jnp.minimum(1, (step + 1) / (self.warmup + 1))
+        if self.decay_steps is None:
+            return rate
+        left = (self.decay_steps - step) / (self.decay_steps - self.warmup)
+        return rate * jnp.clip(left, 0, 1)
 
 
-def _decays(params: Any) -> Any:
+def _is_no_scale(params: Any) -> Any:
     """Everything but the norms' scales, as in the package's recipes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def _is_query_or_key(params: Any) -> Any:
+    """The kernels of which nothing but queries and keys is made."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(part.key in ("wq", "wk") for part in path), params
+    )

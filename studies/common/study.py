@@ -22,15 +22,39 @@ Size = Literal["smoke", "cpu", "gpu", "gpu_long"]
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of one size: every setting with every seed."""
+    """The runs of one size: every setting with every seed, and chosen ones with more.
+
+    Attributes:
+      plan: What all runs share.
+      settings: Label → setting.
+      seeds: Seeds of every setting, 0 to `seeds - 1`.
+      chosen: Labels of the settings that get `chosen_seeds` instead: those that a verdict compares.
+      chosen_seeds: Their seeds, where there are chosen ones.
+    """
 
     plan: Plan
     settings: Mapping[str, Setting]
     seeds: int
+    chosen: Sequence[str] = ()
+    chosen_seeds: int = 5
+
+    def __post_init__(self):
+        if unknown := set(self.chosen) - self.settings.keys():
+            raise ValueError(f"chosen: {sorted(unknown)} is no setting of {list(self.settings)}.")
+
+    def seeds_of(self, label: str) -> int:
+        """How many seeds a setting gets."""
+        return max(self.seeds, self.chosen_seeds) if label in self.chosen else self.seeds
 
     def runs(self) -> list[tuple[str, int]]:
         """Label and seed of each, seed by seed, so that half a grid compares all settings."""
-        return [(label, seed) for seed in range(self.seeds) for label in self.settings]
+        most = max(map(self.seeds_of, self.settings))
+        return [
+            (label, seed)
+            for seed in range(most)
+            for label in self.settings
+            if seed < self.seeds_of(label)
+        ]
 
 
 def smoke(settings: Mapping[str, Setting], *labels: str) -> Grid:

@@ -1,10 +1,11 @@
 """Markdown tables of means and spreads over seeds."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from studies.common.records import Json
 
@@ -26,6 +27,45 @@ def spread(values: Iterable[float | None], form: str = ".2f") -> str:
     if len(finite) > 1:
         text += f" ± {statistics.stdev(finite):{form.lstrip('+')}}"
     return text if len(finite) == len(values) else f"{text} ({lost})"
+
+
+def by_seed(
+    seeds: Iterable[Json], value: Callable[[Json], float | None]
+) -> dict[int, float | None]:
+    """Seed → a value of its record, as `paired` takes it."""
+    return {record["seed"]: value(record) for record in seeds}
+
+
+def paired(
+    first: Mapping[int, float | None], second: Mapping[int, float | None], form: str = ".3f"
+) -> str:
+    """The mean of `first - second` over the seeds that both have, with a 95% interval of Student's
+    t; "no difference told" where the interval holds 0.
+
+    Args:
+      first: Seed → value; see `by_seed`.
+      second: The same of what it is compared with. Equal seeds have the same first parameters and
+        the same data, so that what a seed does to both cancels.
+      form: The format of a number; a sign is put before it.
+
+    Returns:
+      Words instead of an interval where fewer than two seeds are finite on both sides. Pairs that
+      are not finite are told and left out.
+    """
+    form = f"+{form.lstrip('+')}"
+    seeds = sorted(first.keys() & second.keys())
+    values = ((first[seed], second[seed]) for seed in seeds)
+    differences = np.array([np.nan if None in pair else pair[0] - pair[1] for pair in values])
+    finite = differences[np.isfinite(differences)]
+    lost = len(differences) - len(finite)
+    count = f"{len(finite)} seed{'s' * (len(finite) != 1)}"
+    count += f", {lost} of {len(differences)} not finite" if lost else ""
+    if len(finite) < 2:
+        return f"no interval ({count})"
+    mean = finite.mean()
+    reach = stdtrit(len(finite) - 1, 0.975) * finite.std(ddof=1) / len(finite) ** 0.5
+    text = f"{mean:{form}} [{mean - reach:{form}}, {mean + reach:{form}}] ({count})"
+    return text if abs(mean) > reach else f"{text}: no difference told"
 
 
 def curve(record: Json, name: str) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Measures and tables, against numbers worked out by hand or by NumPy."""
 
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 import muonclip_jax as mc
 from studies.clip import report as clip
 from studies.common import records
-from studies.common.tables import smooth, spread, table, tail
+from studies.common.tables import by_seed, paired, smooth, spread, table, tail
 from studies.quack import report as quack
 from studies.spectrum import report as spectrum
 from studies.spectrum.measures import TOP, meeting
@@ -100,6 +102,40 @@ def test_spread():
     assert spread([1.0], ".1f") == "1.0"
     assert spread([1.0, 3.0, None, math.inf], ".1f") == "2.0 ± 1.4 (2 of 4 not finite)"
     assert spread([-1.0, 2.0], "+.1f") == "+0.5 ± 2.1"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_paired_is_students_interval_of_the_differences(seeds, shift):
+    one, other = np.random.default_rng(seeds).normal(size=(2, seeds)) / 10
+    one += shift
+    expected = stats.ttest_rel(one, other).confidence_interval(0.95)
+    text = paired(dict(enumerate(one)), dict(enumerate(other)), ".9f")
+    found = [float(number) for number in re.findall(r"[+-]\d\.\d+", text)]
+    # Nine digits are printed.
+    assert found == pytest.approx([np.mean(one - other), *expected], abs=1e-9)
+    assert f"({seeds} seeds)" in text
+    assert text.endswith(": no difference told") == (expected.low <= 0 <= expected.high)
+
+
+def test_paired_takes_equal_seeds_in_any_order():
+    one, other = {0: 1.0, 1: 5.0, 2: 9.0, 7: 100.0}, {2: 8.0, 1: 4.0, 0: 0.0, 8: -100.0}
+    assert paired(one, other, ".1f") == "+1.0 [+1.0, +1.0] (3 seeds)"
+    assert paired(one, one, "+.1f") == "+0.0 [+0.0, +0.0] (4 seeds): no difference told"
+
+
+def test_paired_tells_what_is_missing():
+    assert paired({0: 1.0}, {0: 2.0}) == "no interval (1 seed)"
+    assert paired({0: 1.0, 1: 2.0}, {2: 2.0}) == "no interval (0 seeds)"
+    one = {0: 1.0, 1: None, 2: 3.0, 3: math.inf}
+    other = {0: 0.0, 1: 1.0, 2: 2.0, 3: math.inf}
+    assert paired(one, other, ".0f") == "+1 [+1, +1] (2 seeds, 2 of 4 not finite)"
+    assert paired({0: 1.0, 1: None}, other) == "no interval (1 seed, 1 of 2 not finite)"
+
+
+def test_by_seed_reads_records():
+    records_of_seeds = [run("a", seed=3, x=1.0), run("a", seed=1, x=None)]
+    assert by_seed(records_of_seeds, lambda r: r["x"]) == {3: 1.0, 1: None}
 
 
 def test_smooth_is_a_mean_of_the_values_so_far():

@@ -138,6 +138,16 @@ def test_rehash_is_for_equal_numbers_and_current_records(tmp_path):
     assert rehashed == 4 and study.current("cpu") == [*runs[:3], ASIDE] and not differences
 
 
+def test_chosen_settings_get_more_seeds():
+    grid = replace(SPECTRUM.grids["smoke"], seeds=2)
+    assert [seed for _, seed in grid.runs()] == [0, 0, 1, 1]
+    chosen = replace(grid, chosen=("AdamW",), chosen_seeds=4)
+    both = [(label, seed) for seed in (0, 1) for label in ("Muon", "AdamW")]
+    assert chosen.runs() == [*both, ("AdamW", 2), ("AdamW", 3)]
+    with pytest.raises(ValueError, match=r"chosen: \['Adam'\] is no setting"):
+        replace(grid, chosen=("Adam",))
+
+
 @pytest.mark.slow
 def test_the_probe_repeats_bit_for_bit(tmp_path):
     grid = SPECTRUM.grids["smoke"]

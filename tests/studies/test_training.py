@@ -184,6 +184,44 @@ def test_optimizers_are_the_recipes(optimizer, recipe, start):
     chex.assert_trees_all_close(ours, update(recipe), rtol=1e-5, atol=1e-8)
 
 
+def test_decay_of_queries_and_keys_leaves_the_rest_alone(start):
+    params, grads, sown = start
+    for direction in ("muon", "adam"):
+        optimizer = Optimizer(direction=direction, decay_of="queries_and_keys", warmup=0)
+
+        @jax.jit
+        def decay(optimizer):
+            free = replace(optimizer, weight_decay=0.0)
+            with_decay, without = (
+                tx.update(grads, tx.init(params), params, max_logits=sown)[0]
+                for tx in (optimizer.chain(MODEL), free.chain(MODEL))
+            )
+            return jax.tree.map(jnp.subtract, with_decay, without)
+
+        found = decay(optimizer)
+        decayed = {"wq", "wk"}
+        attention = dict(found["layers"]["attn"])
+        for name in decayed:
+            # λη W, less the rounding of the update that it was added to, of at most 0.1.
+            expected = -1e-2 * 0.1 * params["layers"]["attn"][name]["kernel"]
+            chex.assert_trees_all_close(attention.pop(name)["kernel"], expected, atol=1e-7)
+        rest = {**found, "layers": {**found["layers"], "attn": attention}}
+        chex.assert_trees_all_equal(rest, jax.tree.map(jnp.zeros_like, rest))
+
+
+def test_decay_of_queries_and_keys_needs_kernels_of_their_own():
+    optimizer = Optimizer(decay_of="queries_and_keys")
+    for attention in ("latent", "fused"):
+        with pytest.raises(ValueError, match=f"{attention} attention has kernels that values"):
+            optimizer.chain(replace(MODEL, attention=attention, nope=8))
+
+
+def test_the_rate_falls_to_nothing_at_its_end():
+    optimizer = Optimizer(learning_rate=2.0, warmup=2, decay_steps=6)
+    expected = [2 / 3, 4 / 3, 2, 1.5, 1, 0.5, 0, 0]
+    np.testing.assert_allclose(optimizer.rate(jnp.arange(8)), expected, rtol=1e-6)
+
+
 def test_warm_up_is_linear_and_ends():
     optimizer = Optimizer(learning_rate=1.0, warmup=3)
     np.testing.assert_allclose(optimizer.rate(jnp.arange(6)), [0.25, 0.5, 0.75, 1, 1, 1])
