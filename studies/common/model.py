@@ -47,6 +47,9 @@ class ModelConfig:
     qk_norm: bool = False
     """RMSNorm with gains on whole queries and keys, before RoPE. In latent attention that is for
     training only: absorbed decoding never forms these keys."""
+    partial_qk_norm: bool = False
+    """In latent attention, RMSNorm with gains on all that absorbed decoding can form: queries
+    without position, rotary queries and the shared rotary keys, each by itself, before RoPE."""
     latent_norm: bool = False
     """RMSNorm on the latents of latent attention, as DeepSeek has it."""
     soft_cap: float | None = None
@@ -109,6 +112,8 @@ class Attention(nn.Module):
     def setup(self):
         if self.config.qk_norm:
             self.q_norm, self.k_norm = rms_norm(self.config), rms_norm(self.config)
+        if self.config.partial_qk_norm and self.config.attention != "latent":
+            raise ValueError("partial_qk_norm is for attention='latent'; others have qk_norm.")
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`b t d` → q `b t h f`, k `b t k f`, v `b t k v`."""
@@ -192,6 +197,9 @@ class LatentAttention(Attention):
         self.wo = linear(c.d_model, c)
         if c.latent_norm:
             self.q_latent_norm, self.kv_latent_norm = rms_norm(c), rms_norm(c)
+        if c.partial_qk_norm:
+            self.q_nope_norm, self.q_rope_norm = rms_norm(c), rms_norm(c)
+            self.k_rope_norm = rms_norm(c)
 
     def project(self, x):
         c = self.config
@@ -202,6 +210,10 @@ class LatentAttention(Attention):
         q = rearrange(self.wq_b(q_latent), "b t (h f) -> b t h f", h=c.heads)
         kv = rearrange(self.wkv_b(kv_latent), "b t (h f) -> b t h f", h=c.heads)
         k_nope, v = jnp.split(kv, [c.nope], axis=-1)
+        if c.partial_qk_norm:
+            q_nope, q_rope = jnp.split(q, [c.nope], axis=-1)
+            q = jnp.concatenate([self.q_nope_norm(q_nope), self.q_rope_norm(q_rope)], axis=-1)
+            k_rope = self.k_rope_norm(k_rope)
         k_rope = repeat(k_rope, "b t r -> b t h r", h=c.heads)
         return q, jnp.concatenate([k_nope, k_rope], axis=-1), v
 

@@ -14,6 +14,7 @@ from einops import rearrange
 
 import muonclip_jax as mc
 from examples.mla import data
+from studies.common import synthetic
 from studies.common.model import (
     BLOCK,
     Decoder,
@@ -42,6 +43,8 @@ class Plan:
     """Steps between measurements, of which the first is before training and the last after it."""
     valid_batches: int = 8
     """Held-out batches per measurement."""
+    synthetic: float = 0.0
+    """The share of each batch's sequences that are no text, but what `synthetic.mixed` makes."""
 
     def __post_init__(self):
         if self.steps % self.measure_every:
@@ -63,7 +66,7 @@ class State(NamedTuple):
     probed: jax.Array  # attention logits of a held-out sequence
 
 
-Measure = Callable[[Setting, State, jax.Array], Mapping[str, Any]]
+Measure = Callable[[Setting, State, jax.Array, data.TokenizedText], Mapping[str, Any]]
 
 
 def load_text(plan: Plan, vocab_size: int) -> data.TokenizedText:
@@ -77,13 +80,15 @@ def load_text(plan: Plan, vocab_size: int) -> data.TokenizedText:
 
 
 def training_batches(text: data.TokenizedText, plan: Plan, seed: int) -> np.ndarray:
-    """All batches of a run, int32 `[steps, batch, context + 1]`; each epoch in a new order."""
+    """All batches of a run, int32 `[steps, batch, context + 1]`; each epoch in a new order, and
+    synthetic sequences drawn for each batch."""
     windows = data.windows(text.train, plan.context)
     rng = np.random.default_rng(seed)
     wanted = plan.steps * plan.batch
     epochs = -(-wanted // len(windows))
     order = np.concatenate([rng.permutation(len(windows)) for _ in range(epochs)])[:wanted]
-    return windows[order].reshape(plan.steps, plan.batch, plan.context + 1)
+    batches = windows[order].reshape(plan.steps, plan.batch, plan.context + 1)
+    return synthetic.mixed(batches, plan.synthetic, rng) if plan.synthetic else batches
 
 
 def train(
@@ -102,7 +107,8 @@ def train(
       plan: The data and the number of steps.
       text: The plan's text.
       seed: Two settings with the same seed see the same batches.
-      measure: What else to measure: a function of the setting, the state and the next batch.
+      measure: What else to measure: a function of the setting, the state, the next batch and the
+        text.
       on_progress: Told the number of steps done.
 
     Returns:
@@ -123,7 +129,8 @@ def train(
     state = start(config, optimizer, seed, valid[0, :1])
 
     def measured(step: int) -> dict[str, Any]:
-        more = measure(setting, state, jnp.asarray(batches[step % plan.steps])) if measure else {}
+        batch = jnp.asarray(batches[step % plan.steps])
+        more = measure(setting, state, batch, text) if measure else {}
         return {"step": step, **evaluate(config, state.params, valid), **more}
 
     curves, measurements = [], [measured(0)]

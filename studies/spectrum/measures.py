@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from examples.mla.data import TokenizedText
 from studies.common.model import ModelConfig
 from studies.common.optimizers import Optimizer
 from studies.common.training import Setting, State, loss_and_sown
@@ -22,7 +23,9 @@ KERNELS = {
 TOP = 8  # singular pairs of a weight that are followed
 
 
-def measure(setting: Setting, state: State, batch: jax.Array) -> dict[str, Any]:
+def measure(
+    setting: Setting, state: State, batch: jax.Array, _text: TokenizedText
+) -> dict[str, Any]:
     """Kernel by kernel, what `meeting` says of the weights and their next update."""
     model, optimizer = setting
     both = next_updates(model, optimizer, state.params, state.opt_state, batch)

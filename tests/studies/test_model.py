@@ -30,6 +30,7 @@ KINDS = {
     "latent, latent norms": replace(LATENT, latent_norm=True),
     "grouped, QK-norm": replace(GROUPED, qk_norm=True, mlp="swiglu"),
     "latent, QK-norm": replace(LATENT, qk_norm=True),
+    "latent, partial QK-norm": replace(LATENT, partial_qk_norm=True),
 }
 TOKENS = jax.random.randint(jax.random.key(1), (2, 6), 0, 17)
 
@@ -87,6 +88,31 @@ def test_qk_norm_gives_every_head_unit_rms(kind):
         # RMSNorm adds 1e-6 to a mean square above 1e-2; RoPE turns without scaling.
         np.testing.assert_allclose(np.sqrt(np.mean(np.square(after), axis=-1)), 1, rtol=1e-3)
         assert np.ptp(np.mean(np.square(before), axis=-1)) > 0.1  # it was not so by itself
+
+
+@pytest.mark.slow
+def test_partial_qk_norm_is_on_what_absorbed_decoding_can_form():
+    _, _, q, k = first(LATENT)
+    _, _, normed_q, normed_k = first(KINDS["latent, partial QK-norm"])
+
+    def parts(x):
+        return np.split(np.asarray(x), [LATENT.nope], axis=-1)
+
+    for part in (*parts(normed_q), parts(normed_k)[1]):
+        # RMSNorm adds 1e-6 to a mean square above 1e-3; RoPE turns without scaling.
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(part), axis=-1)), 1, rtol=1e-3)
+    for part in (*parts(q), parts(k)[1]):
+        assert np.ptp(np.mean(np.square(part), axis=-1)) > 0.1  # it was not so by itself
+    # The first layer reads the same: its keys without position are left alone, and all heads have
+    # the same rotary key.
+    np.testing.assert_allclose(parts(normed_k)[0][0], parts(k)[0][0], rtol=1e-6)
+    np.testing.assert_array_equal(parts(normed_k)[1][..., :1, :], parts(normed_k)[1][..., 1:2, :])
+
+
+def test_partial_qk_norm_is_for_latent_attention():
+    for attention in ("grouped", "fused"):
+        with pytest.raises(ValueError, match="partial_qk_norm is for attention='latent'"):
+            init_params(replace(GROUPED, attention=attention, partial_qk_norm=True), 0)
 
 
 def test_fused_is_separate_with_the_kernels_side_by_side():
