@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.meshes import in_auto_axes, mesh_axes, mesh_of
@@ -87,6 +89,21 @@ def placed(tree: Any, given: Shardings | None) -> Any:
         return in_auto_axes(hold, typed.spec)(x)
 
     return paths.map_with_path(place, tree)
+
+
+def zeros_like(tree: Any, dtype: DTypeLike | None) -> Any:
+    """Zeros in place of arrays, split as these are; None keeps their dtypes.
+
+    On a mesh with Auto and Explicit axes, without `jax.set_mesh`, `jnp.zeros_like` gives a tracer
+    of `jax.eval_shape` no mesh (JAX 0.12). A choice between the two has it.
+    """
+
+    def zeros(x: Any) -> jax.Array:
+        new = jnp.zeros_like(x, dtype=dtype)
+        forgot = jax.typeof(new).sharding.mesh.empty and not jax.typeof(x).sharding.mesh.empty
+        return jnp.where(False, x, new).astype(new.dtype) if forgot else new
+
+    return jax.tree.map(zeros, tree)
 
 
 def _from_type(leaf: Any) -> NamedSharding | None:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from muonclip_jax._core.dtypes import accumulation_dtype, widest
 from muonclip_jax._core.options import check_flag, check_float, check_number
 from muonclip_jax._core.paths import dtype_of
-from muonclip_jax._core.shardings import Shardings, check_shardings, placed
+from muonclip_jax._core.shardings import Shardings, check_shardings, placed, zeros_like
 from muonclip_jax._core.states import check_same
 
 
@@ -63,7 +63,7 @@ def momentum_trace(
         return placed(jax.tree.map(lambda a, m: a.astype(m.dtype), new, old), shardings)
 
     def init(params: optax.Params) -> optax.TraceState | CorrectedTraceState:
-        trace = placed(optax.tree.zeros_like(params, dtype=mu_dtype), shardings)
+        trace = placed(zeros_like(params, mu_dtype), shardings)
         if bias_correction:
             return CorrectedTraceState(trace, jnp.zeros([], jnp.int32))
         return optax.TraceState(trace)

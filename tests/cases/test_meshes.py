@@ -220,6 +220,7 @@ def accumulated_on_one_device():
         ("Explicit", True),
         ("Auto", True),
         ("mixed", True),
+        pytest.param("mixed", False, marks=pytest.mark.versions),
         pytest.param("Explicit", False, marks=pytest.mark.slow),
         pytest.param("Auto", False, marks=pytest.mark.slow),
     ],
@@ -238,6 +239,18 @@ def test_accumulate_outside_of_jit(kind, set_mesh):
     chex.assert_trees_all_close(state, expected_state, atol=TOLERANCE)
     for leaf in jax.tree.leaves(mc.accumulate_state(state).mean):
         assert leaf.sharding.spec[0] == "fsdp"
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
+def test_a_states_shapes_without_set_mesh(kind, mu_dtype):
+    """A tracer of `jax.eval_shape` tells its mesh, and zeros like it do not, under JAX 0.12."""
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=MESHES[kind], devices=jax.devices()[:4])
+    params = on_kernels(mesh, P("fsdp"), attention())
+    shardings = None if kind == "Explicit" else NamedSharding(mesh, P("fsdp"))
+    tx = mc.muon(0.1, layout=LAYOUT, mu_dtype=mu_dtype, shardings=shardings)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), tx.init(params))
 
 
 @pytest.mark.parametrize(
