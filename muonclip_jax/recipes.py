@@ -19,7 +19,7 @@ from muonclip_jax._parameters.decay import Mask, check_mask, decays
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.clip import Scope
 from muonclip_jax._transforms.muon import scale_by_muon
-from muonclip_jax._transforms.qk_clip import qk_clip
+from muonclip_jax._transforms.qk_clip import SharedKeys, qk_clip
 from muonclip_jax._transforms.quack import QuackRule, scale_by_quack
 from muonclip_jax._transforms.update_rms import Rule, check_rule, scale_by_update_rms
 
@@ -141,6 +141,7 @@ def muonclip(
     layout: Layouts,
     threshold: ArrayLike = 100.0,
     alpha: ArrayLike = 0.5,
+    shared_keys: SharedKeys = "untouched",
     scope: Scope = "head",
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
@@ -175,6 +176,7 @@ def muonclip(
         well, unless `dimension_numbers` says what Muon is to do.
       threshold: τ of `qk_clip`.
       alpha: As in `qk_clip`, the queries' share of the clip.
+      shared_keys: As in `qk_clip`, `"untouched"` or `"split"`: the keys of grouped queries.
       scope: As in `qk_clip`, `"head"` or `"layer"`.
       axis_name: As in `qk_clip`: inside `jax.shard_map` and `jax.pmap`, the axes of the data.
       heads_axis_name: As in `qk_clip`: inside `jax.shard_map`, the axes over which the heads are
@@ -227,6 +229,7 @@ def muonclip(
             layout,
             threshold,
             alpha=alpha,
+            shared_keys=shared_keys,
             scope=scope,
             axis_name=axis_name,
             heads_axis_name=heads_axis_name,

@@ -137,6 +137,11 @@ MISTAKES = [
     ("alpha above one", lambda: clip(alpha=1.5), ["alpha", "[0, 1]", "1.5"]),
     ("unknown scope", lambda: clip(scope="model"), ["scope", '"head", "layer"', "'model'"]),
     (
+        "alpha for what heads share",
+        lambda: mc.muonclip(0.1, layout=mc.layouts.gqa(), shared_keys=0.5),
+        ["shared_keys", '"untouched", "split"', "0.5"],
+    ),
+    (
         "layout not called",
         lambda: mc.qk_clip(mc.layouts.mha),
         ["layout must be", "layouts.mha()", "function mha"],

@@ -206,7 +206,9 @@ def _clipped(layer: Layer) -> Iterator[Finding]:
     sown = np.zeros(block.shape, np.float32)
     sown[layer.index] = 1 / gamma
     alone = replace(block.layout, block=glob.escape(block.name))
-    seen = layer.run(apply_qk_clip(layer.params, {module_path(block.path): sown}, alone, 1.0))
+    maxima = {module_path(block.path): sown}
+    # Split, so that keys which heads share are tried too.
+    seen = layer.run(apply_qk_clip(layer.params, maxima, alone, 1.0, shared_keys="split"))
     if not _off(layer, seen, gamma).any():
         return
     queries, keys = _roles(block, "query"), _roles(block, "key")

@@ -30,6 +30,7 @@ from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
 from muonclip_jax._layouts.leaves import Leaves, read_leaves
 from muonclip_jax._layouts.roles import QUERY_ROLES, ROLES, Role
 from muonclip_jax._layouts.sown import fit, pair
+from muonclip_jax._orthogonalize.normalization import nonzero
 from muonclip_jax._transforms.clip import INEFFECTIVE
 from muonclip_jax._transforms.qk_clip import QKClipState, qk_clip_state
 
@@ -37,6 +38,12 @@ _READ_ROLES = (*QUERY_ROLES, *roles.KEY_ROLES, *roles.SHARED_KEY_ROLES, *roles.L
 
 # A softmax over logits within ±0.1 weighs no key more than exp(0.2) = 1.2 times another.
 _SILENT = 0.1
+
+# Beside a balanced head with the same logits, at a ratio of 100 one side is a tenth and the other
+# ten times as large: updates of a given RMS turn the small one ten times as fast, and decay takes
+# ten times as much of the large one. No initialization is near: what folds the softmax's scale
+# into the queries makes them 1/16 of the keys, for heads of 256 features.
+_COLLAPSED = 100.0
 
 
 class HeadReport(NamedTuple):
@@ -66,6 +73,14 @@ class HeadReport(NamedTuple):
         (`QKClipState.ineffective_clips`). Is the clip the last link of the chain? Are the clipped
         parameters those that make the logits, and not frozen behind the clip? False without
         QK-Clip.
+      query_rms: RMS of the entries of the head's query kernel, `[stack..., heads]`; of MLA the
+        smaller of its nope and rope pieces. Adam's updates, and Muon's with `"match_adam"`, have an
+        RMS of about 0.2 η: over this number it is the step relative to the weights.
+      key_rms: The same of the keys, `[stack..., key heads]`.
+      collapsed: bool `[stack..., heads]`: of a query piece and the key piece that it meets (of MLA
+        nope and rope each by itself) one has less than a hundredth of the other's RMS, or is zero.
+        Many clips that are not shared alike do that: `shared_keys="split"`, or `alpha` far from ½;
+        so does a side that starts at zero. See `qk_clip` for what follows.
 
     Example:
       >>> heads = mc.attention_report(params, None, sown, layout).blocks["attn"]
@@ -83,13 +98,16 @@ class HeadReport(NamedTuple):
     exploding: jax.Array
     dead: jax.Array
     ineffective: jax.Array
+    query_rms: jax.Array
+    key_rms: jax.Array
+    collapsed: jax.Array
 
 
 class _Quantity(NamedTuple):
-    """How the heads of a layer are shown: in a column of the table, and as one scalar."""
+    """How the heads of a layer are shown: as one scalar, and with a header in the table."""
 
     field: str
-    header: str
+    header: str | None
     name: str
     reduce: Callable[[np.ndarray], Any]
 
@@ -101,18 +119,24 @@ _QUANTITIES = (
     _Quantity("key_norms", "‖W_k‖₂", "key_norm", np.max),
     _Quantity("ranks", "rank of W_q W_kᵀ", "rank", np.mean),
     _Quantity("key_participation_ratios", "PR of keys", "key_participation_ratio", np.mean),
+    _Quantity("query_rms", None, "query_rms", np.min),
+    _Quantity("key_rms", None, "key_rms", np.min),
 )
 _FLAGS = (
     _Quantity("above", "above", "above", np.sum),
     _Quantity("exploding", "exploding", "exploding", np.sum),
     _Quantity("dead", "dead", "dead", np.sum),
     _Quantity("ineffective", "clips without effect", "ineffective", np.sum),
+    _Quantity("collapsed", "collapsed", "collapsed", np.sum),
 )
-_CHECK_WIRING = (
-    "clips without effect: three in a row, and the next largest logit was not even half as far down"
-    " as it should be. Is the clip the last link of the chain? Do the clipped parameters make the "
-    "logits? Are they frozen, or restored, behind the clip?"
-)
+_NOTES = {
+    "ineffective": "clips without effect: three in a row, and the next largest logit was not even "
+    "half as far down as it should be. Is the clip the last link of the chain? Do the clipped "
+    "parameters make the logits? Are they frozen, or restored, behind the clip?",
+    "collapsed": "collapsed: one side of the logits, queries or keys, has less than a hundredth of "
+    "the other's RMS. Updates of a given RMS soon turn the small side over, and weight decay takes "
+    "more of the large one than updates give. Is alpha near ½, and shared_keys untouched?",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -135,9 +159,9 @@ class AttentionReport:
     def scalars(self) -> dict[str, float]:
         """Each layer in a few numbers, over its heads: `{"max_logit/layers/attn/3": 41.2, ...}`.
 
-        Largest max logit, smallest gamma, largest norms, mean rank and participation ratio, and
-        how many heads are above the threshold, exploding, dead and clipped without effect. One
-        transfer from the device.
+        Largest max logit, smallest gamma, largest norms, mean rank and participation ratio,
+        smallest RMS of query and key weights, and how many heads are above the threshold,
+        exploding, dead, clipped without effect and collapsed. One transfer from the device.
         """
         return {
             f"{quantity.name}/{layer}": float(quantity.reduce(values))
@@ -149,15 +173,20 @@ class AttentionReport:
     def __rich__(self) -> Table:
         rows = list(self._layers())
         shown = [
-            q for q in _QUANTITIES if any(getattr(heads, q.field) is not None for _, heads in rows)
+            q
+            for q in _QUANTITIES
+            if q.header and any(getattr(heads, q.field) is not None for _, heads in rows)
         ]
-        caption = "lowest … highest of a layer's heads"
-        if any(heads.ineffective.any() for _, heads in rows):
-            caption = f"{caption}\n{_CHECK_WIRING}"
+        notes = [
+            note
+            for flag, note in _NOTES.items()
+            if any(getattr(heads, flag).any() for _, heads in rows)
+        ]
+        caption = "\n".join(["lowest … highest of a layer's heads", *notes])
         table = Table(caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")
         for quantity in shown:
-            table.add_column(quantity.header, justify="right")
+            table.add_column(quantity.header or "", justify="right")
         table.add_column("look at", overflow="fold")
         for layer, heads in rows:
             ranges = (_range(getattr(heads, quantity.field)) for quantity in shown)
@@ -290,6 +319,9 @@ def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike
         exploding=exploding,
         dead=(jnp.abs(maxima) < _SILENT) & (numbers.reach < _SILENT),
         ineffective=seen.ineffective >= INEFFECTIVE,
+        query_rms=numbers.query_rms,
+        key_rms=numbers.key_rms,
+        collapsed=numbers.collapsed,
     )
 
 
@@ -298,6 +330,9 @@ class _KernelNumbers(NamedTuple):
     key_norms: jax.Array
     ranks: jax.Array
     reach: jax.Array  # how large a logit inputs of RMS 1 can make
+    query_rms: jax.Array
+    key_rms: jax.Array
+    collapsed: jax.Array
 
 
 @jax.jit
@@ -310,6 +345,10 @@ def _of_kernels(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
 
 
 def _of_layer(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
+    sizes = [(_rms(pieces[query]), _rms(pieces[key])) for query, key in _meeting(pieces)]
+    ratios = [q / jnp.repeat(k, len(q) // len(k), axis=0) for q, k in sizes]
+    far = [(ratio < 1 / _COLLAPSED) | (ratio > _COLLAPSED) for ratio in ratios]
+    query_rms, key_rms = (reduce(jnp.minimum, side) for side in zip(*sizes, strict=True))
     queries, keys = query_key_matrices(pieces)
     (r_q, scale_q), (r_k, scale_k) = factored(queries), factored(keys)
     group = len(queries) // len(keys)
@@ -321,7 +360,22 @@ def _of_layer(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
         key_norms=spectral_norm(r_k) * scale_k[:, 0],
         ranks=effective_rank(product),
         reach=spectral_norm(product) * scale[:, 0] * inputs / math.sqrt(queries.shape[-1]),
+        query_rms=query_rms,
+        key_rms=key_rms,
+        collapsed=reduce(jnp.logical_or, far),
     )
+
+
+def _meeting(pieces: Mapping[Role, jax.Array]) -> list[tuple[Role, Role]]:
+    """The query pieces, each with the keys that it is multiplied with."""
+    return [(role, key) for role in QUERY_ROLES if role in pieces and (key := ROLES[role].partner)]
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    """Of each matrix `[heads, in, features]`; squares neither overflow nor vanish."""
+    x = x.astype(accumulation_dtype(x.dtype))
+    largest = jnp.abs(x).max((-2, -1), keepdims=True)
+    return jnp.sqrt(jnp.mean(jnp.square(x / nonzero(largest)), (-2, -1))) * largest[:, 0, 0]
 
 
 def query_key_matrices(pieces: Mapping[Role, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -342,8 +396,7 @@ def query_key_matrices(pieces: Mapping[Role, jax.Array]) -> tuple[jax.Array, jax
         maps = [through(role) for role in names]
         return jnp.concatenate([jnp.repeat(x, heads // len(x), axis=0) for x in maps], axis=-1)
 
-    queries: list[Role] = [role for role in QUERY_ROLES if role in pieces]
-    keys: list[Role] = [key for role in queries if (key := ROLES[role].partner)]
+    queries, keys = zip(*_meeting(pieces), strict=True)
     return side(queries), side(keys)
 
 

@@ -104,7 +104,7 @@ def refuse_what_escapes(blocks: "Sequence[Block]", params: Any) -> None:
                 "and the layout gives it no role: scaling the kernels would not scale its part. "
                 "Merge it into a kernel (an adapter), describe it with a Piece, or leave the block "
                 "out with the layout's block= pattern. If it takes no part in the logits, or if it "
-                "is on the side of the keys and you clip with alpha=1, "
+                "is on the side of keys that no clip touches (alpha=1, or untouched shared keys), "
                 f"{_say_harmless(block.path, *block.without_role)}."
             )
         for path in masked:

@@ -279,7 +279,8 @@ def fused_qkv(
     ]
     if out is not None:
         pieces.append(Piece("o", out, _turned_around(axes), sizes={"heads": heads}))
-    return Layout("fused_qkv", tuple(pieces), shared_keys=True, block=block)
+    shared = kv_heads not in (None, heads)
+    return Layout("fused_qkv", tuple(pieces), shared_keys=shared, block=block)
 
 
 def _turned_around(axes: str) -> str:

@@ -8,7 +8,7 @@ QK-Clip (`qk_clip.py`) is the instance for max logits.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -33,7 +33,7 @@ from muonclip_jax._layouts.blocks import (
 from muonclip_jax._layouts.checks import refuse_what_escapes
 from muonclip_jax._layouts.leaves import Leaves, change_leaves, leaves_of
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import ROLES, Role
+from muonclip_jax._layouts.roles import EVERY_ROLE, ROLES, Role
 from muonclip_jax._layouts.sown import fit, names, observe, pair
 
 # After so many clips in a row without effect something is wrong with the wiring.
@@ -185,57 +185,55 @@ class Clip:
                 raise ValueError(
                     f"{self.owner} rescales weights: call tx.update(grads, state, params, ...)."
                 )
-            blocks, roles, own = self._find(params, arguments)
+            blocks, touched, own = self._find(params, arguments)
             observe(self.signal, self.layout, blocks, params)
             like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
             check_same("maxima", state[0], like, "the layout or the parameters")
-            dtype, floor = _dtype(params), _floor_of_updates(own, leaves_of(blocks, roles, updates))
+            dtype = _dtype(params)
+            floor = _floor_of_updates(own, leaves_of(touched, EVERY_ROLE, updates))
 
             def clip(updates, state, params, sown, threshold, arguments):
                 decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
                 clipped = {
                     path: _arrive_at_multiple(update, params[path], decided.multipliers[path])
                     for path, update in updates.items()
-                    if path in decided.multipliers
                 }
                 counts = [
                     _count(gamma < 1 for gamma in decided.gamma.values()),
                     _count(jnp.isnan(s) | jnp.isposinf(s) for s in decided.maxima.values()),
-                    _count(_lost_heads(blocks, roles, decided, params, updates, clipped)),
+                    _count(_lost_heads(touched, decided, params, updates, clipped)),
                 ]
                 if self.heads_axis_name is not None:
                     counts = jax.lax.psum(counts, self.heads_axis_name)
-                return {**updates, **clipped}, kind(*_next_state(state, decided, counts))
+                return clipped, kind(*_next_state(state, decided, counts))
 
             sown = self._pair(blocks, params, extra_args.get(self.signal))
             return change_leaves(
-                clip, blocks, roles, updates, state, own, sown, threshold, arguments
+                clip, touched, EVERY_ROLE, updates, state, own, sown, threshold, arguments
             )
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     def apply(self, params: Any, sown: Any, threshold: ArrayLike, *arguments: ArrayLike) -> Any:
         """From parameters to parameters."""
-        blocks, roles, own = self._find(params, arguments)
+        blocks, touched, own = self._find(params, arguments)
         dtype, floor = _dtype(params), _floor(own)
 
         def clip(params, sown, threshold, arguments):
             decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
-            clipped = {
-                path: _multiple(params[path], by) for path, by in decided.multipliers.items()
-            }
-            return {**params, **clipped}, None
+            by = decided.multipliers
+            return {path: _multiple(param, by[path]) for path, param in params.items()}, None
 
         sown = self._pair(blocks, params, sown)
-        return change_leaves(clip, blocks, roles, params, sown, threshold, arguments)[0]
+        return change_leaves(clip, touched, EVERY_ROLE, params, sown, threshold, arguments)[0]
 
     def _find(
         self, params: Any, arguments: Sequence[ArrayLike]
-    ) -> tuple[tuple[Block, ...], set[Role], Leaves]:
-        """The blocks, the roles of which any is clipped, and their leaves."""
+    ) -> tuple[tuple[Block, ...], list[Block], Leaves]:
+        """The blocks; these with no parts but those that are clipped; the leaves of such parts."""
         blocks = find_blocks(self.layout, params)
         number = jax.ShapeDtypeStruct((), jnp.float32)
-        roles: set[Role] = set()
+        touched: list[Block] = []
         before_softmax: list[Block] = []
         for block in blocks:
             gamma = jax.ShapeDtypeStruct(block.shape, jnp.float32)
@@ -243,11 +241,12 @@ class Clip:
                 functools.partial(self.factors, block), gamma, *(number for _ in arguments)
             )
             _check_factors(self.owner, block, abstract)
-            roles |= abstract.keys()
+            parts = tuple(part for part in block.parts if part.role in abstract)
+            touched.append(replace(block, parts=parts))
             if any(ROLES[role].side != "value" for role in abstract):
                 before_softmax.append(block)
         refuse_what_escapes(before_softmax, params)
-        own = leaves_of(blocks, roles, params)
+        own = leaves_of(touched, EVERY_ROLE, params)
         for path, leaf in own.items():
             dtype = paths.dtype_of(leaf)
             if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
@@ -257,7 +256,7 @@ class Clip:
                     "from, float32 or at least 16 bits, or leave the block out with the layout's "
                     "block= pattern."
                 )
-        return blocks, roles, own
+        return blocks, touched, own
 
     def _pair(self, blocks: Sequence[Block], params: Any, given: Any) -> dict[str, list[jax.Array]]:
         """What was sown in each block. Every value must find its block, unless the layout leaves
@@ -421,7 +420,8 @@ def _check_bound(option: str, value: AxisName, axes: Sequence[str]) -> None:
 
 def _floor(params: Leaves) -> float:
     """The smallest γ with which weights stay normal numbers: half of the narrowest dtype's range of
-    exponents, so that neither `γ w` nor, in a group of queries, `w / γ` leaves it."""
+    exponents, so that neither `γ w` nor, in a group of queries whose key is split, `w / γ` leaves
+    it."""
     return max((float(jnp.finfo(x.dtype).tiny) ** 0.5 for x in params.values()), default=0.0)
 
 
@@ -453,12 +453,7 @@ def _multiple(param: jax.Array, multiplier: jax.Array) -> jax.Array:
 
 
 def _lost_heads(
-    blocks: Sequence[Block],
-    roles: set[Role],
-    decided: _Decided,
-    params: Leaves,
-    updates: Leaves,
-    clipped: Leaves,
+    touched: Sequence[Block], decided: _Decided, params: Leaves, updates: Leaves, clipped: Leaves
 ) -> Iterator[jax.Array]:
     """For each block, the clipped heads of which a half-precision kernel did not move as asked."""
 
@@ -476,16 +471,15 @@ def _lost_heads(
         short = jnp.abs(asked - moved) > 0.5 * jnp.abs(asked)
         return jnp.repeat(short, heads // part.heads, axis=-1)
 
-    for block in blocks:
+    for block in touched:
+        gamma = decided.gamma[block.name]
         half = [
-            lost(part, block.heads)
+            lost(part, gamma.shape[-1])
             for part in block.parts
-            if part.role in roles
-            and part.kernel in decided.multipliers
-            and jnp.finfo(params[part.kernel].dtype).bits < 32
+            if jnp.finfo(params[part.kernel].dtype).bits < 32
         ]
         if half:
-            yield functools.reduce(jnp.logical_or, half) & (decided.gamma[block.name] < 1)
+            yield functools.reduce(jnp.logical_or, half) & (gamma < 1)
 
 
 def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -3,7 +3,8 @@
 Source: Su Jianlin, "QK-Clip" (spaces.ac.cn/archives/11126); Kimi K2 report, arXiv 2507.20534.
 """
 
-from typing import Any, NamedTuple, TypeVar
+import functools
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from muonclip_jax._core.maxima import AxisName
-from muonclip_jax._core.options import check_number
+from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.sowing import MAX_LOGITS
 from muonclip_jax._core.states import find_state
 from muonclip_jax._layouts.blocks import Block, Layouts
@@ -19,6 +20,7 @@ from muonclip_jax._layouts.roles import ROLES, Role
 from muonclip_jax._transforms.clip import Clip, Scope
 
 Params = TypeVar("Params")
+SharedKeys = Literal["untouched", "split"]
 
 
 class QKClipState(NamedTuple):
@@ -58,6 +60,7 @@ def qk_clip(
     threshold: ArrayLike = 100.0,
     *,
     alpha: ArrayLike = 0.5,
+    shared_keys: SharedKeys = "untouched",
     scope: Scope = "head",
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
@@ -70,13 +73,28 @@ def qk_clip(
     | attention | query side | key side |
     | --- | --- | --- |
     | MHA | `gamma**alpha` | `gamma**(1-alpha)` |
-    | GQA, MQA | `gamma_h / kappa` | `kappa = min(gamma over the key head's group)**(1-alpha)` |
+    | GQA, MQA | `gamma` | untouched |
+    | the same, `shared_keys="split"` | `gamma_h / kappa` | `kappa = min(gamma_h)**(1-alpha)` |
     | MLA | nope `gamma**alpha`, rope `gamma` | nope `gamma**(1-alpha)`, shared rope untouched |
+    | any, `scope="layer"` | `gamma**alpha` | `gamma**(1-alpha)`, what heads share too |
 
-    so that every head's logits scale by exactly its own `gamma`. `alpha=1` changes queries
-    only, the other choice for GQA and MQA. Biases scale with their kernel. Any Optax optimizer
-    may come before it: `optax.chain(optax.adamw(1e-3), qk_clip(layout))` is AdamClip. For another
-    signal than the logits, or other weights, see `clip_by_signal`.
+    so that every head's logits scale by exactly its own `gamma` (the minimum is over the query
+    heads that read the key). Biases scale with their kernel. Any Optax optimizer may come before
+    it: `optax.chain(optax.adamw(1e-3), qk_clip(layout))` is AdamClip. For another signal than the
+    logits, or other weights, see `clip_by_signal`.
+
+    What heads share is not clipped, as the source has it for MLA's rope key: a clip per head that
+    scales a shared key too lowers the logits of all heads that read it, also of those that were
+    never above the threshold. A split key is lowered as well, and their queries are raised to make
+    good for it; both drift with every clip, and none brings them back (50 clips by 0.8: the key at
+    0.004 of its weights, an innocent query at 265 times its own).
+
+    Any side that takes most of many clips becomes small, and its partner large: queries where keys
+    are shared, MLA's q_rope, either side where `alpha` is far from ½. Updates do not shrink with
+    it. Those of Adam, and of Muon by `"match_adam"`, have an RMS of about 0.2 η, so that weights of
+    RMS w turn over in `w / (0.2 η)` steps of one direction, or the square of that of random ones.
+    On the large side decay, ηλw a step, takes more than an update gives once w is above 0.2 / λ.
+    `attention_report` flags such heads: `HeadReport.collapsed`.
 
     The update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`
     with what `sow` produced (see `read_max_logits`). Arithmetic is float32 (float64 if any
@@ -96,33 +114,38 @@ def qk_clip(
 
     γ is never 0: at least 8 times the spacing of the coarsest dtype among these kernels and
     their updates (1e-6 in float32, 1/32 in bfloat16, 1/128 in float16). A head further above the
-    threshold than that is clipped over several steps, and a key that it shares lives on.
+    threshold than that is clipped over several steps, and a split key lives on.
 
     It must be the last link. What stands behind it changes what it arrived at; such a clip is
     noticed by its lack of effect, `QKClipState.ineffective_clips`. Nor does it see what is frozen
-    in front of it (`optax.partition`, `set_to_zero`), and would scale frozen weights: leave these
-    layers out, with `layouts.ignore(...)`, a `block=` pattern, or `optax.masked` around the clip
-    with a mask that hides the block whole.
+    in front of it (`optax.partition`, `set_to_zero`), and would scale frozen weights, but for
+    shared keys that it leaves untouched: leave these layers out, with `layouts.ignore(...)`, a
+    `block=` pattern, or `optax.masked` around the clip with a mask that hides the block whole.
 
     Args:
       layout: Which parameters hold the queries and keys of which head; several layouts, as a
         list, for a model with several kinds of attention.
       threshold: τ > 0, in units of the logit; 100 in Kimi K2.
-      alpha: The share of the factor that goes to the queries, in [0, 1].
+      alpha: The share of the factor that goes to the queries, in [0, 1], where a query head has a
+        key of its own.
+      shared_keys: What a key takes that several query heads read: `"untouched"`, nothing, whatever
+        alpha is; or `"split"`, the share that its smallest factor leaves.
       scope: `"head"` clips each head by its own factor. `"layer"` is the first version of the
-        method, kept for comparison: all heads of a layer take the layer's smallest factor, so
-        heads that did nothing are clipped too.
+        method, kept for comparison: all heads of a layer take the layer's smallest factor, on all
+        of their queries and keys, so heads that did nothing are clipped too.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes over which devices see other tokens
         of the same heads (data, context): the maxima are reduced over them.
       heads_axis_name: Inside `jax.shard_map`, the axes over which the heads themselves are spread
         (tensor parallelism): every device clips its own, and only the state's counts, and the
-        smallest factor of `scope="layer"`, are taken over all. The heads that share a key head
-        must be on one device.
+        smallest factor of `scope="layer"`, are taken over all. With `"split"`, the heads that share
+        a key head must be on one device. Untouched are all keys that the layout lets heads share
+        (`gqa`), even where this device has one query head a key: those of others may read it.
 
     Raises:
-      TypeError: An option of the wrong type; kernels of whole numbers, or of less than 16 bits.
-      ValueError: threshold <= 0, alpha outside [0, 1] or an unknown scope when built; when
-        applied, what `find_blocks` raises, a QK-norm behind the projections, a parameter that
+      TypeError: An option of the wrong type; kernels that are scaled and of whole numbers, or of
+        less than 16 bits.
+      ValueError: threshold <= 0, alpha outside [0, 1], unknown shared_keys or scope when built;
+        when applied, what `find_blocks` raises, a QK-norm behind the projections, a parameter that
         enters the logits and has no role, a mask that hides a part of a block, no `max_logits`, or
         maxima that do not pair with the blocks, each named; an axis that is not there.
 
@@ -132,7 +155,9 @@ def qk_clip(
         >>> int(mc.qk_clip_state(state).heads_clipped)
         2
     """
-    clip = _built("qk_clip", layout, threshold, alpha, scope, axis_name, heads_axis_name)
+    clip = _built(
+        "qk_clip", layout, threshold, alpha, shared_keys, scope, axis_name, heads_axis_name
+    )
     return clip.transformation(QKClipState, threshold, alpha)
 
 
@@ -143,6 +168,7 @@ def apply_qk_clip(
     threshold: ArrayLike = 100.0,
     *,
     alpha: ArrayLike = 0.5,
+    shared_keys: SharedKeys = "untouched",
     scope: Scope = "head",
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
@@ -160,6 +186,7 @@ def apply_qk_clip(
         list, for a model with several kinds of attention.
       threshold: τ > 0.
       alpha: The share of the factor that goes to the queries, in [0, 1].
+      shared_keys: `"untouched"` or `"split"`, see `qk_clip`.
       scope: `"head"` or `"layer"`, see `qk_clip`.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes of the data, see `qk_clip`.
       heads_axis_name: Inside `jax.shard_map`, the axes of the heads, see `qk_clip`.
@@ -177,7 +204,9 @@ def apply_qk_clip(
         >>> clipped["attn"]["value"]["kernel"] is params["attn"]["value"]["kernel"]
         True
     """
-    clip = _built("apply_qk_clip", layout, threshold, alpha, scope, axis_name, heads_axis_name)
+    clip = _built(
+        "apply_qk_clip", layout, threshold, alpha, shared_keys, scope, axis_name, heads_axis_name
+    )
     return clip.apply(params, max_logits, threshold, alpha)
 
 
@@ -202,19 +231,50 @@ def qk_clip_state(opt_state: Any) -> QKClipState:
 
 
 def _built(
-    owner: str, layout: Layouts, threshold: ArrayLike, alpha: ArrayLike, scope: Scope,
-    axis_name: AxisName, heads_axis_name: AxisName,
+    owner: str, layout: Layouts, threshold: ArrayLike, alpha: ArrayLike, shared_keys: SharedKeys,
+    scope: Scope, axis_name: AxisName, heads_axis_name: AxisName,
 ) -> Clip:  # fmt: skip
-    clip = Clip(owner, layout, MAX_LOGITS, _factors, scope, axis_name, heads_axis_name)
+    check_choice("shared_keys", shared_keys, get_args(SharedKeys))
+    rule = (
+        _factors_of_layers
+        if scope == "layer"
+        else functools.partial(
+            _factors_of_heads,
+            untouched=shared_keys == "untouched",
+            keys_elsewhere=heads_axis_name is not None,
+        )
+    )
+    clip = Clip(owner, layout, MAX_LOGITS, rule, scope, axis_name, heads_axis_name)
     clip.check(threshold)
     name = "alpha, the queries' share of the clip,"
     check_number(name, alpha, lambda x: 0 <= x <= 1, "in [0, 1]", owner)
     return clip
 
 
-def _factors(block: Block, gamma: jax.Array, alpha: ArrayLike) -> dict[Role, jax.Array]:
-    """The table of `qk_clip`: a key takes κ, a query γ over what its partner takes, and a key that
-    all heads share nothing. With one query head per key head, GQA's rule is MHA's."""
+def _factors_of_layers(block: Block, gamma: jax.Array, alpha: ArrayLike) -> dict[Role, jax.Array]:
+    """All heads of a layer have one γ: every query takes its share of it, and every key the other,
+    also those that heads share."""
+    alpha = jnp.asarray(alpha, gamma.dtype)
+    factors: dict[Role, jax.Array] = {part.role: gamma**alpha for part in block.queries}
+    for part in block.parts:
+        if ROLES[part.role].side == "key":
+            factors[part.role] = gamma[..., : part.heads] ** (1 - alpha)
+    return factors
+
+
+def _factors_of_heads(
+    block: Block, gamma: jax.Array, alpha: ArrayLike, *, untouched: bool, keys_elsewhere: bool
+) -> dict[Role, jax.Array]:
+    """The table of `qk_clip`: a key takes κ, a query γ over what its partner takes. A key that all
+    heads share takes nothing, nor do those of groups unless they are split: these are not among
+    the factors, so no kernel of theirs is passed over.
+
+    Where heads are spread by hand (`keys_elsewhere`), a device does not see whether heads of others
+    read its keys; what the layout says decides.
+    """
+    shared = block.heads > block.kv_heads or (keys_elsewhere and block.layout.shared_keys)
+    if shared and untouched:
+        return {part.role: gamma for part in block.queries}
     grouped = gamma.reshape(*block.stack, block.kv_heads, -1)
     kappa = grouped.min(axis=-1) ** (1 - jnp.asarray(alpha, gamma.dtype))
     beside_kappa = (grouped / kappa[..., None]).reshape(gamma.shape)

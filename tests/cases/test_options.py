@@ -49,6 +49,7 @@ UPDATE_RMS = (["arbitrary", None, 0.2], ['"match_adam"', '"jordan"', "function"]
 MOMENTUM = ([*NUMBER, 1.5, 1.0, -0.1, NAN], ["[0, 1)"])
 THRESHOLD = ([*NUMBER, 0.0, -1.0, NAN], ["above 0"])
 ALPHA = ([*NUMBER, 1.5, -0.1, NAN], ["[0, 1]"])
+SHARED_KEYS = ([None, "half", True, 3], ['"untouched"', '"split"'])
 SCOPE = ([None, "model", 3], ['"head"', '"layer"'])
 MODULE = ([None, "attn", 3], ["flax.linen.Module", "flax.nnx.Module"])
 AXES = ([3, ["data"], ("data", 3)], ["name of an axis", "tuple"])
@@ -71,6 +72,7 @@ CLIP = {
     "axis_name": AXES,
     "heads_axis_name": AXES,
 }
+QK_CLIP = {**CLIP, "alpha": ALPHA, "shared_keys": SHARED_KEYS}
 QUACK = {
     "layout": LAYOUT_WANTED,
     "relative_learning_rate": ([*NUMBER, 0.0, -1.0, NAN, math.inf], ["above 0"]),
@@ -109,7 +111,7 @@ FUNCTIONS = {
     "muonclip": (
         mc.muonclip,
         {"learning_rate": 1e-3, "layout": LAYOUT},
-        {**RECIPE, **CLIP, "alpha": ALPHA},
+        {**RECIPE, **QK_CLIP},
     ),
     "quack": (
         mc.quack,
@@ -139,11 +141,11 @@ FUNCTIONS = {
         {"rule": UPDATE_RMS, "dimension_numbers": DIMENSION_NUMBERS},
     ),
     "scale_by_quack": (mc.scale_by_quack, {"layout": LAYOUT}, QUACK),
-    "qk_clip": (mc.qk_clip, {"layout": LAYOUT}, {**CLIP, "alpha": ALPHA}),
+    "qk_clip": (mc.qk_clip, {"layout": LAYOUT}, QK_CLIP),
     "apply_qk_clip": (
         mc.apply_qk_clip,
         {"params": PARAMS, "max_logits": SOWN, "layout": LAYOUT},
-        {**CLIP, "alpha": ALPHA},
+        QK_CLIP,
     ),
     "clip_by_signal": (
         mc.clip_by_signal,

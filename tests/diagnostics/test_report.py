@@ -205,6 +205,82 @@ def test_dead_is_a_bound_on_what_inputs_of_rms_1_can_do():
     assert flags([0] * 4, just * 1.001)[2] == [False] * 4
 
 
+# --- one side far below the other
+
+
+def balance(scale_of_queries=1.0, scale_of_keys=1.0, params=PARAMS["first"], layout=LAYOUT):
+    """The report on queries `[in, heads, features]` and keys times numbers."""
+    scaled = {
+        side: {"kernel": params[side]["kernel"] * jnp.asarray(scale, jnp.float32)[..., None]}
+        for side, scale in (("query", scale_of_queries), ("key", scale_of_keys))
+    }
+    sown = {"first": {"max_logits": MAXIMA["first"]}}
+    return mc.attention_report({"first": scaled}, None, sown, layout)
+
+
+def test_rms_of_query_and_key_weights():
+    found = balance().blocks["first"]
+    for numbers, side in ((found.query_rms, "query"), (found.key_rms, "key")):
+        kernel = np.float64(PARAMS["first"][side]["kernel"])
+        # A float32 mean of 18 squares.
+        np.testing.assert_allclose(numbers, np.sqrt((kernel**2).mean((0, 2))), rtol=1e-6)
+    scalars = balance().scalars()
+    assert scalars["query_rms/first"] == float(found.query_rms.min())
+    assert scalars["key_rms/first"] == float(found.key_rms.min())
+    assert scalars["collapsed/first"] == 0
+
+
+def test_collapsed_is_a_hundredth_of_the_other_side():
+    found = balance().blocks["first"]
+    ratio = np.asarray(found.query_rms / jnp.repeat(found.key_rms, HEADS // KV))
+    # 1e-3 is more than float32 rounds.
+    just = np.array([1e-2, 1e2, 1e-2, 1e2]) / ratio
+    inside, outside = np.array([1.001, 0.999] * 2), np.array([0.999, 1.001] * 2)
+    assert not balance(just * inside).blocks["first"].collapsed.any()
+    assert balance(just * outside).blocks["first"].collapsed.all()
+    # A key that collapses is that of both heads of its group.
+    assert balance(1.0, [1e-3, 1.0]).blocks["first"].collapsed.tolist() == [True] * 2 + [False] * 2
+    # Both sides alike are not collapsed, however small (1e-20 squared vanishes); zero beside
+    # something is, and zero beside zero is what `dead` tells.
+    small = balance([1e-20] * 2 + [0.0] * 2, [1e-20, 0.0]).blocks["first"]
+    assert not small.collapsed.any() and small.query_rms[0] > 0
+    report = balance([0.0, 1.0, 1.0, 1.0])
+    assert report.blocks["first"].collapsed.tolist() == [True, False, False, False]
+    assert report.scalars()["collapsed/first"] == 1
+    for told in ("collapsed: 0", "hundredth of the other's", "shared_keys"):
+        assert told in " ".join(str(report).replace("│", " ").split())
+
+
+def latent_params(dtype=jnp.float32, **scales):
+    """MLA with query compression, each kernel as Flax initializes a Dense."""
+    shapes = {"wq_a": (64, 24), "wq_b": (24, 2 * 6), "wkv_a": (64, 8 + 2), "wkv_b": (8, 2 * 7)}
+    rng = np.random.default_rng(0)
+    normal = lambda shape: rng.normal(size=shape) / np.sqrt(shape[0])  # noqa: E731
+    kernels = {name: jnp.asarray(normal(shape), dtype) for name, shape in shapes.items()}
+    scaled = {name: x * jnp.asarray(scales.get(name, 1.0), dtype) for name, x in kernels.items()}
+    return {"attn": {name: {"kernel": x} for name, x in scaled.items()}}
+
+
+def test_each_pair_of_mla_collapses_by_itself():
+    """q_rope takes all of each clip and k_rope nothing, beside nope pieces that share alike."""
+    layout = mc.layouts.mla(4, 2, 3, query=("wq_a", "wq_b"), out=None)
+    sown = {"attn": {"max_logits": jnp.ones(2)}}
+
+    def report(**scales):
+        return mc.attention_report(latent_params(**scales), None, sown, layout).blocks["attn"]
+
+    heads = lambda first, second: np.repeat([first, second], [4, 2])  # noqa: E731
+    clips = np.concatenate([heads(0.8**15, 0.8**30), np.ones(6)])
+    keys = np.concatenate([[0.8**15] * 4, np.ones(3 + 7)])
+    healthy, clipped = report(), report(wq_b=clips, wkv_b=keys)
+    assert healthy.collapsed.tolist() == [False] * 2
+    assert clipped.collapsed.tolist() == [True, False]
+    # The smaller of the two pieces, against the kernel in float64.
+    kernel = np.float64(latent_params(wq_b=clips)["attn"]["wq_b"]["kernel"]).reshape(24, 2, 6)
+    sizes = [np.sqrt((kernel[..., cut] ** 2).mean((0, 2))) for cut in np.s_[:4, 4:]]
+    np.testing.assert_allclose(clipped.query_rms, np.minimum(*sizes), rtol=1e-6)
+
+
 def test_broken_kernels_break_their_own_head_only():
     kernel = PARAMS["first"]["query"]["kernel"].at[0, 1, 0].set(jnp.nan)
     params = {"first": {"query": {"kernel": kernel}, "key": PARAMS["first"]["key"]}}
@@ -239,7 +315,7 @@ def test_table_has_a_line_a_layer_and_names_heads_to_look_at(monkeypatch):
 def test_scalars_for_a_logger():
     report = mc.attention_report(PARAMS, after_a_step(), SOWN, LAYOUT, threshold=10.0)
     scalars = report.scalars()
-    assert len(scalars) == 3 * 10 and all(type(value) is float for value in scalars.values())
+    assert len(scalars) == 3 * 13 and all(type(value) is float for value in scalars.values())
     assert scalars["max_logit/rest/1"] == 40 and scalars["gamma/rest/1"] == 0.25
     assert scalars["above/rest/1"] == 2
     assert scalars["exploding/rest/1"] == scalars["dead/first"] == 0

@@ -20,16 +20,21 @@ SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -3.0, 1e-30]
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 
-def factors(maxima, threshold, alpha, scope, heads_of, floor):
+def factors(maxima, threshold, alpha, shared_keys, scope, heads_of, floor):
     """By role of queries and keys `[stack..., heads of the role]`, as in the table; and γ."""
     clipped = np.isfinite(maxima) & (maxima > threshold)
     gamma = np.where(clipped, np.maximum(threshold / np.where(clipped, maxima, 1), floor), 1.0)
     if scope == "layer":
         gamma = np.broadcast_to(gamma.min(-1, keepdims=True), gamma.shape)
+        queries = dict.fromkeys(heads_of.keys() & {"q", "q_nope", "q_rope"}, gamma**alpha)
+        keys = heads_of.keys() & {"k", "k_nope", "k_rope"}
+        return queries | {k: gamma[..., : heads_of[k]] ** (1 - alpha) for k in keys}, gamma
     if "k_nope" in heads_of:
         return {"q_nope": gamma**alpha, "q_rope": gamma, "k_nope": gamma ** (1 - alpha)}, gamma
-    kappa = gamma.reshape(*gamma.shape[:-1], heads_of["k"], -1).min(-1) ** (1 - alpha)
     group = gamma.shape[-1] // heads_of["k"]
+    if group > 1 and shared_keys == "untouched":
+        return {"q": gamma}, gamma
+    kappa = gamma.reshape(*gamma.shape[:-1], heads_of["k"], -1).min(-1) ** (1 - alpha)
     return {"q": gamma / np.repeat(kappa, group, -1), "k": kappa}, gamma
 
 
@@ -54,6 +59,7 @@ def test_clip_is_its_formula(rng):
     storage = choose(rng, STORAGES.values())
     (stack, axis), dtype = choose(rng, STACKS), choose(rng, DTYPES)
     alpha, scope = choose(rng, [0.0, 0.3, 0.5, 1.0]), choose(rng, ["head", "head", "layer"])
+    shared_keys = choose(rng, ["untouched", "split"])
     threshold = float(10 ** rng.uniform(-2, 3))
     with jax.enable_x64(dtype == "float64"):
         draw = lambda size: {  # noqa: E731
@@ -66,7 +72,7 @@ def test_clip_is_its_formula(rng):
         shape = (*stack, heads_of.get("q", heads_of.get("q_nope")))
         maxima = draw_maxima(rng, shape, threshold, largest=3)
         layout = dataclasses.replace(storage.layout, stack_axis=axis)
-        tx = mc.qk_clip(layout, threshold, alpha=alpha, scope=scope)
+        tx = mc.qk_clip(layout, threshold, alpha=alpha, shared_keys=shared_keys, scope=scope)
         tree = {"attn": unflatten_dict(params, sep="/")}
         new, state = jax.jit(tx.update)(
             {"attn": unflatten_dict(updates, sep="/")},
@@ -79,7 +85,7 @@ def test_clip_is_its_formula(rng):
         kind = jnp.finfo(dtype)  # γ p stays normal, and is left of p + u to a sixteenth
         floor = max(float(kind.tiny) ** 0.5, 8 * float(kind.eps))
         wide = maxima.astype(np.float64)
-        expected, gamma = factors(wide, threshold, alpha, scope, heads_of, floor)
+        expected, gamma = factors(wide, threshold, alpha, shared_keys, scope, heads_of, floor)
         # γ/κ is 1 only to rounding where a clipped head is the smallest of its group.
         kept = {role: m == 1 for role, m in expected.items()}
         kept |= {"q": kept["q"] & (gamma == 1)} if "q" in kept else {}

@@ -64,17 +64,21 @@ def test_outputs_clip_values_and_outputs_and_nothing_else():
     assert optax.tree.get(state, "ClipState") is state
 
 
-def test_qk_clip_is_an_instance():
+def split(block, gamma):
+    kappa = of_group(gamma, block) ** 0.5
+    return {"k": kappa, "q": gamma / jnp.repeat(kappa, HEADS // KV_HEADS)}
+
+
+@pytest.mark.parametrize(
+    ("shared_keys", "factors"), [("untouched", lambda _, gamma: {"q": gamma}), ("split", split)]
+)
+def test_qk_clip_is_an_instance(shared_keys, factors):
     params, sown = {"attn": attention()}, {("attn",): 10 * OUTPUTS}
-
-    def factors(block, gamma):
-        kappa = of_group(gamma, block) ** 0.5
-        return {"k": kappa, "q": gamma / jnp.repeat(kappa, HEADS // KV_HEADS)}
-
     general = mc.clip_by_signal(mc.layouts.gqa(), 100.0, signal="max_logits", factors=factors)
+    special = mc.qk_clip(mc.layouts.gqa(), shared_keys=shared_keys)
     for ours, theirs in zip(
         jax.tree.leaves(updated(general, params, max_logits=sown)),
-        jax.tree.leaves(updated(mc.qk_clip(mc.layouts.gqa()), params, max_logits=sown)),
+        jax.tree.leaves(updated(special, params, max_logits=sown)),
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # a power, computed in two ways

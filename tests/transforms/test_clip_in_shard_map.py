@@ -117,6 +117,49 @@ def test_heads_spread_by_hand(scope):
     chex.assert_trees_all_close(got, wanted, **EXACT)
 
 
+def check_spread_heads_of_shared_keys(layout, kernels, maxima, split, **options):
+    """One query head on each of eight devices, all of which have the keys: as on one device."""
+    rng = np.random.default_rng(2)
+    p = {"attn": {name: {"kernel": rng.normal(size=shape)} for name, shape in kernels.items()}}
+    p = jax.tree.map(lambda x: x.astype(np.float32), p)
+    clip = lambda p, s, **more: mc.apply_qk_clip(  # noqa: E731
+        p, {"attn": {"max_logits": s}}, layout, **options, **more
+    )
+    specs = {"attn": {name: {"kernel": split.get(name, P())} for name in kernels}}
+    mesh = jax.make_mesh((DEVICES,), ("tp",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(
+        functools.partial(clip, heads_axis_name="tp"),
+        mesh=mesh,
+        in_specs=(specs, P("tp")),
+        out_specs=specs,  # holds only if all devices scale what they share alike
+    )
+    chex.assert_trees_all_close(jax.jit(mapped)(p, maxima), jax.jit(clip)(p, maxima), **EXACT)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_a_key_that_heads_of_other_devices_read(scope):
+    """A device sees one query head and one key, which are not each other's alone."""
+    kernels = {"query": (WIDTH, HEADS, FEATURES), "key": (WIDTH, 1, FEATURES)}
+    split = {"query": P(None, "tp")}
+    layout = mc.layouts.gqa(value=None, out=None)
+    maxima = np.abs(maxima_by_device()[0])
+    check_spread_heads_of_shared_keys(layout, kernels, maxima, split, scope=scope)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_a_rope_key_that_heads_of_other_devices_read(scope):
+    """Only `scope="layer"` scales it, by the smallest factor of all devices."""
+    kernels = {
+        "wq": (WIDTH, HEADS, FEATURES + 2),
+        "wkv_a": (WIDTH, 3 + 2),
+        "wkv_b": (3, HEADS, FEATURES + 1),
+    }
+    split = {"wq": P(None, "tp"), "wkv_b": P(None, "tp")}
+    layout = mc.layouts.mla(FEATURES, 2, 1, query="wq", out=None)
+    maxima = np.abs(maxima_by_device()[0])
+    check_spread_heads_of_shared_keys(layout, kernels, maxima, split, scope=scope)
+
+
 def test_the_recipe_with_heads_spread_by_hand():
     """Every head is a matrix of its own, to Muon as well."""
     mesh = jax.make_mesh((2, 4), ("data", "tp"), axis_types=(AxisType.Auto,) * 2)

@@ -53,12 +53,15 @@ def attention_case(draw):
         "kind": kind,
         "kv_heads": kv_heads,
         "heads": kv_heads * group,
+        "group": group,
         "features": draw(st.integers(1, 4)),
         "rope": draw(st.integers(1, 3)),
         "v": draw(st.integers(1, 3)),
         "layers": draw(st.sampled_from([None, 1, 3])),
         "flat": draw(st.booleans()),
         "alpha": draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        "shared_keys": draw(st.sampled_from(["untouched", "split"])),
+        "scope": draw(st.sampled_from(["head", "head", "layer"])),
         "quantile": draw(st.floats(0.05, 1.2)),
         "seed": draw(st.integers(0, 2**16)),
     }
@@ -145,9 +148,13 @@ def test_logits_scale_by_gamma_on_any_input(dtype, tolerance, case):
             layout_of(case),
             threshold,
             alpha=case["alpha"],
+            shared_keys=case["shared_keys"],
+            scope=case["scope"],
         )
         after = logits_of(case, clipped["attn"], x, y)
         gamma = np.where(maxima > threshold, threshold / np.where(maxima > 0, maxima, 1), 1)
+        if case["scope"] == "layer":
+            gamma = np.broadcast_to(gamma.min(-1, keepdims=True), gamma.shape)
 
         expected = before * gamma[:, None, :, None, None]
         size = np.abs(before).max(axis=(1, 3, 4), keepdims=True) * gamma[:, None, :, None, None]
@@ -161,8 +168,14 @@ def test_logits_scale_by_gamma_on_any_input(dtype, tolerance, case):
         size = np.abs(fresh).max(axis=(1, 3, 4), keepdims=True) * gamma[:, None, :, None, None]
         assert np.all(np.abs(logits_of(case, clipped["attn"], x, y) - scaled) <= tolerance * size)
 
-        if case["kind"] in ("mha", "mla") or case["alpha"] == 1.0:
+        if not drags_along(case):
             check_untouched_heads_keep_their_bits(case, params["attn"], clipped["attn"], gamma)
+
+
+def drags_along(case):
+    """Whether a head that is not clipped moves, because one with which it shares a key is."""
+    shares = case["kind"] in ("gqa", "mqa") and case["shared_keys"] == "split"
+    return shares and case["scope"] == "head" and case["alpha"] < 1
 
 
 def check_untouched_heads_keep_their_bits(case, before, after, gamma):
@@ -174,10 +187,12 @@ def check_untouched_heads_keep_their_bits(case, before, after, gamma):
         for leaf in before.get(name, {}):
             old, new = (per_head(case, leaf, tree[name][leaf], heads) for tree in (before, after))
             kept = (old == new).all(axis=(1, 3))  # [layers, heads]
-            if name == "key" and case["alpha"] == 1.0:
+            untouched = case["scope"] == "head" and case["shared_keys"] == "untouched"
+            if name == "key" and (case["alpha"] == 1.0 or (untouched and case["group"] > 1)):
                 assert kept.all()
             else:
-                assert kept[gamma == 1].all()
+                unclipped = (gamma == 1).reshape(len(gamma), heads, -1).all(-1)
+                assert kept[unclipped].all()
 
 
 def per_head(case, leaf, values, heads):

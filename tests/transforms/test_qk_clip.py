@@ -196,11 +196,103 @@ def test_a_grouped_clip_that_scales_one_query_up_is_not_lost():
     """κ = ¼ for the group, so the second query takes 0.8 / ¼: upwards, and far enough to count."""
     kernel = lambda heads: jax.random.normal(jax.random.key(heads), (32, heads, 8), jnp.bfloat16)  # noqa: E731
     params = {"attn": {"query": {"kernel": kernel(2)}, "key": {"kernel": kernel(1)}}}
-    tx = qk_clip(mc.layouts.gqa(value=None, out=None))
+    tx = qk_clip(mc.layouts.gqa(value=None, out=None), shared_keys="split")
     maxima = {"attn": {"max_logits": jnp.array([1600.0, 125.0])}}
     updates = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(updates, tx.init(params), params, max_logits=maxima)
     assert int(state.heads_clipped) == 2 and int(state.lost_heads) == 0
+
+
+# --- keys that heads share
+
+GROUPS = mc.layouts.gqa(value=None, out=None)
+
+
+def grouped_params(query=jnp.float32, key=jnp.float32, shape=(8, 4, 6)):
+    kernel = lambda heads, dtype: jax.random.normal(  # noqa: E731
+        jax.random.key(heads), (shape[0], heads, shape[2])
+    ).astype(dtype)
+    return {"attn": {"query": {"kernel": kernel(4, query)}, "key": {"kernel": kernel(2, key)}}}
+
+
+def test_no_pass_over_a_shared_key_is_compiled():
+    """Its update goes through as it came, and all that is read and written is less by it."""
+    params = grouped_params(shape=(256, 4, 64))
+    sown = {("attn",): jnp.full(4, 400.0)}
+
+    def compiled(**options):
+        tx = mc.qk_clip(GROUPS, **options)
+        state = tx.init(params)
+        update = lambda u, p: tx.update(u, state, p, max_logits=sown)  # noqa: E731
+        # Donated, since else what goes through is copied.
+        return jax.jit(update, donate_argnums=0).lower(params, params).compile().cost_analysis()
+
+    untouched, split = compiled(), compiled(shared_keys="split")
+    size = params["attn"]["key"]["kernel"].nbytes
+    # Of a split key the parameter and the update are read, and the update is written.
+    assert split["bytes accessed"] - untouched["bytes accessed"] >= 3 * size
+    assert untouched["flops"] < split["flops"]
+    tx = mc.qk_clip(GROUPS)
+    traced = jax.make_jaxpr(lambda u: tx.update(u, tx.init(params), params, max_logits=sown)[0])
+    key, query = traced(params).jaxpr.invars
+    found = traced(params).jaxpr.outvars
+    assert found[0].aval.shape == params["attn"]["key"]["kernel"].shape
+    assert [str(found[0]) == str(key), str(found[1]) == str(query)] == [True, False]
+
+
+def test_a_shared_key_that_is_frozen_or_quantized_stays_so():
+    """Nothing is asked of what is not scaled: no dtype, and no room for rounding."""
+    params, sown = grouped_params(key=jnp.int8), {("attn",): jnp.array([400.0, 1, 1, 1])}
+    clipped = apply_qk_clip(params, sown, GROUPS)
+    chex.assert_trees_all_equal(clipped["attn"]["key"], params["attn"]["key"])
+    query = params["attn"]["query"]["kernel"].at[:, 0].multiply(0.25)
+    chex.assert_trees_all_equal(clipped["attn"]["query"]["kernel"], query)
+    for options in ({"shared_keys": "split"}, {"scope": "layer"}):
+        with pytest.raises(TypeError, match=r"attn/key/kernel .* is int8"):
+            apply_qk_clip(params, sown, GROUPS, **options)
+
+    params = grouped_params()
+    frozen = optax.partition(
+        {"frozen": optax.set_to_zero(), "trained": optax.sgd(0.1)},
+        {"attn": {"query": "trained", "key": "frozen"}},
+    )
+    tx = qk_clip(GROUPS)
+    updates, _ = frozen.update(params, frozen.init(params), params)
+    updates, _ = tx.update(updates, tx.init(params), params, max_logits=sown)
+    after = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal(after["attn"]["key"], params["attn"]["key"])
+    query = 0.9 * params["attn"]["query"]["kernel"].at[:, 0].multiply(0.25)
+    chex.assert_trees_all_close(after["attn"]["query"]["kernel"], query, atol=5e-7)
+
+
+def test_a_half_precision_key_that_is_not_scaled_neither_loses_clips_nor_floors_them():
+    """A mild clip and a drastic one, of float32 queries over bfloat16 keys."""
+    params = grouped_params(key=jnp.bfloat16)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    sown = {("attn",): jnp.array([100.1, 1, 1, 1e6])}
+    found = {}
+    for shared_keys in ("untouched", "split"):
+        tx = qk_clip(GROUPS, shared_keys=shared_keys)
+        _, found[shared_keys] = tx.update(zeros, tx.init(params), params, max_logits=sown)
+    gamma = found["untouched"].gamma["attn"]
+    np.testing.assert_allclose(gamma, [100 / 100.1, 1, 1, 1e-4], rtol=1e-6)
+    assert int(found["untouched"].lost_heads) == 0
+    assert float(found["split"].gamma["attn"][3]) == 1 / 16  # 8 times bfloat16's spacing
+    assert int(found["split"].lost_heads) == 1
+
+
+def test_blocks_of_one_model_share_by_their_own_heads():
+    """MHA beside GQA in one chain: alpha splits the one and leaves the other's key."""
+    params = {
+        "full": {"query": {"kernel": jnp.ones((8, 4, 6))}, "key": {"kernel": jnp.ones((8, 4, 6))}},
+        "grouped": grouped_params()["attn"],
+    }
+    sown = {(name,): jnp.array([400.0, 1, 1, 1]) for name in params}
+    clipped = apply_qk_clip(params, sown, GROUPS, alpha=0.25)
+    for side, factor in (("query", 0.25**0.25), ("key", 0.25**0.75)):
+        found = clipped["full"][side]["kernel"][0, :, 0]
+        np.testing.assert_allclose(found, [factor, 1, 1, 1], rtol=3e-7)
+    chex.assert_trees_all_equal(clipped["grouped"]["key"], params["grouped"]["key"])
 
 
 def test_layer_scope_clips_every_head_of_the_layer_alike():
