@@ -17,8 +17,9 @@ MODEL = ModelConfig(attention="latent", nope=32, rope=16, v=32, latent_norm=True
 def settings(
     model: ModelConfig, *, muon: float, adam: float, thresholds: tuple[float, ...], warmup: int = 20
 ) -> dict[str, Setting]:
-    """Muon and Adam at their learning rates: without a clip, with one per head, and with one for
-    all heads of a layer together."""
+    """Muon and Adam at their learning rates: without a clip, with one per head, with one for all
+    heads of a layer together, and with one per head that each head applies to the shared rope key
+    too."""
     by_muon = Optimizer(learning_rate=muon, warmup=warmup)
     by_adam = Optimizer(direction="adam", learning_rate=adam, warmup=warmup)
     *_, middle, low = thresholds
@@ -27,6 +28,12 @@ def settings(
         **{f"MuonClip τ={t:g}": replace(by_muon, threshold=t) for t in thresholds},
         **{
             f"MuonClip τ={t:g}, all heads": replace(by_muon, threshold=t, scope="layer")
+            for t in (middle, low)
+        },
+        **{
+            f"MuonClip τ={t:g}, rope key too": replace(
+                by_muon, threshold=t, shared_keys="each_head"
+            )
             for t in (middle, low)
         },
         "AdamW": by_adam,
@@ -62,6 +69,7 @@ STUDY = Study(
             settings(TINY, muon=2e-2, adam=1e-2, thresholds=(1.0, 0.5, 0.2)),
             "Muon",
             "MuonClip τ=0.2, all heads",
+            "MuonClip τ=0.2, rope key too",
             "AdamClip τ=0.5",
         ),
         "cpu": Grid(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import muonclip_jax as mc
+from studies.common.links import clip_by_each_head, clip_by_least_change
 from studies.common.model import ModelConfig, attention_layout
 
 NUMBERS = (
@@ -19,7 +20,7 @@ NUMBERS = (
     "other_rate",
     "decay_steps",
 )
-KINDS = ("direction", "quack", "scope", "update_rms", "warmup", "decay_of")
+KINDS = ("direction", "quack", "scope", "shared_keys", "update_rms", "warmup", "decay_of")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=NUMBERS, meta_fields=KINDS)
@@ -42,6 +43,9 @@ class Optimizer:
     """QK-Clip's τ; None does not clip."""
     scope: Literal["head", "layer"] = "head"
     """Which heads QK-Clip clips together."""
+    shared_keys: Literal["untouched", "split", "least_change", "each_head"] = "untouched"
+    """What a clip per head does to a key that several query heads read: `mc.qk_clip`'s two options,
+    what moves the weights least, or what each head would do to a key of its own."""
     update_rms: Literal["match_adam", "jordan"] = "match_adam"
     """How large Muon's updates are."""
     other_rate: float = 1.0
@@ -62,8 +66,19 @@ class Optimizer:
             )
         links = [self._recipe(layout)]
         if self.threshold is not None:
-            links.append(mc.qk_clip(layout, self.threshold, scope=self.scope))
+            links.append(self._clip(layout, self.threshold))
         return optax.chain(*links)
+
+    def _clip(
+        self, layout: mc.Layout | None, threshold: float
+    ) -> optax.GradientTransformationExtraArgs:
+        match self.shared_keys:
+            case "least_change":
+                return clip_by_least_change(layout, threshold)
+            case "each_head":
+                return clip_by_each_head(layout, threshold)
+            case "untouched" | "split" as rule:
+                return mc.qk_clip(layout, threshold, scope=self.scope, shared_keys=rule)
 
     def _recipe(self, layout: mc.Layout | None) -> optax.GradientTransformation:
         adam = optax.scale_by_adam(b1=0.9, b2=0.95)

@@ -6,10 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from studies.common import pictures
+from studies.common.before import old_runs, side_by_side
 from studies.common.records import Json, Runs
-from studies.common.tables import curve, last, measured, spread, table
+from studies.common.tables import by_seed, curve, last, measured, paired, spread, table
 
 Sweep = dict[str, list[list[Json]]]  # method → records of each learning rate, one a seed
+VERDICTS = (  # methods whose losses the verdicts compare
+    ("QuacK", "none"),
+    ("QuacK", "QK-norm"),
+    ("QuacK", "QK-Clip τ=30"),
+    ("QuacK", "Q and K at 0.1"),
+    ("Q and K at 0.1", "none"),
+)
 
 
 def report(runs: Runs, aside: Json | None, folder: Path) -> str:
@@ -23,10 +31,13 @@ def report(runs: Runs, aside: Json | None, folder: Path) -> str:
             results(
                 f"{attention}, largest change of a logit in a step", sweep, largest_change, ".3g"
             ),
+            differences(attention, sweep),
             pictures.link(draw(sweep, folder / f"{attention.lower()}.png")),
         ]
     if aside:
         parts.append(step_times(aside))
+    if old := old_runs(folder):
+        parts.append(side_by_side(old, runs, COLUMNS, valid_loss))
     return "\n\n".join(parts)
 
 
@@ -50,6 +61,31 @@ def results(title: str, sweep: Sweep, of: Callable[[Json], float], form: str) ->
         cells = {rate(seeds[0]): cell(seeds, of, form) for seeds in each}
         rows.append((method, *(cells.get(r, "") for r in rates)))
     return table((title, *(f"η = {r:g}" for r in rates)), rows)
+
+
+def differences(attention: str, sweep: Sweep) -> str:
+    """How much larger one method's loss is than another's, seed by seed; a line a learning rate."""
+    losses = {
+        (method, rate(seeds[0])): by_seed(seeds, valid_loss)
+        for method, each in sweep.items()
+        for seeds in each
+    }
+    pairs = [pair for pair in VERDICTS if all(method in sweep for method in pair)]
+    rates = sorted({rate for _, rate in losses})
+    rows = [
+        (
+            f"η = {each:g}",
+            *(
+                paired(losses[first, each], losses[second, each])
+                if (first, each) in losses and (second, each) in losses
+                else ""
+                for first, second in pairs
+            ),
+        )
+        for each in rates
+    ]
+    names = (f"{first} less {second}" for first, second in pairs)
+    return table((f"{attention}, validation loss", *names), rows)
 
 
 def cell(seeds: list[Json], of: Callable[[Json], float], form: str) -> str:
@@ -118,3 +154,12 @@ def diverged(record: Json) -> bool:
     """Whether the model ended worse than it began, or not finite."""
     losses = measured(record, "valid_loss")
     return not losses[-1] < losses[0]
+
+
+# Of the runs that were repeated when the fixed rule left alone what values share, and took the
+# decay too.
+COLUMNS = {
+    "validation loss": lambda seeds: cell(seeds, valid_loss, ".3f"),
+    "largest max logit": lambda seeds: cell(seeds, largest_logit, ".3g"),
+    "largest change of a logit": lambda seeds: cell(seeds, largest_change, ".3g"),
+}

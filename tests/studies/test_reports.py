@@ -10,9 +10,11 @@ from scipy import stats
 
 import muonclip_jax as mc
 from studies.clip import report as clip
-from studies.common import records
+from studies.common import clips, records
+from studies.common.before import old_runs, side_by_side
 from studies.common.tables import by_seed, paired, smooth, spread, table, tail
 from studies.quack import report as quack
+from studies.shared_keys import report as shared_keys
 from studies.spectrum import report as spectrum
 from studies.spectrum.measures import TOP, meeting
 
@@ -60,21 +62,117 @@ def test_overlap_is_one_by_chance_and_large_along_the_weights():
     assert spectrum.top_growth(spectrum_record(w, -w)) == pytest.approx(-1, rel=1e-4)
 
 
-def clip_record(scope):
+def clip_record(scope, shared_keys="untouched"):
     maxima = [[[1.0, 4.0]], [[3.0, 8.0]], [[-1.0, None]]]
     return {
         "curves": {"max_logits": maxima},
-        "optimizer": {"threshold": 2.0, "scope": scope},
+        "optimizer": {"threshold": 2.0, "scope": scope, "shared_keys": shared_keys},
     }
 
 
 def test_clip_factors_by_head_and_by_layer():
     by_head, by_layer = clip_record("head"), clip_record("layer")
-    np.testing.assert_array_equal(clip.passes(by_head), [[0, 1], [1, 1], [0, 0]])
-    np.testing.assert_allclose(clip.applied(by_head)[:2], [[1, 0.5], [2 / 3, 0.25]])
-    np.testing.assert_allclose(clip.applied(by_layer)[:2], [[0.5, 0.5], [0.25, 0.25]])
+    np.testing.assert_array_equal(clips.passes(by_head), [[0, 1], [1, 1], [0, 0]])
+    np.testing.assert_allclose(clips.applied(by_head)[:2], [[1, 0.5], [2 / 3, 0.25]])
+    np.testing.assert_allclose(clips.applied(by_layer)[:2], [[0.5, 0.5], [0.25, 0.25]])
     # A negative maximum and one that is not finite clip nothing.
-    np.testing.assert_array_equal(clip.applied(by_head)[2], [1, 1])
+    np.testing.assert_array_equal(clips.applied(by_head)[2], [1, 1])
+
+
+def test_a_rope_key_that_each_head_clips_lowers_the_others():
+    record = clip_record("head", "each_head")
+    # √γ of the head's own queries, times the product of all √γ of its layer.
+    roots = np.sqrt([[1, 1 / 2], [2 / 3, 1 / 4]])
+    np.testing.assert_allclose(clips.applied(record)[:2], roots * roots.prod(axis=1)[:, None])
+    # Of six head-steps, one: the first step's first head. By head none is, by layer the same one.
+    assert clip.innocent([record]) == clip.innocent([clip_record("layer")]) == "16.7"
+    assert clip.innocent([clip_record("head")]) == "0.0"
+
+
+def test_halves_count_head_steps():
+    # Of the first two steps 3 of 4 are above τ, of the last none.
+    assert clips.halves(clip_record("head")) == (75.0, 0.0)
+
+
+def loss_records(label, losses, **optimizer):
+    """Runs of a setting, one a seed, with all that the reports read."""
+    return [
+        {
+            "setting": label,
+            "seed": seed,
+            "plan": {"steps": 2},
+            "optimizer": {"threshold": None, "scope": "head", "learning_rate": 0.1, **optimizer},
+            "curves": {"max_logits": [[[1.0, 4.0]], [[3.0, 8.0]]], "loss": [5.0, loss]},
+            "measurements": [
+                {"step": 0, "valid_loss": 5.0, "q_rms": [[0.5, 0.5]], "k_rms": [[0.5]]},
+                {"step": 2, "valid_loss": loss, "q_rms": [[0.5, 2.0]], "k_rms": [[0.005]]},
+            ],
+        }
+        for seed, loss in enumerate(losses)
+    ]
+
+
+def cells(text, label):
+    """The cells of the line of a Markdown table with this label."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_clip_compares_losses_with_no_clip_and_with_the_clip_per_head():
+    runs = {
+        "Muon": loss_records("Muon", [3.0, 3.2]),
+        "MuonClip τ=2": loss_records("MuonClip τ=2", [3.1, 3.3], threshold=2.0),
+        "MuonClip τ=2, all heads": loss_records("", [3.0, 3.5], threshold=2.0, scope="layer"),
+        "AdamW": loss_records("AdamW", [4.0, 4.0]),
+        "AdamW, 0.3 of the rate": loss_records("", [4.0, 4.0]),
+    }
+    text = clip.differences(runs)
+    of_muon = [by_seed(runs[label], clip.valid_loss) for label in runs]
+    per_head, all_heads = cells(text, "MuonClip τ=2"), cells(text, "MuonClip τ=2, all heads")
+    assert per_head == [paired(of_muon[1], of_muon[0]), ""]
+    assert all_heads == [paired(of_muon[2], of_muon[0]), paired(of_muon[2], of_muon[1])]
+    assert per_head[0].startswith("+0.100") and all_heads[1].startswith("+0.050")
+    assert "AdamW" not in text
+
+
+def test_old_runs_stand_beside_new_ones(tmp_path):
+    old = loss_records("A", [3.0, 3.2]) + loss_records("gone", [1.0])
+    records.write(old, tmp_path / "cpu-before.jsonl")
+    before = old_runs(tmp_path / "cpu")
+    assert list(before) == ["A", "gone"] and not old_runs(tmp_path / "gpu")
+    new = {"A": loss_records("A", [3.1, 3.3]), "B": loss_records("B", [9.0])}
+    text = side_by_side(before, new, {"loss": clip.loss}, clip.valid_loss)
+    assert text.splitlines()[0] == "|  | loss, before | loss, now | loss now, less that before |"
+    found = cells(text, "A")
+    assert found[:2] == ["3.100 ± 0.141", "3.200 ± 0.141"] and found[2].startswith("+0.100")
+    assert "gone" not in text and "| B |" not in text
+
+
+def test_shared_keys_tells_what_becomes_of_the_weights(tmp_path):
+    runs = {
+        "no clip": loss_records("no clip", [3.0, 3.2]),
+        "untouched": loss_records("untouched", [3.1, 3.3], threshold=2.0),
+        "split": loss_records("split", [3.0, 3.4], threshold=2.0),
+    }
+    text = shared_keys.report(runs, None, tmp_path)
+    assert (tmp_path / "weights.png").exists()
+    losses, clipped, weights, _ = text.split("\n\n")
+    assert cells(losses, "no clip")[1] == "" and cells(losses, "untouched")[2] == ""
+    assert cells(losses, "split")[1].startswith("+0.100")
+    assert cells(losses, "split")[2].startswith("+0.000")
+    assert "no clip" not in clipped
+    # The last step's largest maximum, 8, over τ; one of two heads in the first step, both in the
+    # second; γ are 1 and 2/3 of one head, 1/2 and 1/4 of the other.
+    assert cells(clipped, "split") == [
+        "4.00 ± 0.00",
+        "50.0 ± 0.0",
+        "100.0 ± 0.0",
+        f"{(2 / 3 + 1 / 8) / 2:.2g} ± 0",
+    ]
+    # Queries of 0.5 and 2 from 0.5: twice, by the geometric mean. A step is 0.2 · 0.1.
+    assert [cell.split()[0] for cell in cells(weights, "split")] == [
+        "2", "0.01", "0.5", "2", "0.005", "0.005", "4", "4e+02",
+    ]  # fmt: skip
 
 
 def quack_record(losses, maxima=((1.0,),), changes=((9.0,), (0.5,)), warmup=1):
@@ -91,6 +189,26 @@ def test_divergence_is_counted_and_told():
     assert quack.cell([fine, fine], quack.valid_loss, ".1f") == "3.0 ± 0.0"
     assert quack.cell([fine, worse], quack.valid_loss, ".1f") == "4.5 ± 2.1, 1 of 2 diverged"
     assert quack.cell([broken], quack.valid_loss, ".1f") == "1 of 1 not finite, 1 of 1 diverged"
+
+
+def test_quack_compares_methods_at_each_rate():
+    runs = {
+        f"MHA, {method}, {rate:g}": loss_records(method, losses, learning_rate=rate)
+        for method, rate, losses in (
+            ("none", 0.1, [3.0, 3.2]),
+            ("none", 1.0, [5.0, 5.2]),
+            ("QuacK", 0.1, [2.9, 3.1]),
+            ("Q and K at 0.1", 0.1, [3.0, 3.4]),
+        )
+    }
+    text = quack.differences("MHA", quack.by_method(runs, "MHA"))
+    assert text.splitlines()[0] == (
+        "| MHA, validation loss | QuacK less none | QuacK less Q and K at 0.1 "
+        "| Q and K at 0.1 less none |"
+    )
+    found = cells(text, "η = 0.1")
+    assert [cell.split()[0] for cell in found] == ["-0.100", "-0.200", "+0.100"]
+    assert cells(text, "η = 1") == ["", "", ""]
 
 
 def test_largest_change_leaves_out_the_warm_up():

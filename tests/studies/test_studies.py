@@ -18,9 +18,10 @@ from studies.common.rehash import compare, rehash
 from studies.common.study import main, rebuild
 from studies.quack.__main__ import STUDY as QUACK
 from studies.rank.__main__ import STUDY as RANK
+from studies.shared_keys.__main__ import STUDY as SHARED_KEYS
 from studies.spectrum.__main__ import STUDY as SPECTRUM
 
-STUDIES = {study.folder.name: study for study in (CLIP, RANK, SPECTRUM, QUACK)}
+STUDIES = {study.folder.name: study for study in (CLIP, SHARED_KEYS, RANK, SPECTRUM, QUACK)}
 SIZES = [(name, size) for name, study in STUDIES.items() for size in study.grids]
 
 
