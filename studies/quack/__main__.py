@@ -8,7 +8,7 @@ from studies.common.model import ModelConfig
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
-from studies.quack.report import report
+from studies.quack.report import VERDICTS, report
 from studies.quack.step_time import step_time
 
 MHA = ModelConfig(
@@ -54,6 +54,15 @@ LARGE = replace(
 LARGE = replace(LARGE, init_std=0.02, dtype="bfloat16")
 LARGE_MLA = replace(LARGE, attention="latent", nope=64, v=128, q_rank=512, kv_rank=256)
 
+# What the verdicts compare gets more seeds at two rates: one at which all train, and one at which
+# some do not.
+CHOSEN = tuple(
+    f"{attention}, {method}, {rate:g}"
+    for attention in ("MHA", "MLA")
+    for method in sorted({method for pair in VERDICTS for method in pair})
+    for rate in (3e-2, 3e-1)
+)
+
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
@@ -68,6 +77,7 @@ STUDY = Study(
             Plan(steps=300, context=64, measure_every=100),
             settings({"MHA": MHA, "MLA": MLA}, (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), warmup=20),
             seeds=2,
+            chosen=CHOSEN,
         ),
         # The paper's 1B model, batch and rates.
         "gpu": Grid(

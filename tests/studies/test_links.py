@@ -1,5 +1,7 @@
 """The studies' own clips, against float64 searches and loops."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import muonclip_jax as mc
 from studies.common.links import clip_by_each_head, clip_by_least_change, least_change
 from studies.common.model import ModelConfig, attention_layout, init_params
+from studies.common.optimizers import Optimizer
 
 GROUPS = {  # γ of the heads, ‖Q_h‖² and ‖K‖²
     "one head": ([0.8], [1.0], 1.0),
@@ -58,24 +61,25 @@ def test_least_change_of_many_at_once():
     assert found[0, 0] == 1  # exactly: no head of it is clipped
 
 
+GROUPED = ModelConfig(vocab_size=31, d_model=16, layers=2, heads=4, kv_heads=2, rope=4, v=4)
+
+
 @pytest.fixture(scope="module")
 def grouped():
     """Parameters of two layers in which two query heads read a key, their layout, and updates."""
-    config = ModelConfig(vocab_size=31, d_model=16, layers=2, heads=4, kv_heads=2, rope=4, v=4)
-    params = init_params(config, 0)
-    return params, attention_layout(config), jax.tree.map(lambda x: 0.1 * x, params)
+    params = init_params(GROUPED, 0)
+    return params, attention_layout(GROUPED), jax.tree.map(lambda x: 0.1 * x, params)
 
 
 MAXIMA = np.array([[8.0, 1.0, 3.0, 4.0], [1.0, 1.0, -1.0, 16.0]])  # of the layers' heads
+SOWN = {"layers": {"attn": {"max_logits": jnp.asarray(MAXIMA, jnp.float32)}}}
 TAU = 2.0
 
 
 def clipped(link, layout, params, updates):
     """What a step arrives at, and by role in float64, `[layers, heads, in, features]`."""
     tx = link(layout, TAU)
-    sown = {"layers": {"attn": {"max_logits": jnp.asarray(MAXIMA, jnp.float32)}}}
-    step = jax.jit(tx.update)
-    updates, _ = step(updates, tx.init(params), params, max_logits=sown)
+    updates, _ = jax.jit(tx.update)(updates, tx.init(params), params, max_logits=SOWN)
     arrived = optax.apply_updates(params, updates)
     (kernels,) = mc.head_matrices(arrived, layout).values()
     return arrived, {role: np.float64(x) for role, x in kernels.items()}
@@ -139,3 +143,29 @@ def test_each_head_multiplies_the_shared_rope_key_of_latent_attention():
         wanted = factors.get(role, np.ones(ratio.shape[:2]))[..., None, None]
         wanted = np.broadcast_to(wanted, ratio.shape)
         np.testing.assert_allclose(ratio, wanted, rtol=1e-5)  # float32
+
+
+def test_an_optimizer_ends_with_the_clip_that_it_names(grouped):
+    params, layout, grads = grouped
+    links = {
+        "untouched": mc.qk_clip(layout, TAU),
+        "split": mc.qk_clip(layout, TAU, shared_keys="split"),
+        "least_change": clip_by_least_change(layout, TAU),
+        "each_head": clip_by_each_head(layout, TAU),
+    }
+    adam = Optimizer(direction="adam", warmup=0)
+
+    def keys(tx):
+        step = jax.jit(tx.update)
+        updates, _ = step(grads, tx.init(params), params, max_logits=SOWN)
+        return updates["layers"]["attn"]["wk"]["kernel"]
+
+    found = []
+    for rule, link in links.items():
+        own = keys(replace(adam, threshold=TAU, shared_keys=rule).chain(GROUPED))
+        # The same programs but for a learning rate that is a schedule.
+        wanted = keys(optax.chain(adam.chain(GROUPED), link))
+        np.testing.assert_allclose(own, wanted, rtol=1e-5, atol=1e-8, err_msg=rule)
+        found.append(own)
+    for i, one in enumerate(found):
+        assert not any(np.allclose(one, other, rtol=1e-3) for other in found[:i])
