@@ -19,6 +19,7 @@ NUMBERS = (
     "weight_decay",
     "other_rate",
     "decay_steps",
+    "pretrained",
 )
 KINDS = ("direction", "quack", "scope", "shared_keys", "update_rms", "warmup", "decay_of")
 
@@ -55,6 +56,8 @@ class Optimizer:
     decay_steps: int | None = None
     """The step at which the learning rate, falling linearly since the warm-up, is 0; None keeps it
     constant."""
+    pretrained: "Optimizer | None" = None
+    """What trained the model on the plan's first text before; None starts from the seed alone."""
 
     def chain(self, config: ModelConfig) -> optax.GradientTransformationExtraArgs:
         """The transformation for a model."""

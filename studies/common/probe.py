@@ -24,9 +24,10 @@ def numbers_of(study, training) -> dict[str, dict]:
     Settings that differ in numbers only, such as learning rates, are one program; one of them runs.
     """
     grid = study.grids[SIZE]
-    plan = replace(
-        grid.plan, steps=STEPS, batch=BATCH, context=CONTEXT, measure_every=4, valid_batches=1
-    )
+    short = {"steps": STEPS, "batch": BATCH, "context": CONTEXT, "measure_every": 4}
+    if getattr(grid.plan, "pretrain_steps", 0):  # older trees have none
+        short["pretrain_steps"] = STEPS
+    plan = replace(grid.plan, **short, valid_batches=1)
     by_program, found = {}, {}
     for label, (model, optimizer) in grid.settings.items():
         program = model, jax.tree.structure(optimizer)
@@ -51,7 +52,9 @@ def tokens(vocab_size: int) -> SimpleNamespace:
         (vocab_size * rng.random(n) ** 3).astype(np.int32)
         for n in (STEPS * BATCH * (CONTEXT + 1) * 2, 4 * BATCH * (CONTEXT + 1))
     )
-    return SimpleNamespace(train=train, valid=valid)
+    text = SimpleNamespace(train=train, valid=valid)
+    text.first = text  # of what comes before, where something does
+    return text
 
 
 def probe(names: list[str]) -> dict[str, dict]:

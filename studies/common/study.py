@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,8 @@ def _agrees(record: Json, identity: Json) -> bool:
     """Whether a record is of this identity. Options that came after it have their defaults."""
     kinds = {"plan": Plan, "model": ModelConfig, "optimizer": Optimizer}
     filled = {name: records.tidy(kind()) | record[name] for name, kind in kinds.items()}
+    if first := filled["optimizer"]["pretrained"]:
+        filled["optimizer"]["pretrained"] = records.tidy(Optimizer()) | first
     return all({**record, **filled}[name] == own for name, own in identity.items())
 
 
@@ -172,18 +175,26 @@ def run_missing(study: Study, size: Size, limit: int | None, console: Console) -
     if missing:
         text = training.load_text(grid.plan, _vocab_size(grid))
         console.print(text.describe(), soft_wrap=True)
+
+        @lru_cache(maxsize=4)  # runs of a seed follow each other, and share what comes before
+        def pretrained(model: ModelConfig, optimizer: Optimizer | None, seed: int) -> Any:
+            return optimizer and training.pretrain(model, optimizer, grid.plan, text, seed)
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
             overall = bar.add_task(study.folder.name, total=len(missing))
             for label, seed in missing:
                 steps = bar.add_task(f"{label}, seed {seed}", total=grid.plan.steps)
+                setting = grid.settings[label]
+                first = pretrained(setting.model, setting.optimizer.pretrained, seed)
                 with records.stopwatch() as seconds:
                     result = training.train(
-                        grid.settings[label],
+                        setting,
                         grid.plan,
                         text,
                         seed,
                         measure=study.measure,
+                        pretrained=first,
                         on_progress=lambda done, bar=bar, steps=steps: bar.update(
                             steps, completed=done
                         ),

@@ -1,7 +1,7 @@
 """One training run: curves of every step, and what is measured between them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,7 @@ from studies.common.model import (
     queries_and_keys,
 )
 from studies.common.optimizers import Optimizer
+from studies.common.texts import TwoTexts, code_then_words
 
 CACHE = Path(".cache/studies")
 
@@ -45,10 +46,14 @@ class Plan:
     """Held-out batches per measurement."""
     synthetic: float = 0.0
     """The share of each batch's sequences that are no text, but what `synthetic.mixed` makes."""
+    pretrain_steps: int = 0
+    """Steps of a first phase on the code of these files, after which the others are on their words,
+    the docstrings. 0 trains on whole files, from the start."""
 
     def __post_init__(self):
-        if self.steps % self.measure_every:
-            raise ValueError(f"{self.steps} steps do not divide by {self.measure_every}.")
+        for steps in (self.steps, self.pretrain_steps):
+            if steps % self.measure_every:
+                raise ValueError(f"{steps} steps do not divide by {self.measure_every}.")
 
 
 class Setting(NamedTuple):
@@ -71,12 +76,12 @@ Measure = Callable[[Setting, State, jax.Array, data.TokenizedText], Mapping[str,
 
 def load_text(plan: Plan, vocab_size: int) -> data.TokenizedText:
     """The text of a plan, split by file: validation text is never trained on."""
-    return data.load_text(
-        Path(mc.__file__).parent if plan.text == "package" else None,
-        installed_packages=plan.text == "installed_packages",
-        vocab_size=vocab_size,
-        cache=CACHE,
-    )
+    folder = Path(mc.__file__).parent if plan.text == "package" else None
+    installed = plan.text == "installed_packages"
+    if plan.pretrain_steps:
+        corpus = data.read_corpus(folder, installed_packages=installed)
+        return code_then_words(corpus, vocab_size, CACHE)
+    return data.load_text(folder, installed_packages=installed, vocab_size=vocab_size, cache=CACHE)
 
 
 def training_batches(text: data.TokenizedText, plan: Plan, seed: int) -> np.ndarray:
@@ -98,9 +103,13 @@ def train(
     seed: int,
     *,
     measure: Measure | None = None,
+    pretrained: Any | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
     """Trains a model from its seed, which is that of the parameters and of the data's order.
+
+    If the optimizer names one that it comes after, the model has been trained by that one before,
+    see `pretrain`; the optimizer's state is new.
 
     Args:
       setting: The model and its optimizer.
@@ -109,28 +118,30 @@ def train(
       seed: Two settings with the same seed see the same batches.
       measure: What else to measure: a function of the setting, the state, the next batch and the
         text.
+      pretrained: The parameters that `pretrain` gives for this setting and seed, where they are at
+        hand; None makes them if they are needed.
       on_progress: Told the number of steps done.
 
     Returns:
       `curves`, a value a step, and `measurements`, with the `step` that each was taken after.
       Max logits, `[steps, layers, heads]`, are those of the batch before the step, and so before
       its clip; logit changes, `[steps, layers]`, are the largest on a held-out sequence from before
-      to after the step. Both are before a soft cap.
+      to after the step. Both are before a soft cap. After a first phase, the measurements hold too
+      what `kept` tells.
     """
     config, optimizer = setting
-    valid = jnp.asarray(
-        np.stack(
-            data.validation_batches(
-                text, context=plan.context, batch=plan.batch, count=plan.valid_batches
-            )
-        )
-    )
+    valid = validation(text, plan)
     batches = training_batches(text, plan, seed)
-    state = start(config, optimizer, seed, valid[0, :1])
+    first, optimizer = optimizer.pretrained, replace(optimizer, pretrained=None)
+    if first is not None and pretrained is None:
+        pretrained = pretrain(config, first, plan, text, seed)
+    state = start(config, optimizer, seed, valid[0, :1], pretrained)
 
     def measured(step: int) -> dict[str, Any]:
         batch = jnp.asarray(batches[step % plan.steps])
         more = measure(setting, state, batch, text) if measure else {}
+        if pretrained is not None:
+            more = {**more, **kept(config, state.params, pretrained, validation(text.first, plan))}
         return {"step": step, **evaluate(config, state.params, valid), **more}
 
     curves, measurements = [], [measured(0)]
@@ -144,9 +155,43 @@ def train(
     return {"curves": joined, "measurements": jax.device_get(measurements)}
 
 
-def start(config: ModelConfig, optimizer: Optimizer, seed: int, probe: jax.Array) -> State:
-    """The state before the first step."""
-    params, logits = first_params(config, seed, probe)
+def pretrain(
+    config: ModelConfig, optimizer: Optimizer, plan: Plan, text: TwoTexts, seed: int
+) -> Any:
+    """The parameters after the first phase of a plan, on the first of two texts; as NumPy arrays,
+    which many runs can start from."""
+    first = replace(plan, steps=plan.pretrain_steps)
+    batches = training_batches(text.first, first, seed)
+    probe = validation(text.first, plan)[0, :1]
+    state = start(config, optimizer, seed, probe)
+    for done in range(0, first.steps, plan.measure_every):
+        segment = jnp.asarray(batches[done : done + plan.measure_every])
+        state, _ = take_steps(config, optimizer, state, segment, probe)
+    return jax.tree.map(np.array, state.params)
+
+
+def validation(text: data.TokenizedText, plan: Plan) -> jax.Array:
+    """The held-out batches of a plan, int32 `[n, batch, context + 1]`."""
+    batches = data.validation_batches(
+        text, context=plan.context, batch=plan.batch, count=plan.valid_batches
+    )
+    return jnp.asarray(np.stack(batches))
+
+
+def start(
+    config: ModelConfig,
+    optimizer: Optimizer,
+    seed: int,
+    probe: jax.Array,
+    pretrained: Any | None = None,
+) -> State:
+    """The state before the first step, of pretrained parameters or of the seed's."""
+    if pretrained is None:
+        params, logits = first_params(config, seed, probe)
+    else:
+        # Copies, for the steps give their state's memory away.
+        params = jax.tree.map(jnp.array, pretrained)
+        logits = jax.jit(probed, static_argnames="config")(params, config, probe)
     return State(params, optimizer.chain(config).init(params), logits)
 
 
@@ -216,3 +261,41 @@ def evaluate(config: ModelConfig, params: Any, valid: jax.Array) -> dict[str, ja
         }
 
     return jax.tree.map(lambda each: each.mean(axis=0), jax.lax.map(one, valid))
+
+
+def kept(config: ModelConfig, params: Any, pretrained: Any, valid: jax.Array) -> dict[str, Any]:
+    """What a second phase left of the first.
+
+    Args:
+      config: The model.
+      params: The parameters now.
+      pretrained: Those at the end of the first phase.
+      valid: Held-out batches of the first text, as for `evaluate`.
+
+    Returns:
+      `first_loss`, the loss on the first text; and by kernel `weight_rank` and `change_rank`,
+      `[layers]`, the effective ranks (γ = 1) of the weights and of what was added to them since,
+      over the rank that they can have; 0 while nothing was added.
+    """
+    kernels, before = map(layer_kernels, (params, pretrained))
+    return {
+        "first_loss": evaluate(config, params, valid)["valid_loss"],
+        "weight_rank": {name: rank_share(w) for name, w in kernels.items()},
+        "change_rank": {name: rank_share(w - before[name]) for name, w in kernels.items()},
+    }
+
+
+def layer_kernels(params: Any) -> dict[str, jax.Array]:
+    """Name → kernels `[layers, in, out]` of attention and MLP."""
+    return {
+        name: jnp.asarray(module["kernel"])
+        for block in ("attn", "mlp")
+        for name, module in params["layers"][block].items()
+        if "kernel" in module
+    }
+
+
+@jax.jit
+def rank_share(x: jax.Array) -> jax.Array:
+    """The effective rank of `[..., n, m]` over min(n, m)."""
+    return mc.effective_rank(x) / min(x.shape[-2:])
