@@ -38,7 +38,9 @@ def test_formulas_in_lines_in_tables_and_on_their_own():
     assert "arithmatex" not in html
 
 
-@pytest.mark.parametrize("formula", [r"\unheard{x}", r"\begin{aligned} a &= b \end{aligned}", r"\frac"])
+@pytest.mark.parametrize(
+    "formula", [r"\unheard{x}", r"\begin{aligned} a &= b \end{aligned}", r"\frac"]
+)
 def test_what_is_not_understood_stops_the_build_with_page_and_formula(formula):
     with pytest.raises(exceptions.PluginError, match=r"page\.md: the formula ") as error:
         built(f"$${formula}$$")

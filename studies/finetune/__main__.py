@@ -99,7 +99,7 @@ STUDY = Study(
                 MODEL,
                 CPU_PLAN,
                 pretraining={"Adam": 1e-2, "Muon": 2e-2},
-                rates={"Adam": (1e-3, 3e-3, 1e-2), "Muon": (2e-3, 6e-3, 2e-2)},
+                rates=dict.fromkeys(("Adam", "Muon"), (3e-3, 1e-2, 3e-2)),
                 threshold=10.0,
             ),
             seeds=5,

@@ -16,12 +16,17 @@ from studies.common.probe import numbers_of
 from studies.common.records import ASIDE
 from studies.common.rehash import compare, rehash
 from studies.common.study import main, rebuild
+from studies.decay.__main__ import STUDY as DECAY
+from studies.finetune.__main__ import STUDY as FINETUNE
 from studies.quack.__main__ import STUDY as QUACK
 from studies.rank.__main__ import STUDY as RANK
 from studies.shared_keys.__main__ import STUDY as SHARED_KEYS
 from studies.spectrum.__main__ import STUDY as SPECTRUM
 
-STUDIES = {study.folder.name: study for study in (CLIP, SHARED_KEYS, RANK, SPECTRUM, QUACK)}
+STUDIES = {
+    study.folder.name: study
+    for study in (CLIP, SHARED_KEYS, DECAY, FINETUNE, RANK, SPECTRUM, QUACK)
+}
 SIZES = [(name, size) for name, study in STUDIES.items() for size in study.grids]
 
 
@@ -215,6 +220,6 @@ def test_rank_has_the_sources_model():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_claimed_comparison_has_seeds(name):
-    grids = STUDIES[name].grids
-    assert grids["cpu"].seeds >= (2 if name == "quack" else 3)
+    grid = STUDIES[name].grids["cpu"]
+    assert grid.seeds >= (2 if name == "quack" or grid.chosen else 3) and grid.chosen_seeds >= 5
     assert Path(STUDIES[name].folder, "README.md").exists()
