@@ -1,7 +1,7 @@
 """What the sources claim, tested: `python -m studies.NAME --size smoke|cpu|gpu`.
 
 clip      QK-Clip keeps logits at a threshold, at no loss; per head, not all heads alike
-decay     logits grow linearly or faster, decay helps and costs loss, and later they fall by themselves
+decay     logits grow linearly or faster; decay helps and costs loss; later they fall
 finetune  fine-tuning with another optimizer than the pretraining's costs, by the ranks
 rank      QK-norm makes the keys of models trained with Muon collapse
 spectrum  Muon's updates have full rank, and so make singular values grow

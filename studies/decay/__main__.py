@@ -56,8 +56,8 @@ STUDY = Study(
     grids={
         "smoke": smoke(settings(TINY, rate=5e-2, threshold=0.5, steps=20, warmup=2), *SMOKE),
         "cpu": Grid(
-            Plan(steps=800, context=64, measure_every=100),
-            settings(MODEL, rate=2e-2, threshold=30.0, steps=800),
+            Plan(steps=700, context=64, measure_every=100),
+            settings(MODEL, rate=2e-2, threshold=30.0, steps=700),
             seeds=2,
             chosen=CHOSEN,
         ),

@@ -70,7 +70,7 @@ LARGE = replace(
     init_std=0.02,
     dtype="bfloat16",
 )
-CPU_PLAN = Plan(steps=150, context=64, measure_every=150, pretrain_steps=600)
+CPU_PLAN = Plan(steps=120, context=64, measure_every=120, pretrain_steps=480)
 GPU_PLAN = Plan(
     "installed_packages",
     steps=1000,
