@@ -72,9 +72,9 @@ SETTING = Setting(MODEL, Optimizer(direction="adam", learning_rate=0.01, pretrai
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "CACHE", tmp_path_factory.mktemp("cache"))
-        return training.load_text(PLAN, MODEL.vocab_size)
+    train, valid = ([FILE.replace("A", f"{side}{i}") for i in range(9)] for side in "XY")
+    corpus = data.Corpus("files", tuple(train), tuple(valid))
+    return texts.code_then_words(corpus, MODEL.vocab_size, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
