@@ -26,7 +26,7 @@ from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import orthogonality_error, orthogonalize
 from muonclip_jax._parameters.description import describe
-from muonclip_jax._parameters.routing import muon_dimension_numbers
+from muonclip_jax._parameters.routing import muon_dimension_numbers, whole_kernels
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
 from muonclip_jax._transforms.clip import ClipState, clip_by_signal
 from muonclip_jax._transforms.muon import scale_by_muon
@@ -36,7 +36,7 @@ from muonclip_jax._transforms.quack import QuackState, quack_state, scale_by_qua
 from muonclip_jax._transforms.update_rms import scale_by_update_rms
 from muonclip_jax._transforms.upgrade import upgrade_state
 from muonclip_jax.layouts import Layout, find_layout
-from muonclip_jax.recipes import muon, muon_direction, muonclip, quack
+from muonclip_jax.recipes import kimi_muonclip, muon, muon_direction, muonclip, quack
 from muonclip_jax.schedules import Schedule
 
 __all__ = [
@@ -66,10 +66,12 @@ __all__ = [
     # recipes: the chains
     "muon",
     "muonclip",
+    "kimi_muonclip",
     "quack",
     "muon_direction",
     # which parameters, which heads
     "muon_dimension_numbers",
+    "whole_kernels",
     "MatrixPattern",
     "layouts",
     "Layout",

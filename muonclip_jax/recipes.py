@@ -1,4 +1,4 @@
-"""The chains: Muon, Muon followed by QK-Clip, and Muon or another optimizer with QuacK."""
+"""The chains: Muon, Muon with QK-Clip (and as published), Muon or another optimizer with QuacK."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -50,9 +50,11 @@ def muon(
         grads ─► [ Muon: momentum → orthogonalize → shape scale | other ]
               ─► decoupled weight decay ─► learning rate
 
-    With the default `update_rms="match_adam"`, Muon's updates have Adam's size (RMS 0.2), so an
-    AdamW learning rate and weight decay carry over (Moonlight, arXiv 2502.16982). Jordan's way is
-    two rates, `mc.muon(0.02, other_learning_rate=3e-4, update_rms="jordan")`.
+    With the default `update_rms="match_adam"`, Muon's updates have Adam's size, so an AdamW
+    learning rate and weight decay carry over (Moonlight, arXiv 2502.16982). That size is an RMS of
+    0.2 where five steps bring all singular values to 1, and less for steep spectra
+    (`scale_by_update_rms` has figures). Jordan's way is two rates, `mc.muon(0.02,
+    other_learning_rate=3e-4, update_rms="jordan")`.
 
     What decays; the first line that holds decides, and `describe` shows it:
 
@@ -160,10 +162,22 @@ def muonclip(
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534): Muon, then QK-Clip.
+    """Muon, then QK-Clip, with this library's defaults; `kimi_muonclip` has the published ones.
 
         grads ─► muon ─► qk_clip ─► optax.apply_updates
         forward pass ─► sow(max_logits) ──┘
+
+    Where the defaults depart from MuonClip as published, and why:
+
+    | here | published | the reason |
+    | --- | --- | --- |
+    | each head, and each piece of a kernel, is a matrix | each kernel is | a model trains alike however its kernels are stored: fused, flat, scanned; and each head's step has its size however large the other heads' gradients are |
+    | Nesterov, `nesterov=True` | `M = μM + G` alone | as Jordan's Muon and Moonlight's code have it |
+    | five Polar Express steps in bfloat16 | msign; the report says Newton–Schulz | of five steps they are the nearest to msign on the example's momentum (docs/schedules.md) |
+
+    (Over 20 steps on a small MLA block the way ends 0.38 of itself beside the published one: 0.13
+    of it by per-head matrices, 0.40 by Nesterov. No training run has told yet what either costs or
+    gains. A study, `family`, will; until then these are choices, not findings.)
 
     Each update needs the maxima: `tx.update(grads, state, params, max_logits=intermediates)`.
     `optax.inject_hyperparams(muonclip)(1e-3, layout=layout, threshold=100.0)` makes all numbers
@@ -205,7 +219,7 @@ def muonclip(
         >>> state = optimizer.init(params)
         >>> updates, state = optimizer.update(grads, state, params, max_logits=sown)
         >>> params = optax.apply_updates(params, updates)
-    """
+    """  # noqa: E501
     return optax.chain(
         muon(
             learning_rate,
@@ -237,6 +251,104 @@ def muonclip(
     )
 
 
+def kimi_muonclip(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    layout: Layouts,
+    threshold: ArrayLike = 100.0,
+    axis_name: AxisName = None,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+    other: optax.GradientTransformation = _ADAM,
+    momentum: ArrayLike = 0.95,
+    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    weight_decay_mask: Mask | None = None,
+    rules: routing.Rules | None = None,
+    mu_dtype: DTypeLike | None = None,
+    shardings: Shardings | None = None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """MuonClip as published: the optimizer of Kimi K2, with whole kernels and without Nesterov.
+
+        M ← μ M + G
+        O ← msign(M) · 0.2 · sqrt(max(n, m))      of each kernel, n × m, whole as it is stored
+        W ← W − η (O + λ W)                       W on the right is the weight before the step
+        then, for each head whose largest logit S is above τ, with γ = τ / S:
+            its queries and its own keys (of MLA q_nope, k_nope) ← · sqrt(γ)
+            its queries of a key that heads share (of MLA q_rope) ← · γ, the shared key as it is
+
+    It is `muonclip` with these settings, and is called alike. Where each comes from:
+
+    | setting | source |
+    | --- | --- |
+    | the four lines, without Nesterov | Su Jianlin, "QK-Clip", spaces.ac.cn/archives/11126; Kimi K2, arXiv 2507.20534, Algorithm 1 |
+    | τ = 100 | both |
+    | λ = 0.1 | the Kimi K2 report, section 2.5 |
+    | μ = 0.95; Adam with b1 = 0.9, b2 = 0.95 for embeddings, unembeddings, norms, with Muon's η and λ | Moonlight's code (github.com/MoonshotAI/Moonlight; arXiv 2502.16982), on which the article builds |
+    | one matrix a kernel, all heads of it | Moonlight's code, which takes every parameter of two axes as it is stored. The other two write W as n × m, and name heads in the clip only |
+    | fused queries, keys and values as one matrix | this library's reading of the same; Kimi's models store MLA's kernels apart, so no source had to say |
+    | a key of GQA or MQA that heads share is not clipped | this library's; the article says it of MLA's shared rope key, for a reason that holds here too: the clip would hit innocent heads |
+    | five Polar Express steps in bfloat16 for msign | this library's; the report says Newton–Schulz, Moonlight's code takes five of Jordan's steps with Nesterov |
+    | what does not decay: biases, gains, norms (the table of `muon`) | this library's; Moonlight's code lets all of them decay |
+
+    How far it is from the box, given the same gradients and maxima, after 20 steps, as a share of
+    the way that each kernel went, beside a float64 transcription with an SVD for msign: 3e-7 with
+    `newton_schulz=NewtonSchulz(schedules.polar_express(12), "float32")`, and 0.3% with the default
+    schedule (small kernels, gradients with singular values 1/k; `scale_by_update_rms` says what
+    five steps do to steeper ones). `tests/recipes/published.py` is the transcription.
+
+    Args:
+      learning_rate: η, a number or an Optax schedule. Kimi K2's was 2e-4 at most.
+      layout: Where queries, keys, values and outputs are, as in `muonclip`.
+      threshold: τ of `qk_clip`.
+      axis_name: As in `qk_clip`: inside `jax.shard_map` and `jax.pmap`, the axes of the data.
+        (There is no `heads_axis_name`: kernels whose heads are spread by hand are not whole.)
+      other_learning_rate: This and all that follow are as in `muon`.
+      other: What parameters that are not Muon's get.
+      momentum: μ.
+      newton_schulz: How to orthogonalize.
+      weight_decay: λ.
+      weight_decay_mask: What decays.
+      rules: What to do with parameters by path.
+      mu_dtype: The dtype of Muon's momentum.
+      shardings: How the parameters are split over a mesh with Auto axes.
+      devices_per_matrix: How many devices make a group, which holds one matrix among them.
+
+    Raises:
+      TypeError, ValueError: As `muonclip` and `whole_kernels`.
+
+    Example:
+        >>> optimizer = mc.kimi_muonclip(2e-4, layout=layout)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(grads, state, params, max_logits=sown)
+        >>> params = optax.apply_updates(params, updates)
+        >>> rows = mc.describe(params, layout, dimension_numbers=mc.whole_kernels(layout))
+        >>> [str(row.matrices[0]) for row in rows if row.path == "attn/query/kernel"]
+        ['1 × [8, 8]']
+    """  # noqa: E501
+    return muonclip(
+        learning_rate,
+        layout=layout,
+        threshold=threshold,
+        alpha=0.5,
+        shared_keys="untouched",
+        scope="head",
+        axis_name=axis_name,
+        other_learning_rate=other_learning_rate,
+        other=other,
+        momentum=momentum,
+        nesterov=False,
+        newton_schulz=newton_schulz,
+        update_rms="match_adam",
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        dimension_numbers=routing.whole_kernels(layout, rules),
+        mu_dtype=mu_dtype,
+        shardings=shardings,
+        devices_per_matrix=devices_per_matrix,
+    )
+
+
 def quack(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -247,7 +359,7 @@ def quack(
     direction: optax.GradientTransformation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
-    scale_weight_decay: bool = False,
+    scale_weight_decay: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """QuacK (arXiv 2511.21377): Muon, or another optimizer, with query and key steps that keep
     the change of the logits as it was at initialisation.
@@ -272,7 +384,8 @@ def quack(
       weight_decay_mask: As in `muon`; None is its table, which of another direction does not know
         what it takes for matrices.
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
-        QuacK). The paper does not say; by default all weights decay alike.
+        QuacK). The paper does not say. None: with `rule="fixed"` they do, since a lower learning
+        rate multiplies the decay too; else they do not, and all weights decay alike.
 
     Raises:
       ValueError: As `muon` and `scale_by_quack`; a direction that already descends.
@@ -289,6 +402,8 @@ def quack(
         direction = muon_direction(layout=layout)
         numbers = routing.choose(None, layout, routing.EVERY_ROLE, None)
     check_ascent("direction", direction)
+    if scale_weight_decay is None:
+        scale_weight_decay = rule == "fixed"
     check_flag("scale_weight_decay", scale_weight_decay)
     factors = scale_by_quack(layout, relative_learning_rate, rule=rule, floor=floor)
     decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout)

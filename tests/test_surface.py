@@ -96,7 +96,9 @@ def test_the_packages_directory_is_its_surface():
         assert getattr(mc, name) is not None
 
 
-@pytest.mark.parametrize("recipe", [mc.muon, mc.muonclip, mc.quack], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "recipe", [mc.muon, mc.muonclip, mc.kimi_muonclip, mc.quack], ids=lambda f: f.__name__
+)
 def test_recipes_show_every_option(recipe):
     kinds = {p.kind for p in inspect.signature(recipe).parameters.values()}
     assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}

@@ -17,6 +17,9 @@ layout = mc.layouts.mha()
 mc.muon(1e-3, layout=layout, per_head=("query",))  # no role
 mc.muonclip(1e-3, layout=layout, treshold=30.0)  # no such option
 mc.muonclip(1e-3)  # where are the heads?
+mc.kimi_muonclip(1e-3, layout=layout, nesterov=True)  # the source has none
+mc.whole_kernels(layout, rules=[("*/kernel", None)])  # rules are a mapping
+mc.quack(1e-3, layout=layout, scale_weight_decay="no")  # yes, no, or as the rule has it
 mc.qk_clip(layout, scope="heads")  # no scope
 mc.muon(1e-3, newton_schulz=mc.schedules.jordan())  # a schedule is not all of it
 mc.NewtonSchulz(method="gramm")  # no method
@@ -41,6 +44,10 @@ tx: optax.GradientTransformation = mc.muonclip(
 )
 out, maxima = mc.dot_product_attention(*jax.random.normal(jax.random.key(0), (3, 2, 16, 4, 8)))
 largest: jax.Array = maxima.max()
+whole = mc.whole_kernels(layout, rules)
+mc.describe({}, layout, dimension_numbers=whole)
+published: optax.GradientTransformation = mc.kimi_muonclip(1e-3, layout=layout, rules=rules)
+mc.quack(1e-3, layout=layout, rule="fixed", scale_weight_decay=None)
 """
 
 

@@ -37,8 +37,12 @@ def orthogonalize(
 
     The result does not depend on the scale of `x`, except that entries below the smallest normal
     number may count as zero. Zero singular values stay zero, and so does a zero matrix. A NaN or
-    Inf makes its own matrix all NaN and leaves the rest of the batch alone. Differentiable; the
-    gradient is finite at zero too.
+    Inf makes its own matrix all NaN and leaves the rest of the batch alone.
+
+    The gradient is that of the polynomial, finite at zero too. It is the gradient of U Vᵀ only
+    where the schedule converges: on random 5 × 5 matrices in float32 it is within 2e-6 of that one
+    with `polar_express(12)`, and 9% to 61% away with the default, whose singular values are near 1
+    while their derivatives are not near 0.
 
     Cost: at most 2n³ + 4n²m FLOPs for each step and matrix, n ≤ m being its sides; less where
     `method` is "gram" or computes symmetric products by half. `schedules.aol()` adds 2n²m.

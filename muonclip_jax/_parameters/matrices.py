@@ -6,6 +6,7 @@ There are three ways to say how a parameter is read: a pattern in einops notatio
     q_proj [64, 32], 4 heads, per head   one view   in (heads features) -> heads in features
     the same, whole                      one view   in (heads features) -> in (heads features)
     kv_up [16, 96], 4 heads              two views  k_nope: features 0:16, v: features 16:24
+    the same as it is stored             one view   in (heads features) -> in (heads features)
 """
 
 import functools
@@ -18,7 +19,14 @@ import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
-from muonclip_jax._core.axes import MatrixPattern, View, stack_names
+from muonclip_jax._core.axes import (
+    MatrixPattern,
+    Names,
+    View,
+    is_stack,
+    names_of,
+    stack_names,
+)
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import Role, family
@@ -111,6 +119,26 @@ def spec_of_parts(parts: Sequence[Part], per_head: Collection[Role]) -> MatrixSp
     return spec
 
 
+def spec_of_kernel(parts: Sequence[Part]) -> MatrixSpec:
+    """How a parameter is read that a layout describes, when it is one matrix as it is stored.
+
+    Args:
+      parts: The pieces of it.
+
+    Raises:
+      ValueError: Pieces whose inputs (of `o`, outputs) lie along different axes.
+    """
+    kernel, shape = parts[0].kernel, parts[0].shape
+    views = [_kernel_of(part) for part in parts]
+    if len({(_axes_of(view, view.rows), _axes_of(view, view.cols)) for view in views}) > 1:
+        roles = ", ".join(part.role for part in parts)
+        raise ValueError(
+            f"{paths.show(kernel)} of shape {shape} is no one matrix: the inputs of its pieces "
+            f"({roles}) lie along different axes. Give this parameter a routing rule."
+        )
+    return MatrixSpec(kernel, shape, (views[0],), ("",))
+
+
 def split(x: jax.Array, spec: MatrixSpec, way: Way = Way()) -> list[MatrixArray]:  # noqa: B008
     """The matrices in a parameter, those of each kind together, with where they are on the mesh.
 
@@ -179,6 +207,22 @@ def _heads_together(part: Part) -> View:
     if part.role == "o":
         return replace(view, batch=batch, rows=(*heads, *view.rows))
     return replace(view, batch=batch, cols=(*heads, *view.cols))
+
+
+def _kernel_of(part: Part) -> View:
+    """All that the parameter holds as one matrix: what is no input is a column, or of `o` what is
+    no output is a row."""
+    view = part.view
+    batch = tuple(name for name in view.batch if is_stack(name))
+    fixed = view.cols if part.role == "o" else view.rows
+    others = tuple(name for name in names_of(view.axes) if name not in (*batch, *fixed))
+    rows, cols = (others, fixed) if part.role == "o" else (fixed, others)
+    return replace(view, cuts={}, batch=batch, rows=rows, cols=cols)
+
+
+def _axes_of(view: View, names: Names) -> tuple[int, ...]:
+    """The axes of the array on which these names are."""
+    return tuple(i for i, axis in enumerate(view.axes) if set(axis) & set(names))
 
 
 def _check_covered(spec: MatrixSpec, readers: str, fix: str) -> None:

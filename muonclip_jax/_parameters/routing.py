@@ -19,7 +19,12 @@ from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role, family
 from muonclip_jax._parameters import matrices
-from muonclip_jax._parameters.matrices import MatrixSpec, spec_of, spec_of_parts
+from muonclip_jax._parameters.matrices import (
+    MatrixSpec,
+    spec_of,
+    spec_of_kernel,
+    spec_of_parts,
+)
 from muonclip_jax._parameters.neighbours import MATRIX, Neighbours
 from muonclip_jax._parameters.reading import Unclear, check_all_clear, read
 
@@ -126,12 +131,57 @@ def muon_dimension_numbers(
       >>> specs["mlp"]["kernel"]
       MatrixSpec(mlp/kernel (64, 256): 1 × [64, 256])
     """
-    _check_tree(params)
     _check_options(layout, per_head, rules)
-    told: dict[Which, How] = dict((rules or {}).items())
-    near = Neighbours(params)
     if layout is None and per_head is not EVERY_ROLE:
         raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
+    return _numbers(params, rules, layout, per_head)
+
+
+def whole_kernels(layout: Layouts, rules: Rules | None = None) -> Callable[[Any], Any]:
+    """Dimension numbers by which every kernel of attention is one matrix, as it is stored.
+
+        query, key, value [in, heads, features]      1 × [in, heads*features]
+        out [heads, features, out]                   1 × [heads*features, out]
+        all three in one kernel [in, 3*heads*features]   1 × [in, 3*heads*features]
+        [heads*features, in], as in Equinox          1 × [in, heads*features]
+        MLA's wq_b, wkv_b, wkv_a                     each one, nope, rope and values together
+        any of them in scanned layers [12, ...]      12 × the same
+
+    All other parameters are read as by `muon_dimension_numbers`. This is what Moonlight's code
+    does, and `kimi_muonclip`. By default `muon` and `muonclip` take each head as a matrix, and with
+    `per_head=()` each piece of a kernel (queries, keys, values; nope, rope).
+
+    Args:
+      layout: The model's attention; several layouts as a list.
+      rules: As in `muon_dimension_numbers`. They come first.
+
+    Returns:
+      A function from the parameters to a tree like them, each leaf a `MatrixSpec` or None: what
+      `dimension_numbers=` takes in `muon`, `muonclip`, `muon_direction` and `describe`. Not for
+      kernels whose heads are spread by hand inside `jax.shard_map`, where none is whole.
+
+    Raises:
+      TypeError, ValueError: When built, what is no layout or no rules; when called, as
+        `muon_dimension_numbers`, and for a kernel whose pieces are no one matrix because their
+        inputs lie along different axes.
+
+    Example:
+      >>> numbers = mc.whole_kernels(layout)
+      >>> numbers(params)["attn"]["query"]["kernel"]
+      MatrixSpec(attn/query/kernel (8, 2, 4): 1 × [8, 8])
+      >>> optimizer = mc.muonclip(1e-3, layout=layout, dimension_numbers=numbers)
+    """
+    _check_options(layout, EVERY_ROLE, rules)
+    return partial(_numbers, rules=rules, layout=layout, per_head=None)
+
+
+def _numbers(
+    params: Any, rules: Rules | None, layout: Layouts | None, per_head: Collection[Role] | None
+) -> Any:
+    """The tree of `muon_dimension_numbers`; without `per_head`, of `whole_kernels`."""
+    _check_tree(params)
+    told: dict[Which, How] = dict((rules or {}).items())
+    near = Neighbours(params)
     described = {} if layout is None else _described(layout, params, per_head)
     deciding = _deciding_rules(told, near.shapes, paths.absent(params))
     ruled = {path: told[pattern] for path, pattern in deciding.items()}
@@ -322,14 +372,15 @@ def _glob_and_axes(which: Which) -> tuple[str, int | None]:
 
 
 def _described(
-    layout: Layouts, params: Any, per_head: Collection[Role]
+    layout: Layouts, params: Any, per_head: Collection[Role] | None
 ) -> Mapping[Path, Callable[[], MatrixSpec | None]]:
     """What the layout says of each parameter that it describes, when it is asked for."""
     every_part = [part for block in find_blocks(layout, params) for part in block.parts]
     there = {role for part in every_part for role in family(part.role)}
-    if per_head is not EVERY_ROLE and (absent := set(per_head) - there):
+    asked = () if per_head is None or per_head is EVERY_ROLE else tuple(per_head)
+    if absent := set(asked) - there:
         raise ValueError(
-            f"per_head={tuple(per_head)!r}: no attention block of the layout has the role "
+            f"per_head={asked!r}: no attention block of the layout has the role "
             f"{' or '.join(sorted(absent))}; they have {', '.join(sorted(there))}."
         )
     parts: dict[Path, list[Part]] = {}
@@ -340,7 +391,8 @@ def _described(
         else:
             parts.setdefault(part.kernel, []).append(part)
     found: dict[Path, Callable[[], MatrixSpec | None]] = dict.fromkeys(vectors, lambda: None)
-    return found | {path: partial(spec_of_parts, few, per_head) for path, few in parts.items()}
+    spec = spec_of_kernel if per_head is None else partial(spec_of_parts, per_head=per_head)
+    return found | {path: partial(spec, few) for path, few in parts.items()}
 
 
 def _routes(

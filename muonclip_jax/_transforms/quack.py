@@ -50,6 +50,7 @@ PerRole = dict[Role, jax.Array]  # role → [stack..., heads]
 PerBlock = dict[str, PerRole]  # block name → ...
 
 _PROJECTION_ROLES: set[Role] = {*QUERY_ROLES, *KEY_ROLES, *SHARED_KEY_ROLES, *LATENT_ROLES}
+_VALUE_LATENTS = {ROLES[role].behind for role in KEY_ROLES}  # which values share with the keys
 _QUERY_LATENTS = {ROLES[role].behind for role in QUERY_ROLES}  # which models may do without
 
 # Below this share of its first norm a matrix has collapsed: its next step is larger than itself,
@@ -65,7 +66,7 @@ class QuackState(NamedTuple):
         that `init` was given, `[stack..., heads]`, float32 (float64 for float64 parameters).
         Never computed again: a restored checkpoint keeps them. Empty with `rule="fixed"`.
       factors: What the last update was multiplied by, same keys and shapes;
-        `relative_learning_rate` before the first.
+        `relative_learning_rate` before the first. (With `rule="fixed"` that of kv_down is 1.)
 
     Example:
         >>> state = mc.scale_by_quack(layout).init(params)
@@ -128,7 +129,10 @@ def scale_by_quack(
       as in `"normalized_min"`. Gains are taken as they multiply: not for norms that store
       `gain - 1`. Attention
       without latents in the same model goes by the paper's rule.
-    - `"fixed"`: τ for every query and key projection, the paper's baseline; no norms.
+    - `"fixed"`: a lower learning rate for queries and keys, the paper's baseline; no norms. τ for
+      every projection on the way to a query or a key, MLA's q_down and k_rope among them. Only
+      kv_down keeps its rate, since values come from it as well: its factor is 1. (A rate multiplies
+      the decay, too: place it after `add_decayed_weights`, as `quack` does.)
 
     Where it goes: on the final direction, after Muon's or Adam's preconditioning, which would
     undo a scaled gradient, and outside `optax.partition` and `optax.masked`, which hide a matrix's
@@ -191,9 +195,6 @@ def scale_by_quack(
     gains: set[Role] = set(GAIN_ROLES) if rule == "latent_norm" else set()
     roles = _PROJECTION_ROLES | gains
 
-    def constant(blocks: Sequence[Block], tau: jax.Array) -> PerBlock:
-        return _per_part(blocks, roles, lambda part: jnp.full((*part.stack, part.heads), tau))
-
     def measure(params, blocks: Sequence[Block], floor: ArrayLike, dtype: DTypeLike) -> PerBlock:
         if rule == "fixed":
             return {}
@@ -210,7 +211,9 @@ def scale_by_quack(
             return _usable(measure(params, blocks, floor, dtype), blocks)
 
         norms = read_leaves(usable_norms, blocks, roles, params, floor)
-        return QuackState(norms, constant(blocks, jnp.asarray(relative_learning_rate, dtype)))
+        return QuackState(
+            norms, _constant(blocks, roles, rule, jnp.asarray(relative_learning_rate, dtype))
+        )
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -225,7 +228,7 @@ def scale_by_quack(
         def scale(updates, first, params, tau, floor):
             norms, tau = measure(params, blocks, floor, dtype), jnp.asarray(tau, dtype)
             factors = {name: _relative(rule, tau, norms[name], first[name]) for name in norms}
-            factors = factors or constant(blocks, tau)
+            factors = factors or _constant(blocks, roles, rule, tau)
             by_path = multipliers(blocks, factors)
             scaled = {path: _multiply(u, by_path[path]) for path, u in updates.items()}
             return scaled, QuackState(first, factors)
@@ -331,6 +334,19 @@ def _per_part(
         block.name: {part.role: fn(part) for part in block.parts if part.role in roles}
         for block in blocks
     }
+
+
+def _constant(
+    blocks: Sequence[Block], roles: Collection[Role], rule: QuackRule, tau: jax.Array
+) -> PerBlock:
+    """τ everywhere, but for what a lower rate of queries and keys leaves alone."""
+    as_it_is = _VALUE_LATENTS if rule == "fixed" else set()
+
+    def factor(part: Part) -> jax.Array:
+        value = jnp.ones_like(tau) if part.role in as_it_is else tau
+        return jnp.full((*part.stack, part.heads), value)
+
+    return _per_part(blocks, roles, factor)
 
 
 def _dtype(params: Any, blocks: Sequence[Block]) -> DTypeLike:

@@ -34,11 +34,28 @@ def scale_by_update_rms(
 
     | rule | factor | source |
     | --- | --- | --- |
-    | `"match_adam"` | `0.2 * sqrt(max(in, out))`: an update RMS of 0.2, as Adam's, so Adam's learning rate and decay carry over | Moonlight, arXiv 2502.16982; `match_rms_adamw` in torch.optim.Muon |
+    | `"match_adam"` | `0.2 * sqrt(max(in, out))`: an update RMS of 0.2, as Adam's, so Adam's learning rate and decay carry over (if all singular values are 1: below) | Moonlight, arXiv 2502.16982; `match_rms_adamw` in torch.optim.Muon |
     | `"jordan"` | `sqrt(max(1, out/in))` | K. Jordan et al. 2024; `original` in torch.optim.Muon; the default of optax.contrib.muon |
     | `"unit_rms_norm"` | `sqrt(out/in)`: unit RMS→RMS operator norm | Bernstein & Newhouse, arXiv 2409.20325; Dion, arXiv 2504.05295 |
     | `"spectral"` | `sqrt(max(in, out))` | Scion, arXiv 2502.07529; Megatron's `spectral`, often times 0.2 |
     | `"none"` | 1 | |
+
+    0.2 is exact for orthogonal updates. In general the RMS is `0.2 * sqrt(mean(σ²))`, over the
+    singular values σ of the orthogonalized matrix, as many as its shorter side. The iteration
+    brings to 1 what is not too small beside the largest; of a steep spectrum the rest stays small,
+    and zeros stay zero. Measured on `[512, 512]`:
+
+    | singular values of the momentum | five steps in bfloat16, the default | 8 in float32 | 12 in float32 |
+    | --- | --- | --- | --- |
+    | all alike; of a Gaussian matrix | 0.200; 0.199 | 0.200 | 0.200 |
+    | 1/k | 0.193 | 0.200 | 0.200 |
+    | 1/k² | 0.047 | 0.075 | 0.139 |
+    | eight, all others 0 | 0.028 | 0.025 | 0.025 = 0.2 sqrt(8/512) |
+
+    In bfloat16 more steps raise rounding errors too, which lie in directions that the momentum does
+    not have: of the eight, 0.081 after 8 steps and 0.186 after 12. Adam's RMS is a typical figure
+    itself: whoever needs the same size for every spectrum divides by the norm (CONTRIBUTING has the
+    link).
 
     Args:
       rule: One of the names above, or a function of `(in, out)`, both ints.

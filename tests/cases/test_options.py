@@ -113,6 +113,15 @@ FUNCTIONS = {
         {"learning_rate": 1e-3, "layout": LAYOUT},
         {**RECIPE, **QK_CLIP},
     ),
+    "kimi_muonclip": (
+        mc.kimi_muonclip,
+        {"learning_rate": 1e-3, "layout": LAYOUT},
+        {
+            name: wrong
+            for name, wrong in (RECIPE | CLIP).items()
+            if name in inspect.signature(mc.kimi_muonclip).parameters
+        },
+    ),
     "quack": (
         mc.quack,
         {"learning_rate": 1e-3, "layout": LAYOUT},
@@ -121,7 +130,7 @@ FUNCTIONS = {
             **QUACK,
             "direction": (["adam", 3, optax.adam], TRANSFORMATION[1]),
             **DECAY,
-            "scale_weight_decay": FLAG,
+            "scale_weight_decay": (["yes", 1.5, 1], FLAG[1]),  # None is the rule's way
         },
     ),
     "muon_direction": (mc.muon_direction, {}, DIRECTION),
@@ -179,6 +188,11 @@ FUNCTIONS = {
         mc.muon_dimension_numbers,
         {"params": PARAMS},
         {name: ROUTING[name] for name in ("layout", "per_head", "rules")},
+    ),
+    "whole_kernels": (
+        mc.whole_kernels,
+        {"layout": LAYOUT},
+        {name: ROUTING[name] for name in ("layout", "rules")},
     ),
     "NewtonSchulz": (
         mc.NewtonSchulz,

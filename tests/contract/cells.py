@@ -16,13 +16,20 @@ from tests.contract.places import ONE_DEVICE, PLACES, Place
 # What is passed over: the behaviour, the link and the place as patterns, and the reason.
 PASSED_OVER = [
     ("inject", "^scale_by_(orthogonalization|update_rms)$", "", "it has no numbers to inject"),
-    ("strict", "^muon(clip)?$", "", "optax.scale_by_adam multiplies floats with counts"),
+    ("strict", "^(kimi_)?muon(clip)?$", "", "optax.scale_by_adam multiplies floats with counts"),
     ("masked", "clip|accumulate", "", "a clip must see all parameters"),
 ]
 
 
 # Programs that take long to compile, and say what others here have said: `make contract` has them.
-_LONG_ANYWHERE = ("scale_by_muon corrected", "muon_direction", "muon", "quack", "accumulate")
+_LONG_ANYWHERE = (
+    "scale_by_muon corrected",
+    "muon_direction",
+    "muon",
+    "kimi_muonclip",
+    "quack",
+    "accumulate",
+)
 _LONG_ON_MESHES = ("scale_by_muon", "scale_by_orthogonalization", "muonclip")
 
 

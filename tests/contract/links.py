@@ -145,6 +145,14 @@ LINKS = [
         signal="max_logits",
         place=True,
     ),
+    Link(
+        "kimi_muonclip",
+        mc.kimi_muonclip,
+        {"learning_rate": 0.01, "threshold": 10.0, "weight_decay": 0.1},
+        _EXACT | _LAYOUT,
+        signal="max_logits",
+        place=True,
+    ),
     Link("qk_clip", mc.qk_clip, {"threshold": 10.0, "alpha": 0.5}, _LAYOUT, signal="max_logits"),
     Link(
         "clip_by_signal",

@@ -189,7 +189,8 @@ def test_a_factor_of_exactly_one_leaves_the_bits(compile):
         np.testing.assert_array_equal(before.view(np.uint32), np.asarray(after).view(np.uint32))
 
 
-def test_fixed_scales_all_query_and_key_projections_and_measures_nothing():
+def test_fixed_is_a_lower_rate_of_queries_and_keys_and_measures_nothing():
+    """Also of what is in front of them, but for the latent that values come from as well."""
     init, update = compiled(MLA_WITH_GAINS, rule="fixed")
     first, now, raw = models(latent, 3)
     state = init(first)
@@ -197,9 +198,11 @@ def test_fixed_scales_all_query_and_key_projections_and_measures_nothing():
     scaled, state = update(raw, state, now)
     by_hand = {role: [TAU] * len(m) for role, m in matrices(LATENT, now).items()}
     del by_hand["q_gain"], by_hand["kv_gain"]
+    by_hand["kv_down"] = [1.0] * len(by_hand["kv_down"])
     # One float32 rounding.
     chex.assert_trees_all_close(scaled, scaled_by_hand(LATENT, raw, by_hand), rtol=1e-7)
-    assert set(state.factors["attn"]) == set(by_hand)
+    for factors in (init(first).factors["attn"], state.factors["attn"]):
+        chex.assert_trees_all_close({role: list(x) for role, x in factors.items()}, by_hand)
 
 
 def test_while_the_weights_stay_the_factors_are_tau():
