@@ -1,5 +1,6 @@
 """What the sources claim, tested: `python -m studies.NAME --size smoke|cpu|gpu`.
 
+abilities QK-norm's better loss is paid for elsewhere; partial QK-norm ruins long contexts
 clip      QK-Clip keeps logits at a threshold, at no loss; per head, not all heads alike
 decay     logits grow linearly or faster; decay helps and costs loss; later they fall
 finetune  fine-tuning with another optimizer than the pretraining's costs, by the ranks

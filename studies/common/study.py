@@ -18,7 +18,7 @@ from studies.common.records import ASIDE, Json, Key, Runs
 from studies.common.training import Measure, Plan, Setting
 
 TRAIN = "studies.common.training", "train"
-Size = Literal["smoke", "cpu", "gpu", "gpu_long"]
+Size = Literal["smoke", "cpu", "cpu_long", "gpu", "gpu_long"]
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,9 @@ class Flags:
     """Trains what has no record yet, then rebuilds tables and pictures."""
 
     size: Size = "smoke"
-    """smoke takes seconds and tells nothing; cpu at most 20 minutes on two cores; gpu is as near to
-    the source's own setting as can be, and gpu_long to its second one, where it has two."""
+    """smoke takes seconds and tells nothing; cpu at most 20 minutes on two cores, and so does
+    cpu_long, which has fewer settings and more steps; gpu is as near to the source's own setting as
+    can be, and gpu_long to its second one, where it has two."""
     rebuild: bool = False
     """Train nothing: only rebuild, from the records."""
     limit: int | None = None

@@ -1,13 +1,16 @@
 """Sequences that only their own beginning can tell: copying and recall are learned from them, and
 measured on them.
 
-A repeat is a string of tokens, again and again. A recall sequence is pairs of a key and its value,
-again and again, each time in a new order. Tokens are among the first 2 × context of the
-vocabulary, so few that a small model soon knows all of them. Those of a string differ, and so do
-the keys of a sequence: one earlier token tells what follows.
+Copying: a string of different tokens, again and again; that takes two layers, one that looks at the
+token before and one that finds where it stood last. Recall: facts, each one token that stands for a
+key and a value, then questions, each one token that stands for a key, with the fact as the answer;
+that takes one layer, whose logits tell the key asked for from all others. Tokens are the first
+8 × context of the vocabulary: keys, which strings are made of too, then facts.
 """
 
 import numpy as np
+
+VALUES = 3  # of each key, of which a sequence has one
 
 
 def mixed(batches: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -15,9 +18,8 @@ def mixed(batches: np.ndarray, share: float, rng: np.random.Generator) -> np.nda
 
     Args:
       batches: int32 `[steps, batch, context + 1]`.
-      share: Of each batch; half of these sequences, rounded up, are repeats and half recall.
-      rng: What draws them: strings of 4 tokens to a quarter of the context, and 2 pairs to an
-        eighth of it, so that each sequence tells all that it can within its first quarter.
+      share: Of each batch; half of these sequences, rounded up, are to copy and half to recall.
+      rng: What draws them: strings and facts of 2 tokens to half the context.
 
     Returns:
       The same shape. A sequence of text that is kept has its place.
@@ -26,31 +28,37 @@ def mixed(batches: np.ndarray, share: float, rng: np.random.Generator) -> np.nda
     context = size - 1
     count = round(share * batch)
     half = -(-count // 2)
-    lengths = rng.integers(4, context // 4 + 1, size=steps * half)
-    pairs = rng.integers(2, context // 8 + 1, size=steps * (count - half))
-    drawn = (make(rng, n, size, context) for make, n in ((repeats, lengths), (recalls, pairs)))
-    both = [each.reshape(steps, -1, size) for each in drawn]
+    lengths = rng.integers(2, context // 2 + 1, size=steps * count)
+    to_copy = strings(rng, lengths[: steps * half], size, context)
+    to_recall = facts(rng, lengths[steps * half :], size, context)
+    both = [each.reshape(steps, -1, size) for each in (to_copy, to_recall)]
     return np.concatenate([*both, batches[:, count:]], axis=1)
 
 
-def repeats(rng: np.random.Generator, lengths: np.ndarray, size: int, context: int) -> np.ndarray:
+def strings(rng: np.random.Generator, lengths: np.ndarray, size: int, context: int) -> np.ndarray:
     """Strings of `lengths` `[n]` tokens, at most 2 × context, each again and again to int32
     `[n, size]`."""
-    strings = rng.permuted(
-        np.tile(np.arange(2 * context, dtype=np.int32), (len(lengths), 1)), axis=1
-    )
-    return np.take_along_axis(strings, np.arange(size) % lengths[:, None], axis=1)
+    tokens = shuffled(rng, len(lengths), 2 * context)
+    return np.take_along_axis(tokens, np.arange(size) % lengths[:, None], axis=1)
 
 
-def recalls(rng: np.random.Generator, pairs: np.ndarray, size: int, context: int) -> np.ndarray:
-    """`pairs` `[n]` keys, at most 2 × context, with their values, again and again to int32
-    `[n, size]`."""
-    found = [_recall(rng, each, size, 2 * context) for each in pairs]
-    return np.array(found, np.int32).reshape(len(pairs), size)
+def facts(rng: np.random.Generator, numbers: np.ndarray, size: int, context: int) -> np.ndarray:
+    """`numbers` `[n]` facts about different keys, at most 2 × context, then a question about each
+    key, in a random order, with its answer, again and again to int32 `[n, size]`."""
+    keys = shuffled(rng, len(numbers), 2 * context)
+    known = 2 * context + VALUES * keys + rng.integers(VALUES, size=keys.shape, dtype=np.int32)
+    at = np.arange(size)
+    asked = np.maximum(at - numbers[:, None], 0) // 2 % numbers[:, None]  # which, in that order
+    there = np.arange(2 * context) < numbers[:, None]
+    order = np.argsort(np.where(there, shuffled(rng, *keys.shape), 2 * context), axis=1)
+    asked = np.take_along_axis(order, asked, axis=1)
+    told = at < numbers[:, None]
+    index = np.where(told, np.minimum(at, 2 * context - 1), asked)
+    question = ~told & ((at - numbers[:, None]) % 2 == 0)
+    found = (np.take_along_axis(each, index, axis=1) for each in (keys, known))
+    return np.where(question, *found)
 
 
-def _recall(rng: np.random.Generator, pairs: int, size: int, tokens: int) -> np.ndarray:
-    keys, values = rng.permutation(tokens)[:pairs], rng.integers(tokens, size=pairs)
-    both = np.stack([keys, values], axis=1)
-    rounds = -(-size // (2 * pairs))
-    return np.concatenate([both[rng.permutation(pairs)] for _ in range(rounds)]).ravel()[:size]
+def shuffled(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
+    """Permutations of `count` numbers, int32 `[rows, count]`."""
+    return rng.permuted(np.tile(np.arange(count, dtype=np.int32), (rows, 1)), axis=1)

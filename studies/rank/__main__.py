@@ -8,20 +8,27 @@ from studies.common.model import ModelConfig
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
+from studies.rank.measures import measure
 from studies.rank.report import report
 
 # The source's model, smaller: grouped queries, squared ReLU, tied embeddings.
 MODEL = ModelConfig(layers=6, heads=4, kv_heads=2)
+REST = 0.006  # the learning rate of all that is not Muon's
+LONG = "Muon, QK-norm", "Muon"  # what the longer run on a CPU compares
 
 
 def settings(model: ModelConfig, rate: float, threshold: float) -> dict[str, Setting]:
     """Each optimizer with QK-norm and without, and Muon with what else tames logits."""
     fused, normed = replace(model, attention="fused"), replace(model, qk_norm=True)
     muon = Optimizer(
-        learning_rate=rate, update_rms="jordan", other_rate=0.5, weight_decay=0.0, warmup=0
+        learning_rate=rate,
+        update_rms="jordan",
+        other_rate=REST / rate,
+        weight_decay=0.0,
+        warmup=0,
     )
     by_head = replace(muon, direction="per_head_muon")
-    adam = replace(muon, direction="adam", learning_rate=0.5 * rate, weight_decay=0.2)
+    adam = replace(muon, direction="adam", learning_rate=REST, weight_decay=0.2)
     return {
         "Muon, QK-norm": Setting(normed, muon),
         "Muon": Setting(model, muon),
@@ -57,7 +64,13 @@ STUDY = Study(
         "smoke": smoke(
             settings(TINY, rate=0.012, threshold=1), "Muon, QK-norm", "Muon", "fused Muon"
         ),
-        "cpu": Grid(Plan(), settings(MODEL, rate=0.012, threshold=10), seeds=3),
+        "cpu": Grid(Plan(measure_every=100), settings(MODEL, rate=0.012, threshold=10), seeds=3),
+        # The source's question: does the higher rank pay in the end?
+        "cpu_long": Grid(
+            Plan(steps=1200, measure_every=200),
+            {name: settings(MODEL, rate=0.012, threshold=10)[name] for name in LONG},
+            seeds=3,
+        ),
         # The source's two runs, of 16M and 25M tokens.
         "gpu": Grid(
             Plan("installed_packages", steps=1950, batch=4, context=2048, measure_every=150),
@@ -71,6 +84,7 @@ STUDY = Study(
         ),
     },
     report=report,
+    measure=measure,
 )
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from studies.abilities.__main__ import STUDY as ABILITIES
 from studies.clip.__main__ import STUDY as CLIP
 from studies.common import records, training
 from studies.common.model import Decoder, init_params
@@ -25,7 +26,7 @@ from studies.spectrum.__main__ import STUDY as SPECTRUM
 
 STUDIES = {
     study.folder.name: study
-    for study in (CLIP, SHARED_KEYS, DECAY, FINETUNE, RANK, SPECTRUM, QUACK)
+    for study in (ABILITIES, CLIP, SHARED_KEYS, DECAY, FINETUNE, RANK, SPECTRUM, QUACK)
 }
 SIZES = [(name, size) for name, study in STUDIES.items() for size in study.grids]
 
