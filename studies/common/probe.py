@@ -24,7 +24,8 @@ def numbers_of(study, training) -> dict[str, dict]:
     Settings that differ in numbers only, such as learning rates, are one program; one of them runs.
     """
     grid = study.grids[SIZE]
-    short = {"steps": STEPS, "batch": BATCH, "context": CONTEXT, "measure_every": 4}
+    context = min(CONTEXT, grid.plan.context)  # synthetic tokens are as many as the context tells
+    short = {"steps": STEPS, "batch": BATCH, "context": context, "measure_every": 4}
     if getattr(grid.plan, "pretrain_steps", 0):  # older trees have none
         short["pretrain_steps"] = STEPS
     plan = replace(grid.plan, **short, valid_batches=1)
@@ -36,23 +37,23 @@ def numbers_of(study, training) -> dict[str, dict]:
                 {} if optimizer.threshold is None else {"threshold": 0.2}
             )  # some heads are clipped
             setting = training.Setting(model, replace(optimizer, **clip))
-            result = training.train(
-                setting, plan, tokens(model.vocab_size), seed=1, measure=study.measure
-            )
+            text = tokens(model.vocab_size, training.data, training.CACHE)
+            result = training.train(setting, plan, text, seed=1, measure=study.measure)
             by_program[program] = jax.tree.map(lambda x: np.asarray(x).tolist(), result)
             print(f"{study.folder.name}: {label}", file=sys.stderr, flush=True)
         found[label] = by_program[program]
     return found
 
 
-def tokens(vocab_size: int) -> SimpleNamespace:
+def tokens(vocab_size: int, data, cache: Path) -> SimpleNamespace:
     """Numbers that stand for a text: no tree has a text of its own."""
     rng = np.random.default_rng(0)
     train, valid = (
         (vocab_size * rng.random(n) ** 3).astype(np.int32)
         for n in (STEPS * BATCH * (CONTEXT + 1) * 2, 4 * BATCH * (CONTEXT + 1))
     )
-    text = SimpleNamespace(train=train, valid=valid)
+    tokenizer = data.load_tokenizer(("",), data.BYTE_VOCABULARY, cache)  # for other texts
+    text = SimpleNamespace(train=train, valid=valid, tokenizer=tokenizer)
     text.first = text  # of what comes before, where something does
     return text
 
