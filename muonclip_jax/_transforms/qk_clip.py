@@ -275,9 +275,13 @@ def _factors_of_heads(
     shared = block.heads > block.kv_heads or (keys_elsewhere and block.layout.shared_keys)
     if shared and untouched:
         return {part.role: gamma for part in block.queries}
+    alpha = jnp.asarray(alpha, gamma.dtype)
     grouped = gamma.reshape(*block.stack, block.kv_heads, -1)
-    kappa = grouped.min(axis=-1) ** (1 - jnp.asarray(alpha, gamma.dtype))
-    beside_kappa = (grouped / kappa[..., None]).reshape(gamma.shape)
+    smallest = grouped.min(axis=-1, keepdims=True)
+    kappa = (smallest ** (1 - alpha))[..., 0]
+    # γ/κ, and γ^α to the last bit for a group's smallest. (XLA does not make 1 of γ/γ.)
+    beside = jnp.where(grouped == smallest, 1, grouped / smallest)
+    beside_kappa = (beside * smallest**alpha).reshape(gamma.shape)
     factors: dict[Role, jax.Array] = {part.role: kappa for part in block.keys}
     for part in block.queries:
         factors[part.role] = beside_kappa if ROLES[part.role].partner in factors else gamma

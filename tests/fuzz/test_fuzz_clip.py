@@ -86,7 +86,7 @@ def test_clip_is_its_formula(rng):
         floor = max(float(kind.tiny) ** 0.5, 8 * float(kind.eps))
         wide = maxima.astype(np.float64)
         expected, gamma = factors(wide, threshold, alpha, shared_keys, scope, heads_of, floor)
-        # γ/κ is 1 only to rounding where a clipped head is the smallest of its group.
+        # In a group with another clipped head γ/κ may be 1 to rounding only.
         kept = {role: m == 1 for role, m in expected.items()}
         kept |= {"q": kept["q"] & (gamma == 1)} if "q" in kept else {}
         check_heads(storage, stack, axis, dtype, params, updates, found, expected, kept)

@@ -103,6 +103,25 @@ class ApplyTest(chex.TestCase):
         )
 
 
+@pytest.mark.parametrize("layout", [mc.layouts.mha(), mc.layouts.gqa()], ids=["MHA", "a group"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_side_without_a_share_keeps_its_bits_and_loses_nothing(alpha, layout):
+    """A factor of γ/γ that is 1 but for rounding would move float32, and seem lost in bfloat16."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = mha_params(jax.random.key(0), dtype=dtype)
+        if layout.shared_keys:
+            for leaf in ("kernel", "bias"):
+                params["attn"]["key"][leaf] = params["attn"]["key"][leaf][..., :2, :]
+                params["attn"]["value"][leaf] = params["attn"]["value"][leaf][..., :2, :]
+        sown = {"attn": {"max_logits": jnp.array([130.0, 130.0, 170.0, 170.0])}}
+        tx = qk_clip(layout, alpha=alpha, shared_keys="split")
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = tx.update(zeros, tx.init(params), params, max_logits=sown)
+        moved = {side: bool(updates["attn"][side]["kernel"].any()) for side in ("query", "key")}
+        assert moved == {"query": alpha > 0, "key": alpha < 1}
+        assert int(state.heads_clipped) == 4 and int(state.lost_heads) == 0
+
+
 def test_mla_table():
     """q_nope √γ, q_rope γ, k_nope √γ, and not a bit of v or of the shared rotary key."""
     nope, rope, v, heads, rank = 4, 2, 3, 2, 5
