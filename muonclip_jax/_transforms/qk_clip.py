@@ -278,11 +278,10 @@ def _factors_of_heads(
     alpha = jnp.asarray(alpha, gamma.dtype)
     grouped = gamma.reshape(*block.stack, block.kv_heads, -1)
     smallest = grouped.min(axis=-1, keepdims=True)
-    kappa = (smallest ** (1 - alpha))[..., 0]
-    # γ/κ, and γ^α to the last bit for a group's smallest. (XLA does not make 1 of γ/γ.)
-    beside = jnp.where(grouped == smallest, 1, grouped / smallest)
-    beside_kappa = (beside * smallest**alpha).reshape(gamma.shape)
-    factors: dict[Role, jax.Array] = {part.role: kappa for part in block.keys}
+    kappa = smallest ** (1 - alpha)
+    # γ/κ; of the smallest γ to the last bit, since XLA does not make 1 of γ/γ.
+    beside = jnp.where(grouped == smallest, smallest**alpha, grouped / kappa).reshape(gamma.shape)
+    factors: dict[Role, jax.Array] = {part.role: kappa[..., 0] for part in block.keys}
     for part in block.queries:
-        factors[part.role] = beside_kappa if ROLES[part.role].partner in factors else gamma
+        factors[part.role] = beside if ROLES[part.role].partner in factors else gamma
     return factors
