@@ -70,6 +70,13 @@ LARGE = replace(
     init_std=0.02,
     dtype="bfloat16",
 )
+# The two rates of which one is every pair's best in a first look; the least one is far from it.
+CHOSEN = [
+    f"{first} → {then}, {rate:g}"
+    for first in ("Adam", "Muon")
+    for then in ("Adam", "Muon", "MuonClip", "per-head Muon")
+    for rate in (1e-2, 3e-2)
+]
 CPU_PLAN = Plan(steps=120, context=64, measure_every=120, pretrain_steps=480)
 GPU_PLAN = Plan(
     "installed_packages",
@@ -102,7 +109,8 @@ STUDY = Study(
                 rates=dict.fromkeys(("Adam", "Muon"), (3e-3, 1e-2, 3e-2)),
                 threshold=10.0,
             ),
-            seeds=5,
+            seeds=2,
+            chosen=CHOSEN,
         ),
         "gpu": Grid(
             GPU_PLAN,

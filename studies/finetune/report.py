@@ -21,8 +21,7 @@ def report(runs: Runs, _aside: Json | None, folder: Path) -> str:
     drawn = folder / "tuning.png"
     with pictures.picture(drawn, 3) as (tuning, weights, change):
         bands = {
-            ARROW.join(pair): (list(found), np.array([each_loss(s) for s in found.values()]).T)
-            for pair, found in rates.items()
+            ARROW.join(pair): (list(found), loss_by_rate(found)) for pair, found in rates.items()
         }
         pictures.lines(tuning, bands, of=bands)
         tuning.set(xlabel="learning rate of the second phase", ylabel="loss on words", xscale="log")
@@ -52,9 +51,17 @@ def by_pair(runs: Runs) -> Rates:
 
 
 def best_rate(found: Mapping[float, list[Json]]) -> float:
-    """The rate with the least mean loss on the second text; none that ever diverged."""
-    means = {rate: np.mean(each_loss(seeds)) for rate, seeds in found.items()}
+    """The rate with the least mean loss on the second text, over the seeds that all rates have;
+    none that diverged in one of these."""
+    means = dict(zip(found, loss_by_rate(found).mean(axis=0), strict=True))
     return min(means, key=lambda rate: means[rate] if np.isfinite(means[rate]) else np.inf)
+
+
+def loss_by_rate(found: Mapping[float, list[Json]]) -> np.ndarray:
+    """The losses of the seeds that all rates have, `[seeds, rates]`; these come first."""
+    losses = [each_loss(seeds) for seeds in found.values()]
+    fewest = min(map(len, losses))
+    return np.array([each[:fewest] for each in losses]).T
 
 
 def tuning_table(rates: Rates) -> str:

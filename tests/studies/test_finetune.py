@@ -184,6 +184,8 @@ def test_the_best_rate_is_of_the_mean_and_never_diverged():
         0.3: [record(1.0), record(None, 1)],
     }
     assert report.best_rate(found) == 0.2
+    more = {**found, 0.3: [record(2.5), record(3.0, 1)], 0.1: [*found[0.1], record(0.0, 2)]}
+    assert report.best_rate(more) == 0.2  # of the seeds that all rates have
     text = report.tuning_table({("Adam", "Muon"): found})
     assert "0.2: **2.750 ± 1.061**" in text and "0.1: 3.000 ± 0.000 |" in text
     assert text.endswith("|  |")  # not at the grid's edge
