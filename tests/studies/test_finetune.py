@@ -208,6 +208,8 @@ def test_the_mismatch_is_paired_over_seeds():
     assert "after Muon: Adam less Muon | +0.600" in lines[4]
     assert "after Adam: MuonClip less Muon | -0.200" in lines[5]
     assert "+0.000 [+0.000, +0.000] (3 seeds): no difference told" in lines[6]
+    half = {pair: best[pair] for pair in (("Adam", "Adam"), ("Adam", "Muon"))}
+    assert report.differences(half).splitlines()[2:] == [lines[3]]  # of half a grid
     summary = report.summary(best).splitlines()[2]
     assert (
         "| 0.600 ± 0.000 | 0.600 ± 0.000 | 0.300 ± 0.000 | 4.0 ± 0.0 | 4.0 ± 0.0 | 3.0" in summary
