@@ -52,7 +52,7 @@ class Settings:
     """quack is Muon with QuacK; the names with clip are followed by QK-Clip."""
     per_head: bool = False
     """Muon orthogonalizes the query, key, value and output of each head separately; without it
-    whole kernels, as in Kimi K2."""
+    whole kernels, as Moonlight's code takes them."""
     relative_learning_rate: float = 1.0
     """QuacK's τ: the learning rate of queries and keys, relative to the others'."""
     learning_rate: float = 1e-2

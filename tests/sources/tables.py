@@ -1,12 +1,13 @@
 """Tables of the documentation, read by the tests that recompute them."""
 
 import pathlib
+import re
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
 def tables(page: str) -> list[list[dict[str, str]]]:
