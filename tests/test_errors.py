@@ -498,6 +498,31 @@ MISTAKES = [
         ["mask", "boolean", "float32", "mask.astype(bool)"],
     ),
     (
+        "segments of another length",
+        lambda: attention(segment_ids=jnp.zeros((1, 4), int)),
+        ["segment_ids of the queries (1, 4)", "[..., T] = (1, 3)", "(the queries', the keys')"],
+    ),
+    (
+        "segments as a mask",
+        lambda: attention(segment_ids=jnp.ones((1, 3), bool)),
+        ["segment_ids", "whole numbers", "bool", "`mask`"],
+    ),
+    (
+        "lengths of positions",
+        lambda: attention(key_value_seq_lengths=jnp.ones((1, 3), int)),
+        ["key_value_seq_lengths (1, 3)", "batch axes (1,)", "one length for each entry"],
+    ),
+    (
+        "sinks of key heads",
+        lambda: attention(key=(1, 3, 2, 2), value=(1, 3, 2, 2), sinks=jnp.zeros(2)),
+        ["sinks", "[N] = (4,)", "query head", "(2,)"],
+    ),
+    (
+        "sinks in a kernel without them",
+        lambda: attention(sinks=jnp.zeros(4), implementation="logsumexp"),
+        ["logsumexp attention does not support sinks", '"chunked"', '"auto"'],
+    ),
+    (
         "soft cap zero",
         lambda: attention(soft_cap=0.0),
         ["soft_cap must be", "above 0", "found 0.0"],

@@ -23,8 +23,12 @@ def dot_product_attention(
     *,
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
     implementation: Implementation = "auto",
     chunk_size: int | None = None,
     dropout_rng: jax.Array | None = None,
@@ -36,13 +40,14 @@ def dot_product_attention(
     """Computes attention, and for each query head the largest logit that entered its softmax.
 
     The output is `softmax(soft_cap(scale · q kᵀ) + bias) v` over the visible keys. Apply rotary
-    embeddings before. Position j is visible to query i when the mask, `is_causal` (j ≤ i) and the
-    window (i − left ≤ j ≤ i + right) all allow it. A query that sees nothing gives zeros.
+    embeddings before. Position j is visible to query i when all of these allow it: the mask,
+    `is_causal` (j ≤ i), the window (i − left ≤ j ≤ i + right), the segments (equal numbers) and the
+    lengths. A query that sees nothing gives zeros. `sinks` add a logit to each row of the softmax.
 
     The maxima are of `scale · q kᵀ`, the only part that scaling the kernels of q and k
-    scales: the soft cap and the bias come after. They are what QK-Clip compares with its
-    threshold, and carry no gradient. What the mask or the bias hides from the softmax does not
-    count (see `bias`).
+    scales: the soft cap, the bias and the sinks come after. They are what QK-Clip compares with
+    its threshold, and carry no gradient. What is hidden from the softmax, by whatever option, does
+    not count (for a bias see there).
 
     Flax's attention modules call `attention_fn` instead, which is made of this function.
 
@@ -66,9 +71,10 @@ def dot_product_attention(
     Cost of `"chunked"`: T·S·N·(H + V) multiply-adds forward and 2.5 times that backward, less the
     tiles hidden by `is_causal` (half of them) or the window; the maxima are a by-product. Memory
     is linear in T + S, besides the caller's own mask and bias: one tile is
-    `[..., N, chunk_size, chunk_size]`. Reverse-mode only: `jax.jvp` and `jax.hessian` raise.
-    Inside `jax.shard_map`, query, key and value must vary over the same mesh axes
-    (`jax.lax.pcast`).
+    `[..., N, chunk_size, chunk_size]`. Segments and lengths are compared within a tile; no [T, S]
+    mask is made of them, and no tile is left out for them. Reverse-mode only: `jax.jvp` and
+    `jax.hessian` raise. Inside `jax.shard_map`, query, key, value and sinks must vary over the same
+    mesh axes (`jax.lax.pcast`).
 
     Args:
       query: `[..., T, N, H]`, any number of leading batch axes.
@@ -84,8 +90,20 @@ def dot_product_attention(
       mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends.
       is_causal: query i sees keys 0 … i.
       local_window_size: `(left, right)` or one int for both, as `jax.nn.dot_product_attention`.
+      segment_ids: whole numbers that say to which of several packed sequences a position belongs,
+        broadcastable to `[..., T]`, or `(the queries' [..., T], the keys' [..., S])` (splash's
+        `SegmentIds` is such a tuple). A query sees the keys of its own number, whatever the number:
+        padding that has one, MaxText's 0, sees itself and counts. To leave it out, add
+        `mask=(segment_ids > 0)[:, None, None, :]`.
+      query_seq_lengths: whole numbers, one for each batch entry; queries from there on are padding
+        and see nothing. Above T: all see.
+      key_value_seq_lengths: the same for the keys, which nobody sees from there on.
       scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
       soft_cap: c in `c · tanh(logits / c)` (Gemma 2, arXiv 2408.00118).
+      sinks: a logit for each query head, `[N]`, that is in every row of the softmax, takes weight
+        and has no value, or the value 0 (gpt-oss, arXiv 2508.10925; where it is learned). It is
+        neither scaled nor capped nor dropped out, and never counts in the maxima: it does not
+        depend on q and k, so scaling their kernels could not lower it.
       implementation: see above.
       chunk_size: the largest number of queries and of keys in a tile of the chunked form, which
         it asks for; by default 128 to 512, the fewer the more batch entries and heads there are.
@@ -122,8 +140,6 @@ def dot_product_attention(
     out_dtype = query.dtype if dtype is None else compute_dtype
     if bias is not None:
         bias = arguments.per_weight("bias", arguments.floating("bias", bias), query, key)
-    if mask is not None:
-        mask = arguments.per_weight("mask", arguments.boolean(mask), query, key)
     dropout_rate = arguments.checked_dropout_rate(dropout_rate)
     if dropout_rate and dropout_rng is None:
         raise ValueError(
@@ -134,8 +150,11 @@ def dot_product_attention(
         query=query.astype(compute_dtype),
         key=key.astype(compute_dtype),
         value=value.astype(compute_dtype),
+        visible=arguments.visibility(
+            query, key, mask, segment_ids, query_seq_lengths, key_value_seq_lengths
+        ),
         bias=bias,
-        mask=mask,
+        sinks=None if sinks is None else arguments.per_head(sinks, query),
         is_causal=is_causal,
         window=arguments.window(local_window_size),
         scale=arguments.logit_scale(scale, query),

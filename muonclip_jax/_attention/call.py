@@ -8,7 +8,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,27 @@ from jax.typing import ArrayLike, DTypeLike
 from muonclip_jax._core.options import as_dtype, check_flag
 
 
+class Visibility(NamedTuple):
+    """What arrays say on which query sees which key, of full rank, their broadcast axes 1."""
+
+    mask: jax.Array | None = None  # bool [..., N, T, S]; None: no objection, as of the others
+    query_segments: jax.Array | None = None  # whole numbers [..., 1, T, 1]
+    key_segments: jax.Array | None = None  # [..., 1, 1, S]
+    query_lengths: jax.Array | None = None  # [..., 1, 1, 1]
+    key_lengths: jax.Array | None = None  # the same
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Operands of one floating dtype; `bias` and `mask` of full rank, their broadcast axes 1."""
+    """Operands of one floating dtype; `bias` and `sinks` of full rank, broadcast axes 1."""
 
     query: jax.Array  # [..., T, N, H]
     key: jax.Array  # [..., S, K, H]
     value: jax.Array  # [..., S, K, V]; V is 0 where only the maxima are wanted
     scale: float
-    mask: jax.Array | None = None  # [..., N, T, S], any of them 1; None: all visible
-    bias: jax.Array | None = None  # the same
+    visible: Visibility = dataclasses.field(default_factory=Visibility)
+    bias: jax.Array | None = None  # [..., N, T, S]
+    sinks: jax.Array | None = None  # [1..., N, 1, 1]
     is_causal: bool = False
     window: tuple[int, int] | None = None  # (left, right)
     soft_cap: float | None = None
@@ -108,15 +119,88 @@ def per_weight(name: str, x: jax.Array, query: jax.Array, key: jax.Array) -> jax
     """A mask or bias with as many axes as the weights, `[..., N, T, S]`."""
     *batch, length, heads, _ = query.shape
     weights_shape = (*batch, heads, length, key.shape[-3])
-    full = x.reshape((1,) * (len(weights_shape) - x.ndim) + x.shape)
-    if full.ndim != len(weights_shape) or any(
-        n not in (1, wanted) for n, wanted in zip(full.shape, weights_shape, strict=True)
-    ):
+    return _full_rank(
+        name,
+        x,
+        weights_shape,
+        f"[..., N, T, S] = {weights_shape}. One row of keys per batch entry, [batch, S], becomes "
+        f"{name}[:, None, None, :]; [batch, T, S] becomes {name}[:, None].",
+    )
+
+
+def visibility(
+    query: jax.Array,
+    key: jax.Array,
+    mask: ArrayLike | None,
+    segment_ids: Any,
+    query_seq_lengths: ArrayLike | None,
+    key_value_seq_lengths: ArrayLike | None,
+) -> Visibility:
+    query_segments, key_segments = _segments(segment_ids, query, key)
+    return Visibility(
+        None if mask is None else per_weight("mask", boolean(mask), query, key),
+        query_segments,
+        key_segments,
+        _lengths("query_seq_lengths", query_seq_lengths, query),
+        _lengths("key_value_seq_lengths", key_value_seq_lengths, query),
+    )
+
+
+def _segments(segment_ids: Any, query: jax.Array, key: jax.Array):
+    if segment_ids is None:
+        return None, None
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,) * 2
+    if len(pair) != 2:
         raise ValueError(
-            f"{name} {x.shape} does not broadcast to [..., N, T, S] = {weights_shape}. "
-            f"One row of keys per batch entry, [batch, S], becomes {name}[:, None, None, :]; "
-            f"[batch, T, S] becomes {name}[:, None]."
+            "segment_ids must be one array for queries and keys or (the queries', the keys'), "
+            f"found a tuple of {len(pair)}."
         )
+    sides = ((pair[0], "queries", "T", query), (pair[1], "keys", "S", key))
+    of_queries, of_keys = (
+        _full_rank(
+            f"segment_ids of the {whose}",
+            _whole("segment_ids", ids),
+            shape := (*operand.shape[:-3], operand.shape[-3]),
+            f"[..., {axis}] = {shape}. Queries and keys of several lengths, or sequences, take "
+            "segment_ids=(the queries', the keys').",
+        )
+        for ids, whose, axis, operand in sides
+    )
+    return of_queries[..., None, :, None], of_keys[..., None, None, :]
+
+
+def _lengths(name: str, lengths: ArrayLike | None, query: jax.Array) -> jax.Array | None:
+    if lengths is None:
+        return None
+    batch = query.shape[:-3]
+    wanted = f"the batch axes {batch} of the query: one length for each entry."
+    return _full_rank(name, _whole(name, lengths), batch, wanted)[..., None, None, None]
+
+
+def _whole(name: str, x: ArrayLike) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        hint = " (what is True where a query attends goes to `mask`)" if x.dtype == bool else ""
+        raise TypeError(f"{name} must be whole numbers, such as int32, found {x.dtype}{hint}.")
+    return x
+
+
+def per_head(sinks: ArrayLike, query: jax.Array) -> jax.Array:
+    """`[N]` with as many axes as the weights."""
+    sinks, heads = floating("sinks", sinks), query.shape[-2]
+    if sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks must be [N] = ({heads},), one logit for each query head, found {sinks.shape}."
+        )
+    return sinks.reshape((1,) * (query.ndim - 3) + (heads, 1, 1))
+
+
+def _full_rank(name: str, x: jax.Array, shape: tuple[int, ...], wanted: str) -> jax.Array:
+    full = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
+    if full.ndim != len(shape) or any(
+        n not in (1, size) for n, size in zip(full.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{name} {x.shape} does not broadcast to {wanted}")
     return full
 
 

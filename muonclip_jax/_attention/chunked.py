@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from muonclip_jax._attention.call import Call
+from muonclip_jax._attention.call import Call, Visibility
 from muonclip_jax._attention.tiles import (
     Operands,
+    Tile,
     Tiling,
     counted,
     cut,
@@ -41,7 +42,7 @@ def _softmax_logits(tiling: Tiling, raw: jax.Array, bias: jax.Array | None, mask
     return hide(logits if bias is None else logits + bias, mask)
 
 
-def _dropout(tiling: Tiling, tile: Operands, shape: tuple[int, ...]) -> jax.Array | float:
+def _dropout(tiling: Tiling, tile: Tile, shape: tuple[int, ...]) -> jax.Array | float:
     """The factor on a tile's probabilities, the same in both passes."""
     if tile.dropout_rng is None:
         return 1.0
@@ -97,13 +98,25 @@ def _forward(tiling: Tiling, x: Operands):
         top=None if tiling.soft_cap is None and x.bias is None else zero - jnp.inf,
     )
     rows, _ = lax.scan(step, nothing, tiling.tiles())
-    inverse = jnp.where(rows.total == 0, 0, 1 / rows.total)
-    out = (rows.out * inverse).astype(x.value.dtype)
     top = rows.peak if rows.top is None else rows.top
     # The row maximum may drop a NaN (see `largest`); the sum of the same row keeps it.
     top = jnp.where(jnp.isnan(rows.total) & (top < jnp.inf), jnp.nan, top)
+    rows = _with_sinks(rows, x.sinks)
+    inverse = jnp.where(rows.total == 0, 0, 1 / rows.total)
+    out = (rows.out * inverse).astype(x.value.dtype)
     max_logits = largest(top, (*range(top.ndim - 4), -2, -1))
     return (out, max_logits), _Residuals(x, out, _shift(rows.peak), inverse)
+
+
+def _with_sinks(rows: _Rows, sinks: jax.Array | None) -> _Rows:
+    """One more logit in each row, whose value is 0. After the maxima: it is not of q and k."""
+    if sinks is None:
+        return rows
+    sinks = sinks.astype(rows.peak.dtype)
+    peak = jnp.maximum(rows.peak, sinks)
+    decay = jnp.exp(rows.peak - _shift(peak))
+    total = rows.total * decay + _exp(sinks, _shift(peak))
+    return rows._replace(out=rows.out * decay, total=total, peak=peak)
 
 
 def _highest(seen: jax.Array, logits: jax.Array) -> jax.Array:
@@ -159,14 +172,28 @@ def _backward(tiling: Tiling, saved: _Residuals, cotangents) -> tuple[Operands]:
             bias=_add_tile(tiling, grads.bias, d_bias, *ij),
         ), None
 
-    differentiable = x._replace(mask=None, dropout_rng=None)
-    zeros = jax.tree.map(lambda v: jnp.zeros_like(v, accumulated), differentiable)
+    differentiable = x._replace(visible=Visibility(), dropout_rng=None)
+    zeros = jax.tree.map(
+        lambda v: jnp.zeros_like(v, accumulated), differentiable._replace(sinks=None)
+    )
     zeros = zeros._replace(key=zeros.key.mT, value=zeros.value.mT)
     grads, _ = lax.scan(step, zeros, tiling.tiles())
     grads = grads._replace(
-        query=tiling.scale * grads.query, key=tiling.scale * grads.key.mT, value=grads.value.mT
+        query=tiling.scale * grads.query,
+        key=tiling.scale * grads.key.mT,
+        value=grads.value.mT,
+        sinks=_sinks_gradient(saved, slope),
     )
     return (jax.tree.map(lambda g, v: g.astype(v.dtype), grads, differentiable),)
+
+
+def _sinks_gradient(saved: _Residuals, slope: jax.Array) -> jax.Array | None:
+    """That of a logit whose value is 0: its probability times what the row gains without it."""
+    if (sinks := saved.operands.sinks) is None:
+        return None
+    weights = _exp(sinks.astype(saved.shift.dtype), saved.shift) * saved.inverse
+    batch, rows = range(sinks.ndim - 4), -2
+    return -jnp.sum(weights * slope, (*batch, rows), keepdims=True)
 
 
 def _add_tile(tiling: Tiling, x: jax.Array | None, tile: jax.Array | None, i, j):

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from muonclip_jax._attention.call import Call, Unsupported
+from muonclip_jax._attention.call import Call, Unsupported, Visibility
 from muonclip_jax._attention.residuals import max_logits_bound, sees
 
 
@@ -21,6 +21,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     _check(call)
     *batch, _, _, _ = call.query.shape
     flat = _one_batch_axis(call)
+    mask = flat.visible.mask
     half = jnp.finfo(call.query.dtype).bits == 16
     kernel: Literal["cudnn", "xla"] = "xla"
     if half and jax.default_backend() == "gpu":
@@ -30,9 +31,11 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
         flat.key,
         flat.value,
         # JAX 0.8 ignores a window that comes without a mask.
-        mask=jnp.ones((1, 1, 1, 1), bool) if flat.mask is None and flat.window else flat.mask,
+        mask=jnp.ones((1, 1, 1, 1), bool) if mask is None and flat.window else mask,
         scale=flat.scale,
         is_causal=flat.is_causal,
+        query_seq_lengths=flat.visible.query_lengths,
+        key_value_seq_lengths=flat.visible.key_lengths,
         local_window_size=flat.window,
         implementation=kernel,
         return_residual=True,
@@ -45,13 +48,18 @@ def _one_batch_axis(call: Call) -> Call:
     def flatten(x):
         return x.reshape(-1, *x.shape[-3:])
 
-    mask = call.mask
-    if mask is not None and any(n != 1 for n in mask.shape[:-3]):
-        mask = flatten(jnp.broadcast_to(mask, (*call.query.shape[:-3], *mask.shape[-3:])))
-    elif mask is not None:
-        mask = flatten(mask)
+    def broadcast(x):
+        return flatten(jnp.broadcast_to(x, (*call.query.shape[:-3], *x.shape[-3:])))
+
+    mask = call.visible.mask
+    if mask is not None:
+        mask = (flatten if all(n == 1 for n in mask.shape[:-3]) else broadcast)(mask)
+    lengths = (call.visible.query_lengths, call.visible.key_lengths)
+    lengths = jax.tree.map(lambda x: broadcast(x).astype(jnp.int32).reshape(-1), lengths)
     query, key, value = map(flatten, (call.query, call.key, call.value))
-    return dataclasses.replace(call, query=query, key=key, value=value, mask=mask)
+    return dataclasses.replace(
+        call, query=query, key=key, value=value, visible=Visibility(mask, None, None, *lengths)
+    )
 
 
 def _check(call: Call) -> None:
@@ -60,6 +68,9 @@ def _check(call: Call) -> None:
         "a bias: its logsumexp comes after it (to hide positions, use a mask)": call.bias
         is not None,
         "soft_cap": call.soft_cap is not None,
+        "sinks": call.sinks is not None,
+        "segment_ids (a mask [batch, 1, T, S] says the same)": call.visible.query_segments
+        is not None,
         "dropout": call.dropout_rng is not None,
         "chunk_size": call.chunk_size is not None,
         "precision (set jax.default_matmul_precision)": call.precision is not None,

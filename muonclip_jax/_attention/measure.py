@@ -19,6 +19,9 @@ def measure_max_logits(
     *,
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
     scale: float | None = None,
     examples: int | None = None,
     every: int = 1,
@@ -30,8 +33,8 @@ def measure_max_logits(
     """Measures each query head's largest logit, beside any attention that computes the output.
 
     The maxima are what `dot_product_attention` would report: of `scale · q kᵀ` over the visible
-    pairs, before a soft cap and a bias. Positions that your attention hides by a bias must be
-    hidden by the mask here. No [T, S] buffer is formed and nothing is kept for a backward pass.
+    pairs, before a soft cap, a bias and sinks. Positions that your attention hides by a bias must
+    be hidden by the mask here. No [T, S] buffer is formed and nothing is kept for a backward pass.
 
     Cost: T·S·N·H multiply-adds, less the hidden tiles, where attention with values of the same
     size takes 7 times as many, forward and backward. `examples` and `every` divide it, for a
@@ -56,6 +59,7 @@ def measure_max_logits(
       mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends.
       is_causal: query i sees keys 0 … i.
       local_window_size: `(left, right)` or one int for both, as `dot_product_attention`.
+      segment_ids, query_seq_lengths, key_value_seq_lengths: as `dot_product_attention`.
       scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
       examples: entries of the first axis to measure, all by default. On a mesh that splits this
         axis they are those of the first devices; inside `jax.shard_map`, each device takes its
@@ -87,16 +91,18 @@ def measure_max_logits(
     step = _step(step, every)
     dtype = arguments.compute_dtype(dtype, query, key)
     query, key = (lax.stop_gradient(x.astype(dtype)) for x in (query, key))
-    if mask is not None:
-        mask = arguments.per_weight("mask", arguments.boolean(mask), query, key)
+    visible = arguments.visibility(
+        query, key, mask, segment_ids, query_seq_lengths, key_value_seq_lengths
+    )
     if examples is not None:
-        query, key, mask = _first(arguments.integer("examples", examples, 1), query, key, mask)
+        examples = arguments.integer("examples", examples, at_least=1)
+        query, key, visible = _first(examples, query, key, visible)
     tiling, operands = cut(
         arguments.Call(
             query=query,
             key=key,
             value=jnp.zeros((*key.shape[:-1], 0), dtype),
-            mask=mask,
+            visible=visible,
             is_causal=is_causal,
             window=arguments.window(local_window_size),
             scale=arguments.logit_scale(scale, query),
@@ -130,16 +136,15 @@ def _step(step: ArrayLike | None, every: int) -> jax.Array:
     return jnp.asarray(step)
 
 
-def _first(count: int, query: jax.Array, key: jax.Array, mask: jax.Array | None):
+def _first(count: int, query: jax.Array, key: jax.Array, visible: arguments.Visibility):
     """The first entries of the first batch axis."""
     if query.ndim < 4 or count > query.shape[0]:
         raise ValueError(
             f"examples={count} must be at most the size of the first axis of query "
             f"[batch, ..., T, N, H], found {query.shape}."
         )
-    if mask is not None and mask.shape[0] > 1:
-        mask = mask[:count]
-    return query[:count], key[:count], mask
+    visible = jax.tree.map(lambda x: x[:count], visible)  # 1 of 1 where it is broadcast
+    return query[:count], key[:count], visible
 
 
 def _highest(tiling: Tiling, x: Operands, nothing: jax.Array) -> jax.Array:

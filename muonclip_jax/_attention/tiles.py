@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muonclip_jax._attention.call import Call
+from muonclip_jax._attention.call import Call, Visibility
 from muonclip_jax._core.dtypes import accumulation_dtype
 
 # Logits in a tile, unless the caller says: in float32 8 MB, which a CPU's cache holds; and how long
@@ -108,7 +108,19 @@ class Operands(NamedTuple):
     key: jax.Array  # [..., K, S, H]
     value: jax.Array  # [..., K, S, V]
     bias: jax.Array | None  # [..., K, G, T, S], any of them 1
-    mask: jax.Array | None  # the same; None: all visible
+    sinks: jax.Array | None  # [1..., K, G, 1, 1]
+    visible: Visibility  # the two head axes in the place of one
+    dropout_rng: jax.Array | None
+
+
+class Tile(NamedTuple):
+    """The operands of one query chunk and one key chunk."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    mask: jax.Array | None  # all that is known of visibility; None: all visible
     dropout_rng: jax.Array | None
 
 
@@ -133,10 +145,11 @@ def cut(call: Call) -> tuple[Tiling, Operands]:
         precision=call.precision,
     )
     query, key, value = (jnp.moveaxis(x, -3, -2) for x in (call.query, call.key, call.value))
-    query, bias, mask = jax.tree.map(  # None stays None
-        lambda x: _per_group(x, kv_heads=key.shape[-3]), (query, call.bias, call.mask)
+    query, bias, sinks, visible = jax.tree.map(  # None stays None
+        lambda x: _per_group(x, kv_heads=key.shape[-3]),
+        (query, call.bias, call.sinks, call.visible),
     )
-    return tiling, Operands(query, key, value, bias, mask, call.dropout_rng)
+    return tiling, Operands(query, key, value, bias, sinks, visible, call.dropout_rng)
 
 
 def _chunk_size(heads: int) -> int:
@@ -153,19 +166,17 @@ def _per_group(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(*batch, *heads, rows, columns)
 
 
-def tile_of(tiling: Tiling, x: Operands, i, j) -> Operands:
-    """The operands of query chunk i and key chunk j; the mask says all about visibility."""
-    bias, mask = (
-        None if v is None else lax.dynamic_slice(v, *tile_bounds(tiling, v, i, j))
-        for v in (x.bias, x.mask)
+def tile_of(tiling: Tiling, x: Operands, i, j) -> Tile:
+    bias, visible = jax.tree.map(
+        lambda v: lax.dynamic_slice(v, *tile_bounds(tiling, v, i, j)), (x.bias, x.visible)
     )
     rng = x.dropout_rng
-    return Operands(
+    return Tile(
         query=tiling.queries.take(x.query, i),
         key=tiling.keys.take(x.key, j),
         value=tiling.keys.take(x.value, j),
         bias=None if bias is None else bias.astype(accumulation_dtype(x.query.dtype)),
-        mask=_visible(tiling, x.query.ndim, bias, mask, i, j),
+        mask=_visible(tiling, x.query.ndim, bias, visible, i, j),
         dropout_rng=None if rng is None else jax.random.fold_in(rng, i * tiling.keys.count + j),
     )
 
@@ -180,7 +191,7 @@ def tile_bounds(tiling: Tiling, x: jax.Array, i, j) -> tuple[list[Any], list[int
     return starts, sizes
 
 
-def _visible(tiling: Tiling, axes: int, bias, mask, i, j) -> jax.Array | None:
+def _visible(tiling: Tiling, axes: int, bias, x: Visibility, i, j) -> jax.Array | None:
     # As many axes as the logits have: NumPy's rank promotion can be forbidden.
     rows = jnp.expand_dims(tiling.queries.positions(i), (*range(axes - 2), axes - 1))
     columns = jnp.expand_dims(tiling.keys.positions(j), tuple(range(axes - 1)))
@@ -193,14 +204,20 @@ def _visible(tiling: Tiling, axes: int, bias, mask, i, j) -> jax.Array | None:
         conditions.append(columns <= rows + tiling.right)
     if tiling.left is not None:
         conditions.append(columns >= rows - tiling.left)
-    if mask is not None:
-        conditions.append(mask)
+    if x.mask is not None:
+        conditions.append(x.mask)
+    if x.query_segments is not None and x.key_segments is not None:
+        conditions.append(x.query_segments == x.key_segments)
+    if x.query_lengths is not None:
+        conditions.append(rows < x.query_lengths)
+    if x.key_lengths is not None:
+        conditions.append(columns < x.key_lengths)
     if bias is not None:  # written so that a NaN stays visible
         conditions.append(~(bias <= jnp.finfo(bias.dtype).min / 2))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
-def counted(tile: Operands) -> jax.Array | None:
+def counted(tile: Tile) -> jax.Array | None:
     """Which logits the maxima count: the visible ones that no bias pushes out of the softmax."""
     if tile.bias is None:
         return tile.mask
@@ -208,7 +225,7 @@ def counted(tile: Operands) -> jax.Array | None:
     return inside if tile.mask is None else tile.mask & inside
 
 
-def raw_logits(tiling: Tiling, tile: Operands) -> jax.Array:
+def raw_logits(tiling: Tiling, tile: Tile) -> jax.Array:
     """`scale · q kᵀ`, hidden or not: `[..., K, G, T, S]` of the tile."""
     return tiling.scale * tiling.matmul("...kgth,...ksh->...kgts", tile.query, tile.key)
 

@@ -47,7 +47,7 @@ def attend_with(op: Op, call: Call) -> tuple[jax.Array, jax.Array]:
             call.query,
             call.key,
             call.value,
-            mask=call.mask,
+            mask=call.visible.mask,
             is_causal=call.is_causal,
             logits_scale=call.scale,
             logits_dtype=jnp.float32,
@@ -57,7 +57,8 @@ def attend_with(op: Op, call: Call) -> tuple[jax.Array, jax.Array]:
     except NotImplementedError as error:
         name = getattr(op, "__name__", type(op).__name__)
         raise Unsupported("tokamax", f"this call with {name} ({error})") from error
-    if call.mask is not None:  # tokamax gives a query that sees nothing the mean of all values
+    if call.visible.mask is not None:
+        # tokamax gives a query that sees nothing the mean of all values.
         out = jnp.where(sees(jnp.moveaxis(row_max, -2, -1))[..., None], out, 0)
     return out, max_logits_from_residuals(row_max, row_sum)
 
@@ -98,6 +99,12 @@ def _check(call: Call) -> None:
         "a bias: its maxima come after it (to hide positions, use a mask)": call.bias is not None,
         "soft_cap: its maxima come after it": call.soft_cap is not None,
         "local_window_size (a mask [T, S] says the same)": call.window is not None,
+        "segment_ids (a mask [batch, 1, T, S] says the same)": call.visible.query_segments
+        is not None,
+        "query_seq_lengths": call.visible.query_lengths is not None,
+        "key_value_seq_lengths (a mask [batch, 1, 1, S] says the same)": call.visible.key_lengths
+        is not None,
+        "sinks: its maxima come after them": call.sinks is not None,
         "dropout": call.dropout_rng is not None,
         "chunk_size (give it an op with a config)": call.chunk_size is not None,
         f"scale={call.scale}: it takes the maximum before the scale": call.scale <= 0,
@@ -115,5 +122,5 @@ def _check_backend(call: Call) -> None:
     smallest = min(_TPU_BLOCKS)
     if backend == "tpu" and any(length % smallest for length in lengths):
         raise Unsupported("tokamax", f"lengths {lengths} on TPU: multiples of {smallest} only")
-    if backend == "tpu" and call.mask is not None:
+    if backend == "tpu" and call.visible.mask is not None:
         raise Unsupported("tokamax", "a mask on TPU: it would hold it as [T, S]")

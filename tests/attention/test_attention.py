@@ -18,7 +18,16 @@ from muonclip_jax._attention.attention import dot_product_attention
 LOWEST = np.finfo(np.float64).min
 
 
-def visibility(shape, mask=None, bias=None, is_causal=False, local_window_size=None):
+def visibility(
+    shape,
+    mask=None,
+    bias=None,
+    is_causal=False,
+    local_window_size=None,
+    segment_ids=None,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+):
     *_, length, keys = shape
     i, j = np.arange(length)[:, None], np.arange(keys)
     visible = np.ones(shape, bool)
@@ -29,6 +38,14 @@ def visibility(shape, mask=None, bias=None, is_causal=False, local_window_size=N
         visible &= (i - left <= j) & (j <= i + right)
     if mask is not None:
         visible &= mask
+    if segment_ids is not None:
+        pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,) * 2
+        of_query, of_key = map(np.asarray, pair)
+        visible &= of_query[..., None, :, None] == of_key[..., None, None, :]
+    if query_seq_lengths is not None:
+        visible &= i < np.asarray(query_seq_lengths)[..., None, None, None]
+    if key_value_seq_lengths is not None:
+        visible &= j < np.asarray(key_value_seq_lengths)[..., None, None, None]
     if bias is not None:
         visible &= bias > LOWEST / 2
     return visible
@@ -42,7 +59,17 @@ def summed_to(x, shape):
 
 
 def reference(
-    query, key, value, bias=None, *, d_out, scale=None, soft_cap=None, dropout=1.0, **visible
+    query,
+    key,
+    value,
+    bias=None,
+    *,
+    d_out,
+    scale=None,
+    soft_cap=None,
+    sinks=None,
+    dropout=1.0,
+    **visible,
 ):
     """Output, maxima and the gradients of all operands, the [T, S] way."""
     query, key, value, d_out = (np.asarray(x, np.float64) for x in (query, key, value, d_out))
@@ -53,10 +80,13 @@ def reference(
     visible = visibility(raw.shape, bias=bias, **visible)
     capped = raw if soft_cap is None else soft_cap * np.tanh(raw / soft_cap)
     logits = np.where(visible, capped + (0 if bias is None else bias), -np.inf)
-    peak = logits.max(-1, keepdims=True)
-    weights = np.exp(logits - np.where(peak == -np.inf, 0, peak))
-    total = weights.sum(-1, keepdims=True)
-    weights /= np.where(total == 0, 1, total)
+    added = -np.inf if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
+    peak = np.maximum(logits.max(-1, keepdims=True), added)
+    peak = np.where(peak == -np.inf, 0, peak)
+    weights, to_sinks = np.exp(logits - peak), np.exp(added - peak)
+    total = weights.sum(-1, keepdims=True) + to_sinks
+    total = np.where(total == 0, 1, total)
+    weights, to_sinks = weights / total, to_sinks / total
     out = np.einsum("...nts,...snv->...tnv", weights * dropout, values)
     heads_last = np.moveaxis(np.where(visible, raw, -np.inf), -3, -1)
     max_logits = heads_last.reshape(-1, num_heads).max(0)
@@ -75,6 +105,9 @@ def reference(
     ]
     if bias is not None:
         grads.append(summed_to(d_logits, bias.shape))
+    if sinks is not None:
+        d_sinks = -to_sinks * (weights * d_weights).sum(-1, keepdims=True)
+        grads.append(summed_to(d_sinks, (num_heads, 1, 1)).reshape(num_heads))
     return out, max_logits, grads
 
 
@@ -82,17 +115,45 @@ def normal(rng, *shape, dtype=np.float64):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
 
-def value_and_grads(operands, d_out, **options):
+def value_and_grads(operands, d_out, sinks=None, **options):
     """`(out, max_logits, grads)` in one compilation, the maxima's cotangent being ones."""
 
     @jax.jit
-    def run(operands, d_out):
+    def run(operands, sinks, d_out):
         (out, max_logits), vjp = jax.vjp(
-            lambda operands: dot_product_attention(*operands, **options), operands
+            lambda operands, sinks: dot_product_attention(*operands, sinks=sinks, **options),
+            operands,
+            sinks,
         )
-        return out, max_logits, list(vjp((d_out, jnp.ones_like(max_logits)))[0])
+        grads, d_sinks = vjp((d_out, jnp.ones_like(max_logits)))
+        return out, max_logits, [*grads, *jax.tree.leaves(d_sinks)]
 
-    return run(operands, d_out)
+    return run(operands, sinks, d_out)
+
+
+def packing(rng, batch, length, keys, num_heads, dtype=np.float64):
+    """Segments, lengths and sinks of one call, each of them there or not."""
+
+    def some(value):
+        return value if rng.random() < 0.5 else None
+
+    def ids(size):
+        shape = (*(n if rng.random() < 0.6 else 1 for n in batch), size)
+        return jnp.asarray(rng.integers(-1, 2, shape[rng.integers(len(batch) + 1) :]))
+
+    def lengths(size):
+        shape = batch[rng.integers(len(batch) + 1) :]
+        return jnp.asarray(rng.integers(-1, size + 3, shape))
+
+    one = length == keys and rng.random() < 0.5
+    sinks = rng.normal(size=num_heads)
+    sinks[rng.random(num_heads) < 0.2] = -np.inf
+    return {
+        "segment_ids": some(ids(length) if one else (ids(length), ids(keys))),
+        "query_seq_lengths": some(lengths(length)),
+        "key_value_seq_lengths": some(lengths(keys)),
+        "sinks": some(jnp.asarray(sinks, dtype)),
+    }
 
 
 @st.composite
@@ -126,7 +187,7 @@ def calls(draw):
         "scale": draw(st.none() | st.sampled_from([-1.0, 0.3])),
         "soft_cap": draw(st.none() | st.just(1.5)),
         "mask": jnp.asarray(rng.random(broadcastable()) < 0.7) if draw(st.booleans()) else None,
-    }
+    } | packing(rng, batch, length, keys, kv_heads * group)
     d_out = normal(rng, *batch, length, kv_heads * group, value_size)
     return operands, d_out, options, draw(st.integers(2, 5))
 
@@ -154,11 +215,23 @@ def test_output_maxima_and_gradients_equal_the_plain_form(data):
         ((), (6, 1, 8), (7, 1), {"is_causal": True, "soft_cap": 1.5}),
         ((2, 3), (3, 1, 7, 8), (2, 1, 6, 1, 8), {"local_window_size": (4, 2), "scale": -1.0}),
         ((2,), None, (8,), {"is_causal": True, "local_window_size": 3, "scale": 0.3}),
+        (
+            (2,),
+            (8,),
+            (2, 1, 7, 1),
+            {
+                "segment_ids": (np.arange(7) // 3, np.arange(16).reshape(2, 8) // 6),
+                "query_seq_lengths": np.array([7, 5]),
+                "key_value_seq_lengths": np.array([8, 7], np.uint8),
+                "sinks": np.array([0.0, 1.0, -1.0, -np.inf, 30.0, -30.0]),
+                "soft_cap": 2.0,
+            },
+        ),
     ],
-    ids=["cap", "window", "causal window"],
+    ids=["cap", "window", "causal window", "packed, with sinks"],
 )
 def test_every_option_equals_the_plain_form(batch, bias_shape, mask_shape, options):
-    """Three calls that have everything among them; many more are the slow test above."""
+    """Four calls that have everything among them; many more are the slow test above."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         operands = [
@@ -438,8 +511,8 @@ def test_sharded_batch_and_heads(axis_type):
 # ---- memory ----
 
 
-def temporaries(length, dtype=jnp.float32, **arrays):
-    """Bytes the compiler sets aside, beyond arguments and results, for both passes."""
+def both_passes_compiled(length, dtype=jnp.float32, **arrays):
+    """Causal attention of two heads and its gradients; `arrays` are options, by shape."""
 
     def loss(query, key, value, arrays):
         out, max_logits = dot_product_attention(query, key, value, is_causal=True, **arrays)
@@ -449,8 +522,12 @@ def temporaries(length, dtype=jnp.float32, **arrays):
         return jax.ShapeDtypeStruct((1, length, heads, 16), dtype)
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    compiled = step.lower(operand(2), operand(1), operand(1), arrays).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return step.lower(operand(2), operand(1), operand(1), arrays).compile()
+
+
+def temporaries(*args, **arrays):
+    """Bytes the compiler sets aside, beyond arguments and results, for both passes."""
+    return both_passes_compiled(*args, **arrays).memory_analysis().temp_size_in_bytes
 
 
 both_precisions = pytest.mark.parametrize(
@@ -539,6 +616,33 @@ def attend(query=(1, 3, 4, 2), key=(1, 3, 4, 2), value=(1, 3, 4, 2), **options):
         (ValueError, {"dropout_rate": 0.1}, ["dropout_rng", "0.1", "deterministic=True"]),
         (ValueError, {"dropout_rate": 1.0}, ["dropout_rate", "[0, 1)", "1.0"]),
         (TypeError, {"dtype": int}, ["dtype", "int"]),
+        (TypeError, {"segment_ids": jnp.ones((1, 3))}, ["segment_ids", "int32", "float32"]),
+        (TypeError, {"segment_ids": jnp.ones((1, 3), bool)}, ["segment_ids", "bool", "`mask`"]),
+        (
+            ValueError,
+            {"segment_ids": jnp.ones((2, 3), int)},
+            ["segment_ids of the queries (2, 3)", "[..., T] = (1, 3)", "(the queries', the keys')"],
+        ),
+        (
+            ValueError,
+            {"segment_ids": (jnp.ones(3, int), jnp.ones(4, int))},
+            ["segment_ids of the keys (4,)", "[..., S] = (1, 3)"],
+        ),
+        (ValueError, {"segment_ids": (jnp.ones(3, int),) * 3}, ["segment_ids", "a tuple of 3"]),
+        (
+            ValueError,
+            {"query_seq_lengths": jnp.ones(3, int)},
+            ["query_seq_lengths (3,)", "batch axes (1,)", "one length for each entry"],
+        ),
+        (
+            ValueError,
+            {"key_value_seq_lengths": jnp.ones((1, 1), int)},
+            ["key_value_seq_lengths (1, 1)", "batch axes (1,)"],
+        ),
+        (TypeError, {"query_seq_lengths": jnp.ones(1)}, ["query_seq_lengths", "float32"]),
+        (TypeError, {"sinks": jnp.ones(4, int)}, ["sinks", "floating point", "int32"]),
+        (ValueError, {"sinks": jnp.ones(3)}, ["sinks", "[N] = (4,)", "query head", "(3,)"]),
+        (ValueError, {"sinks": jnp.ones((1, 4))}, ["sinks", "(1, 4)"]),
     ],
 )
 def test_wrong_calls(error, arguments, words):

@@ -16,6 +16,7 @@ from muonclip_jax._attention import tokamax
 from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.call import Call
 from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_residuals
+from tests.attention.test_attention import visibility
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -165,16 +166,10 @@ def test_tokamaxs_gpu_kernel_lowers():
 # ---- the bound ----
 
 
-def visible_pairs(operands, mask=None, is_causal=False, local_window_size=None, **_):
-    length, keys = operands[0].shape[-3], operands[1].shape[-3]
-    i, j = np.arange(length)[:, None], np.arange(keys)
-    seen = np.ones((length, keys), bool)
-    if is_causal:
-        seen &= j <= i
-    if local_window_size is not None:
-        left, right = np.broadcast_to(local_window_size, 2)
-        seen &= (i - left <= j) & (j <= i + right)
-    return seen if mask is None else seen & mask
+def visible_pairs(operands, scale=None, **options):
+    del scale
+    *batch, length, heads, _ = operands[0].shape
+    return visibility((*batch, heads, length, operands[1].shape[-3]), **options)
 
 
 @pytest.mark.slow
@@ -185,8 +180,15 @@ def visible_pairs(operands, mask=None, is_causal=False, local_window_size=None, 
         ("bfloat16", {"local_window_size": (2, 1)}),
         ("float32", {"mask": np.random.default_rng(5).random((2, 3, 1, 7, 7)) < 0.5}),
         ("bfloat16", {"mask": np.arange(7) < 3, "scale": -2.0}),
+        (
+            "float32",
+            {
+                "query_seq_lengths": np.array([[7, 5, 2], [0, 7, 9]]),
+                "key_value_seq_lengths": np.array([7, 4, 3]),
+            },
+        ),
     ],
-    ids=["causal", "window", "mask", "keys"],
+    ids=["causal", "window", "mask", "keys", "lengths"],
 )
 def test_the_bound_holds_and_is_as_tight_as_stated(options, dtype):
     operands = operands_of(batch=(2, 3), dtype=dtype)
@@ -293,10 +295,12 @@ def test_wrong_residuals(error, arguments, words):
         ({"soft_cap": 5.0}, "soft_cap"),
         ({"chunk_size": 4}, "chunk_size"),
         ({"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}, "dropout"),
+        ({"segment_ids": jnp.zeros((2, 7), int)}, "segment_ids"),
+        ({"sinks": jnp.zeros(4)}, "sinks"),
     ],
-    ids=["bias", "soft_cap", "chunk_size", "dropout"],
+    ids=["bias", "soft_cap", "chunk_size", "dropout", "segments", "sinks"],
 )
-def test_options_that_would_change_the_maxima_are_refused(implementation, options, word):
+def test_options_that_others_lack_or_whose_maxima_differ_are_refused(implementation, options, word):
     chosen = stand_in if implementation == "tokamax" else implementation
     with pytest.raises(ValueError, match=word) as caught:
         dot_product_attention(*operands_of(), implementation=chosen, **options)
@@ -308,6 +312,8 @@ def test_options_that_would_change_the_maxima_are_refused(implementation, option
     [
         (stand_in, {"local_window_size": 2}, "local_window_size"),
         (stand_in, {"scale": -1.0}, "scale=-1.0"),
+        (stand_in, {"query_seq_lengths": jnp.array([7, 3])}, "query_seq_lengths"),
+        (stand_in, {"key_value_seq_lengths": jnp.array([7, 3])}, "key_value_seq_lengths"),
         ("logsumexp", {"precision": "highest"}, "precision"),
         ("tokamax", {}, "backend 'cpu'"),
         ("splash", {}, "'splash'"),
@@ -379,8 +385,12 @@ def test_an_op_in_shard_map():
         (128, {"bias": jnp.zeros((128, 128))}),
         (128, {"mask": jnp.ones(128, bool)}),
         (128, {"chunk_size": 64}),
+        (128, {"segment_ids": jnp.zeros(128, int)}),
+        (128, {"query_seq_lengths": jnp.array([9, 8])}),
+        (128, {"key_value_seq_lengths": jnp.array([9, 8])}),
+        (128, {"sinks": jnp.zeros(4)}),
     ],
-    ids=["length", "bias", "mask", "chunk_size"],
+    ids=["length", "bias", "mask", "chunk_size", "segments", "queries", "keys", "sinks"],
 )
 def test_auto_falls_back(monkeypatch, length, options):
     on_tpu(monkeypatch, marked)

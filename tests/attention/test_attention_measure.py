@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import muonclip_jax as mc
 from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.measure import measure_max_logits
+from tests.attention.test_attention import visibility
 
 
 def operands_of(length=9, keys=None, heads=4, kv_heads=2, size=8, batch=(4,), seed=0):
@@ -24,17 +25,13 @@ def operands_of(length=9, keys=None, heads=4, kv_heads=2, size=8, batch=(4,), se
     return jnp.asarray(query, jnp.float32), jnp.asarray(key, jnp.float32)
 
 
-def expected(query, key, mask=True, is_causal=False, local_window_size=None, scale=None):
+def expected(query, key, scale=None, **visible):
     """In float64, the [T, S] way."""
     query, key = (np.asarray(x, np.float64) for x in (query, key))
     key = np.repeat(key, query.shape[-2] // key.shape[-2], axis=-2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = scale * np.einsum("...tnh,...snh->...nts", query, key)
-    i, j = np.arange(query.shape[-3])[:, None], np.arange(key.shape[-3])
-    visible = np.broadcast_to(mask, logits.shape) & ((j <= i) | (not is_causal))
-    if local_window_size is not None:
-        left, right = np.broadcast_to(local_window_size, 2)
-        visible = visible & (i - left <= j) & (j <= i + right)
+    visible = visibility(logits.shape, **visible)
     heads_last = np.moveaxis(np.where(visible, logits, -np.inf), -3, -1)
     return heads_last.reshape(-1, query.shape[-2]).max(0)
 
@@ -46,8 +43,13 @@ def expected(query, key, mask=True, is_causal=False, local_window_size=None, sca
         {"is_causal": True, "scale": -0.3},
         {"local_window_size": (3, 1)},
         {"mask": np.random.default_rng(1).random((4, 1, 9, 6)) < 0.3},
+        {
+            "segment_ids": (np.arange(9) // 4, np.arange(24).reshape(4, 6) // 7),
+            "query_seq_lengths": np.array([9, 3, 0, 5]),
+            "key_value_seq_lengths": np.array([2, 6, 6, 5]),
+        },
     ],
-    ids=["plain", "causal", "window", "mask"],
+    ids=["plain", "causal", "window", "mask", "packed"],
 )
 def test_equals_the_plain_form(options):
     query, key = operands_of(keys=6)
@@ -109,12 +111,21 @@ def test_some_examples_give_a_lower_bound():
     mask = np.random.default_rng(1).random((4, 1, 9, 9)) < 0.5
     found = measure_max_logits(query, key, mask, examples=2)
     # Float32 sums of eight products of order one.
-    part = expected(query[:2], key[:2], mask[:2])
+    part = expected(query[:2], key[:2], mask=mask[:2])
     chex.assert_trees_all_close(found, np.float32(part), rtol=1e-6)
     assert (found <= measure_max_logits(query, key, mask)).all()
     shared = measure_max_logits(query, key, mask[:1], examples=2)  # one mask for all examples
-    shared_part = expected(query[:2], key[:2], mask[:1])
+    shared_part = expected(query[:2], key[:2], mask=mask[:1])
     chex.assert_trees_all_close(shared, np.float32(shared_part), rtol=1e-6)
+    packed = {
+        "segment_ids": (jnp.arange(9) // 5, jnp.arange(36).reshape(4, 9) // 8),
+        "key_value_seq_lengths": jnp.array([7, 2, 9, 9]),
+    }
+    of_two = {"segment_ids": (jnp.arange(9) // 5, packed["segment_ids"][1][:2])}
+    of_two["key_value_seq_lengths"] = packed["key_value_seq_lengths"][:2]
+    found = measure_max_logits(query, key, examples=2, **packed)
+    part = expected(query[:2], key[:2], **of_two)
+    chex.assert_trees_all_close(found, np.float32(part), rtol=1e-6)
 
 
 def test_some_steps():
@@ -250,7 +261,11 @@ def test_wrong_calls(error, arguments, words):
 
 
 def test_options_are_those_of_the_attention():
+    """All that hide positions are among them."""
     measured, attended = (
         inspect.signature(f).parameters for f in (measure_max_logits, dot_product_attention)
     )
     assert measured.keys() - attended.keys() == {"examples", "every", "step"}
+    after_the_maxima = {"value", "bias", "soft_cap", "sinks"}
+    of_the_output = {"implementation", "dropout_rng", "dropout_rate", "broadcast_dropout"}
+    assert attended.keys() - measured.keys() == after_the_maxima | of_the_output

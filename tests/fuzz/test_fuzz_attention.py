@@ -1,10 +1,10 @@
-"""Attention on any shapes, masks, biases, chunks and dtypes is the plain form in float64."""
+"""Attention on any shapes, options, chunks and dtypes is the plain form in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.attention.test_attention import LOWEST, reference, value_and_grads
+from tests.attention.test_attention import LOWEST, packing, reference, value_and_grads
 from tests.fuzz.draws import cases, choose
 
 DTYPES = ["float64", "float64", "float32", "bfloat16", "float16"]
@@ -41,7 +41,7 @@ def draw_call(rng, dtype):
         "scale": choose(rng, [None, -1.0, 0.3]),
         "soft_cap": choose(rng, [None, None, 1.5]),
         "mask": jnp.asarray(rng.random(broadcastable()) < 0.7) if rng.random() < 0.5 else None,
-    }
+    } | packing(rng, batch, length, keys, heads, dtype)
     return operands, some(*batch, length, heads, value_size), options
 
 
