@@ -81,6 +81,43 @@ def test_what_an_additive_mask_hides_does_not_count(hidden, dtype):
     np.testing.assert_array_equal(np.asarray(flax, "f4"), np.asarray(out, "f4"))
 
 
+SPLASH = -0.7 * float(np.finfo("f4").max)  # what splash and MaxText write for hidden
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hidden", [-1e8, -1e9, SPLASH])
+def test_a_mask_within_a_position_bias_hides_as_alone(hidden, dtype):
+    """T5 and BLOOM add both up, and hand on the sum; its rounding moves no mask across the line."""
+    q, k, bias = additive(hidden, dtype)
+    positions = (-jnp.abs(jnp.arange(6.0)[:, None] - jnp.arange(6.0))).astype(dtype)
+    _, maxima = mc.dot_product_attention(q, k, k, bias + positions, chunk_size=4, soft_cap=50.0)
+    np.testing.assert_array_equal(maxima, [9.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"segment_ids": jnp.arange(6) // 3}, [12.0]),  # 6 · 2, and 3 · 3 in the second
+        ({"key_value_seq_lengths": 3}, [12.0]),  # 6 · 2
+        ({"is_causal": True, "sinks": jnp.full(1, 1e6)}, [9.0]),
+    ],
+    ids=["segments", "length", "causal, sinks"],
+)
+def test_an_additive_mask_beside_other_ways_to_hide(options, expected):
+    q, k, _ = additive(0.0)
+    padding = jnp.where(jnp.arange(6) < 4, 0.0, -1e10)  # of the keys 4 and 5
+    _, maxima = mc.dot_product_attention(q, k, k, padding, chunk_size=4, **options)
+    np.testing.assert_array_equal(maxima, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_berts_ten_thousand_counts_in_every_dtype(dtype):
+    """A slope of 1/2 gets there at 20,000 positions: a bias says no more. A mask hides."""
+    q, k, bias = additive(-1e4, dtype)
+    assert mc.dot_product_attention(q, k, k, bias)[1][0] == 30
+    assert mc.dot_product_attention(q, k, k, mask=bias == 0)[1][0] == 9
+
+
 @pytest.mark.parametrize(
     "bias",
     [
