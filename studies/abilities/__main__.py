@@ -55,13 +55,16 @@ SMOKE = smoke(
     *("MLA, none", "MLA, partial QK-norm", "MHA, none"),
 )
 
+# Two cores have no time for MHA: after 1200 steps nothing had learned to copy.
+CPU = settings(MHA, MLA, Optimizer(learning_rate=2e-2, other_rate=0.2), low=10)
+
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
         "smoke": replace(SMOKE, plan=replace(SMOKE.plan, synthetic=0.5)),
         "cpu": Grid(
-            Plan(steps=1200, batch=32, context=32, measure_every=400, synthetic=0.75),
-            settings(MHA, MLA, Optimizer(learning_rate=2e-2, other_rate=0.2), low=10),
+            Plan(steps=2000, batch=32, context=32, measure_every=500, synthetic=0.75),
+            {label: each for label, each in CPU.items() if label.startswith("MLA")},
             seeds=3,
         ),
         "gpu": Grid(
