@@ -251,6 +251,40 @@ def test_collapsed_is_a_hundredth_of_the_other_side():
         assert told in " ".join(str(report).replace("│", " ").split())
 
 
+GROUPED = {"query": (64, 4, 256), "key": (64, 2, 256)}
+LATENT = {"wq_a": (448, 96), "wq_b": (96, 2 * 12), "wkv_a": (448, 32 + 4), "wkv_b": (32, 2 * 16)}
+LECUN, SAME = jax.nn.initializers.lecun_normal(), jax.nn.initializers.normal(0.02)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes", "init", "of_queries"),
+    [
+        (LAYOUT, GROUPED, SAME, 1.0),
+        # What folds the softmax's scale into the queries' initialization, at 256 features.
+        (LAYOUT, GROUPED, SAME, 1 / 16),
+        # Of DeepSeek's proportions, latents a fifth and a fourteenth as wide as the model.
+        (mc.layouts.mla(8, 4, 8, query=("wq_a", "wq_b"), out=None), LATENT, SAME, 1.0),
+        (mc.layouts.mla(8, 4, 8, query=("wq_a", "wq_b"), out=None), LATENT, LECUN, 1.0),
+    ],
+    ids=["grouped", "scaled queries", "latent", "latent, by inputs"],
+)
+def test_no_initialization_is_collapsed(layout, shapes, init, of_queries):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    kernels = {
+        name: init(key, shape) * (of_queries if name == "query" else 1)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    params = {"attn": {name: {"kernel": x} for name, x in kernels.items()}}
+    heads = mc.layouts.find_blocks(layout, params)[0].heads
+    sown = {"attn": {"max_logits": jnp.ones(heads)}}
+    report = jax.jit(lambda p: mc.attention_report(p, None, sown, layout))(params)
+    found = report.blocks["attn"]
+    assert not found.collapsed.any()
+    # No nearer than a factor of five to where the flag begins.
+    ratio = found.query_rms / jnp.repeat(found.key_rms, heads // len(found.key_rms))
+    assert (ratio > 1 / 20).all() and (ratio < 20).all()
+
+
 def latent_params(dtype=jnp.float32, **scales):
     """MLA with query compression, each kernel as Flax initializes a Dense."""
     shapes = {"wq_a": (64, 24), "wq_b": (24, 2 * 6), "wkv_a": (64, 8 + 2), "wkv_b": (8, 2 * 7)}
