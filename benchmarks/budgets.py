@@ -7,8 +7,8 @@ Nothing is run. The figures are the compiler's: FLOPs and bytes accessed (the bo
 once), temporary bytes on a device, and operations that are dispatched: a fusion is one, and what
 only names or groups data (parameters, constants, tuples, bitcasts) is none.
 
-They depend on JAX's version, and could on the kind of processor: there is one set of figures for
-each pair of the two that was recorded, and no comparison for any other.
+They depend on JAX's version: there is one set of figures for each that was recorded, and no
+comparison for any other.
 """
 
 import json
@@ -224,12 +224,9 @@ def off(now: Cost, recorded: Cost | None) -> dict[str, float]:
 
 
 def place() -> str:
-    """What the figures depend on: JAX's version, and the processor as its compiler sees it."""
-    machine = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    best = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), None)
-    return f"JAX {jax.__version__}, {machine}" + (f", {best}" if best else "")
+    """What the figures depend on. (Not the processor: with AVX2 alone and with bfloat16 units they
+    are the same, though the code that is generated differs.)"""
+    return f"JAX {jax.__version__}, {platform.machine()}"
 
 
 def main(options: Options) -> int:

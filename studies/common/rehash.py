@@ -1,6 +1,7 @@
 """Keeps records current when code was moved or rewritten and still computes the same.
 
     python -m studies.common.rehash COMMIT            # or the folder of a checkout of it
+    python -m studies.common.rehash COMMIT clip quack # these studies only
 
 Runs the probe (a few steps of every setting) with the code of COMMIT and with that of now, on this
 machine, and compares all numbers bit for bit. Records that were current at COMMIT, and whose
@@ -28,13 +29,13 @@ PROBE = Path(__file__).with_name("probe.py")
 Probed = dict[str, dict[str, Any]]  # study → what the probe says of it
 
 
-def main(before: str) -> int:
-    """Runs the command.
+def main(before: str, *only: str) -> int:
+    """Runs the command for all studies, or for `only` these.
 
     Returns:
       The exit status: 1 if a record that was current has other numbers now.
     """
-    names = sorted(file.parent.name for file in ROOT.glob("studies/*/__main__.py"))
+    names = only or sorted(file.parent.name for file in ROOT.glob("studies/*/__main__.py"))
     with checkout(before) as tree:
         probed = run_probe(tree, [n for n in names if (tree / "studies" / n).exists()])
     differs = False
@@ -121,6 +122,6 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("Usage: python -m studies.common.rehash COMMIT")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) < 2:
+        sys.exit("Usage: python -m studies.common.rehash COMMIT [STUDY...]")
+    sys.exit(main(*sys.argv[1:]))

@@ -109,11 +109,12 @@ def turning(runs: Runs) -> str:
     for label, seeds in runs.items():
         logits, heads = (
             paired(
-                by_seed(seeds, lambda r, of=of: fifth(of(r), 5)),
-                by_seed(seeds, lambda r, of=of: fifth(of(r), 3)),
+                by_seed(seeds, lambda r, of=of, mean=mean: mean(fifth(of(r), 5))),
+                by_seed(seeds, lambda r, of=of, mean=mean: mean(fifth(of(r), 3))),
                 form,
             )
-            for of, form in ((log_maxima, ".3f"), (above, ".1f"))
+            # In most steps no head is above, so that the median would always be 0.
+            for of, mean, form in ((log_maxima, np.median, ".3f"), (above, np.mean, ".1f"))
         )
         rows.append((label, logits, "" if threshold(seeds[0]) is None else heads))
     return table((*header, "heads above τ (%)"), rows)
@@ -191,6 +192,6 @@ def log_maxima(record: Json) -> np.ndarray:
     return np.log10(maxima(record))
 
 
-def fifth(values: np.ndarray, which: int) -> float:
-    """The median of a fifth of a curve, the first being 1."""
-    return float(np.median(np.array_split(values, 5)[which - 1]))
+def fifth(values: np.ndarray, which: int) -> np.ndarray:
+    """A fifth of a curve, the first being 1."""
+    return np.array_split(values, 5)[which - 1]
