@@ -158,7 +158,7 @@ MISTAKES = [
         ["other", "-0.001", "scale_by_adam()"],
     ),
     ("unknown rule", lambda: mc.scale_by_update_rms("adam"), ["'adam'", "match_adam", "jordan"]),
-    ("MLA size zero", lambda: mc.layouts.mla(4, 0, 3), ["layouts.mla", "rope", "0"]),
+    ("MLA size zero", lambda: mc.layouts.mla(0, 2, 3), ["layouts.mla", "nope", "0"]),
     (
         "uneven groups",
         lambda: mc.layouts.gqa(3, heads=4),
@@ -327,7 +327,7 @@ MISTAKES = [
     (
         "two kinds of attention",
         lambda: mc.find_layout({"a": block(), "b": {"wq": kernel(8, 8), "wk": kernel(8, 8)}}),
-        ["b holds wq and wk", "layouts.mha() does not cover", "block= patterns"],
+        ["b looks like attention", "wq/kernel (8, 8)", "block= patterns", "ignore(block)"],
     ),
     (
         "attention that the layout does not name",
@@ -353,7 +353,7 @@ MISTAKES = [
     (
         "find_layout finds nothing",
         lambda: mc.find_layout({"a": kernel(2, 3)}),
-        ["a/kernel", "no Flax attention", "layouts.mla"],
+        ["a/kernel", "no attention of a known model", "layouts.mla"],
     ),
     # --- routing
     (

@@ -124,7 +124,7 @@ def mla(
 
     Args:
       nope: Features per head without position, of query and key.
-      rope: Rotary features per head.
+      rope: Rotary features per head; 0 where no positions enter (NoPE), and no key is shared.
       v: Value features per head.
       heads: Number of heads; only needed for flat, stacked kernels of a single head.
       query: The query's down- and up-projection; without query compression its only projection,
@@ -139,22 +139,15 @@ def mla(
       block: Glob over block paths, to take only some of the model's attention blocks.
 
     Raises:
-      ValueError: A size that is no whole number of at least 1.
+      ValueError: A size that is no whole number of at least 1 (`rope` of at least 0).
 
     Example:
       >>> layout = mc.layouts.mla(nope=128, rope=64, v=128)
       >>> [piece.role for piece in layout.pieces]
       ['q_nope', 'q_rope', 'k_nope', 'v', 'kv_down', 'k_rope', 'q_down', 'o']
     """
-    if isinstance(rope, int) and rope == 0:
-        raise ValueError(
-            "layouts.mla: rope=0, attention without rotary features (NoPE), is not built yet: mla "
-            "always has the pieces q_rope and k_rope. Write the others down: Layout(name, "
-            "pieces=(Piece('q_nope', ...), Piece('k_nope', ...), Piece('v', ...), "
-            "Piece('kv_down', ...)))."
-        )
-    for name, size in (("nope", nope), ("rope", rope), ("v", v)):
-        check_count(f"layouts.mla: {name}", size)
+    for name, size, least in (("nope", nope, 1), ("rope", rope, 0), ("v", v, 1)):
+        check_count(f"layouts.mla: {name}", size, least=least)
     _check_counts("mla", heads, None)
     query_down, query_up = (
         (None, query) if isinstance(query, str) else _both("query", query, "or one name")
@@ -179,9 +172,11 @@ def mla(
         up("q_rope", query_up, nope, None, nope + rope),
         up("k_nope", key_value_up, 0, nope, nope + v),
         up("v", key_value_up, nope, None, nope + v),
-        Piece("kv_down", key_value_down, down, select={"features": (0, -rope)}),
+        Piece("kv_down", key_value_down, down, select={"features": (0, -rope or None)}),
         Piece("k_rope", key_value_down, down, select={"features": (-rope, None)}),
     ]
+    if not rope:
+        pieces = [piece for piece in pieces if not piece.role.endswith("rope")]
     if query_down is not None:
         pieces.append(Piece("q_down", query_down, down))
     if out is not None:

@@ -52,6 +52,7 @@ PerBlock = dict[str, PerRole]  # block name → ...
 _PROJECTION_ROLES: set[Role] = {*QUERY_ROLES, *KEY_ROLES, *SHARED_KEY_ROLES, *LATENT_ROLES}
 _VALUE_LATENTS = {ROLES[role].behind for role in KEY_ROLES}  # which values share with the keys
 _QUERY_LATENTS = {ROLES[role].behind for role in QUERY_ROLES}  # which models may do without
+_ROTARY = {each for key in SHARED_KEY_ROLES for each in (key, ROLES[key].partner)}  # or both
 
 # Below this share of its first norm a matrix has collapsed: its next step is larger than itself,
 # and the first-order changes that the factors are about no longer describe it.
@@ -294,6 +295,8 @@ def _check_roles(block: Block) -> None:
     plain: set[Role] = {role for role in _PROJECTION_ROLES if not _has_latents(role)}
     latent = _PROJECTION_ROLES - plain
     wanted = latent - (_QUERY_LATENTS - given) if block.latent else plain
+    if not given & _ROTARY:
+        wanted -= _ROTARY
     if given != wanted:
         raise ValueError(
             f"{block.name}: the layout names the roles {sorted(given)}; QuacK needs the logits' "

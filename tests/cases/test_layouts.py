@@ -195,36 +195,36 @@ def test_queries_or_keys_alone_are_no_layout(pieces, roles):
         Layout("alone", tuple(pieces))
 
 
-@pytest.mark.parametrize("heads", [None, 2])
-def test_nope_says_what_to_write(heads):
-    with pytest.raises(ValueError, match=r"rope=0.*NoPE.*q_rope and k_rope.*Piece\('q_nope'"):
-        mc.layouts.mla(nope=8, rope=0, v=8, heads=heads)
+@pytest.mark.parametrize(("heads", "flat"), [(None, False), (None, True), (2, True)])
+def test_latent_attention_without_rotary_features(heads, flat):
+    of = lambda features: (2 * features,) if flat else (2, features)  # noqa: E731
+    shapes = {"wq": (16, *of(4)), "wkv_a": (16, 6), "wkv_b": (6, *of(7)), "wo": (6, 16)}
+    params = {"attn": {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}}
+    layout = mc.layouts.mla(nope=4, rope=0, v=3, heads=heads, query="wq")
+    assert [piece.role for piece in layout.pieces] == ["q_nope", "k_nope", "v", "kv_down", "o"]
+    (block,) = mc.layouts.find_blocks(layout, params)
+    assert {part.role: part.matrix for part in block.parts} == {
+        "q_nope": (16, 4), "k_nope": (6, 4), "v": (6, 3), "kv_down": (16, 6), "o": (3, 16)
+    }  # fmt: skip
+
+    clipped = mc.apply_qk_clip(params, {("attn",): jnp.array([40.0, 1.0])}, layout, 10.0)
+    for role, (first, second) in {"q_nope": (0.5, 1), "k_nope": (0.5, 1), "v": (1, 1)}.items():
+        part = block.part(role)
+        taken = part.take(clipped["attn"][part.kernel[1]]["kernel"])
+        np.testing.assert_allclose(taken[0], jnp.full(part.matrix, first), rtol=1e-6)
+        np.testing.assert_allclose(taken[1], jnp.full(part.matrix, second), rtol=1e-6)
+    np.testing.assert_array_equal(clipped["attn"]["wkv_a"]["kernel"], 1)
+
+    quack = mc.scale_by_quack(layout)
+    updates, _ = quack.update(params, quack.init(params), params)
+    np.testing.assert_allclose(updates["attn"]["wkv_b"]["kernel"], 1, rtol=1e-6)
 
 
-def test_nope_by_pieces_as_the_message_says():
-    params = {
-        "attn": {
-            "wq": kernel(16, 2, 4),
-            "wkv_a": kernel(16, 6),
-            "wkv_b": kernel(6, 2, 7),
-            "wo": kernel(6, 16),
-        }
-    }
-    own = dict(sizes={"features": 7})
-    nope = Layout(
-        "nope",
-        (
-            Piece("q_nope", "wq"),
-            Piece("k_nope", "wkv_b", select={"features": (0, 4)}, **own),
-            Piece("v", "wkv_b", select={"features": (4, None)}, **own),
-            Piece("kv_down", "wkv_a", "in features"),
-        ),
-    )
-    params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
-    clipped = mc.apply_qk_clip(params, {("attn",): jnp.array([40.0, 1.0])}, nope, 10.0)
-    by = jax.tree.map(lambda x: x[0] if x.ndim == 3 else x, clipped["attn"])
-    np.testing.assert_allclose(by["wq"]["kernel"], [[0.5] * 4, [1] * 4], rtol=1e-6)
-    np.testing.assert_allclose(by["wkv_b"]["kernel"][0], [0.5] * 4 + [1] * 3, rtol=1e-6)
+def test_rotary_features_are_not_negative():
+    with pytest.raises(
+        ValueError, match=r"layouts\.mla: rope must be a whole .* at least 0, got -1"
+    ):
+        mc.layouts.mla(nope=8, rope=-1, v=8)
 
 
 SOWN = {("attn",): jnp.array([40.0, 40.0]), ("other",): jnp.array([40.0, 1.0])}
