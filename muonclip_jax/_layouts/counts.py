@@ -11,7 +11,7 @@ from muonclip_jax._layouts.surroundings import Shapes
 
 # As long as a head: norms on queries and keys. (Those of latent attention are on the latents.)
 _QK_NORM = re.compile(r"_?(q|k|query|key)_?(layer)?(norm|ln)")
-_OF_HEADS = ("sinks", "A_log")  # one number a head
+_OF_HEADS = ("sinks",)  # one number a head
 
 
 def seen(family: Family, inside: Inside, shapes: Shapes, ask: Ask) -> int | None:

@@ -51,7 +51,8 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     never guessed.
 
     Left out, by `layouts.ignore`: an indexer, which chooses what others attend to; queries alone,
-    whose keys are another layer's. A QK-norm does not matter here: clips refuse it, `mc.muon` splits
+    whose keys are another layer's; linear attention (known by its `A_log`), which has no softmax to
+    clip, and whose kernels Muon takes by its general routing. A QK-norm does not matter here: clips refuse it, `mc.muon` splits
     heads behind it.
 
     Args:
@@ -85,6 +86,8 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     found: dict[Path, Layout] = {}
     asked: dict[Path, tuple[Family, Ask]] = {}
     for path, inside in modules.items():
+        if _is_linear(inside):
+            continue
         family, answer = _read(inside, shapes)
         if isinstance(answer, Layout):
             found[path] = answer
@@ -126,6 +129,11 @@ def _modules(shapes: Shapes) -> dict[Path, Inside]:
     return {path: inside for path, inside in modules.items() if not _is_indexer(path)}
 
 
+def _is_linear(inside: Inside) -> bool:
+    """Whether linear attention, whose queries and keys meet in no softmax: its state decays."""
+    return "A_log" in inside
+
+
 def _is_indexer(path: Path) -> bool:
     """Whether it chooses which keys others attend to: it has queries and keys, and no attention."""
     return any("indexer" in name.lower() for name in path)
@@ -152,7 +160,7 @@ def _left_out(
     found: Mapping[Path, Layout], modules: Mapping[Path, Inside], shapes: Shapes
 ) -> list[Path]:
     """Modules that hold names of attention and are to be ignored: queries without keys, which are
-    another layer's or none, and indexers.
+    another layer's or none, indexers, and linear attention.
 
     Raises:
       ValueError: Attention of no known model, or none at all.
@@ -164,12 +172,13 @@ def _left_out(
     ]
     covered = {kernel[:end] for kernel in kernels for end in range(len(kernel))}
     others = {path for path, _ in looks_like_attention(shapes) if path not in covered}
-    left = {path for path in others if _is_indexer(path)}
+    linear = {path for path, inside in modules.items() if _is_linear(inside)}
+    left = {path for path in others if _is_indexer(path) or path in linear}
     for layout in set(found.values()):
         for path in layout.places(shapes):
             if path not in found:
                 others.add(path)
-                if _is_indexer(path) or not _has_keys(layout, path, shapes):
+                if _is_indexer(path) or path in linear or not _has_keys(layout, path, shapes):
                     left.add(path)
     unknown = [path for path in modules if path in others - left]
     if not found and not unknown:

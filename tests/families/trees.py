@@ -34,7 +34,6 @@ class Tree:
       depth: How many axes of stacked layers there are.
       told: What `find_layout` must be told.
       qk_norm: Whether a norm stands behind a projection, for which clips refuse the model.
-      ignored: Modules with names of attention that are none.
     """
 
     source: str
@@ -44,7 +43,6 @@ class Tree:
     depth: int = 0
     told: Mapping[str, int] = field(default_factory=dict)
     qk_norm: bool = False
-    ignored: tuple[str, ...] = ()
 
 
 # Heads by hand
@@ -551,6 +549,20 @@ def easydel() -> dict[str, Tree]:
         "q": ("q_proj/kernel", flat(HEADS, 0, 2 * F)),
         "gate": ("q_proj/kernel", flat(HEADS, F, 2 * F)),
     }
+    delta = {
+        **plain(LLAMA, "/kernel", "flat", kv=HEADS)[0],
+        "q_conv1d/kernel": (4, 1, HEADS * F),
+        "k_conv1d/kernel": (4, 1, HEADS * F),
+        "v_conv1d/kernel": (4, 1, HEADS * F),
+        "f_a_proj/kernel": (WIDTH, F),
+        "f_b_proj/kernel": (F, HEADS),
+        "b_proj/kernel": (WIDTH, HEADS),
+        "g_a_proj/kernel": (WIDTH, F),
+        "g_b_proj/kernel": (F, HEADS * F),
+        "o_norm/kernel": (F,),
+        "A_log": (HEADS,),
+        "dt_bias": (HEADS,),
+    }
     slots = (HEADS // KV + 2) * F
     grouped = dict(
         q=lambda x: [x[:, i : i + F] for i in (0, F, slots, slots + F)],
@@ -593,6 +605,14 @@ def easydel() -> dict[str, Tree]:
             "model/layers/*/self_attn",
             *no_rope,
             told={"heads": HEADS},
+        ),
+        "Kimi Linear": Tree(
+            "kimi_linear: KimiMLAAttention, KimiDeltaAttention",
+            {
+                **at("model/layers/0/self_attn", delta),
+                **at("model/layers/1/self_attn", plain_query[0]),
+            },
+            {"model/layers/1/self_attn": plain_query[1]},
         ),
         "GLM 5": one(
             "glm_moe_dsa: GlmMoeDsaAttention, GlmMoeDsaIndexer",
