@@ -91,7 +91,7 @@ def test_a_clip_that_does_nothing_is_flagged_within_five_steps(wiring, model):
     [
         lambda: optax.adamw(3e-2),
         lambda: optax.sgd(0.1),
-        lambda: mc.muon(0.1, layout=LAYOUT, newton_schulz=ONE_STEP),
+        lambda: mc.muon(0.03, layout=LAYOUT, newton_schulz=ONE_STEP),
     ],
     ids=["adamw", "sgd", "muon"],
 )

@@ -105,6 +105,15 @@ SIZES = {
 }
 SELECT = {"select": ([{"features": "a"}, {"features": (0, 1, 2)}, 3], ["(start, stop)"])}
 
+_LENGTHS = [1.5, jnp.ones(3), jnp.ones((7, 5), int), True]
+PACKED = {
+    "segment_ids": ([1.5, jnp.ones((2, 3)), jnp.ones((7, 5), int), (1, 2, 3)], ["segment_ids"]),
+    "query_seq_lengths": (_LENGTHS, ["query_seq_lengths"]),
+    "key_value_seq_lengths": (_LENGTHS, ["key_value_seq_lengths"]),
+}
+SINKS = {"sinks": ([jnp.ones(2, int), jnp.ones(5), jnp.ones((2, 2))], ["sinks"])}
+
+
 # function: (it, what it needs, the options with their wrong values and the words that tell better)
 FUNCTIONS = {
     "muon": (mc.muon, {"learning_rate": 1e-3}, RECIPE),
@@ -255,7 +264,7 @@ FUNCTIONS = {
         {"nope": 4, "rope": 2, "v": 4},
         {
             **dict.fromkeys(("nope", "v"), ([None, *COUNT], WHOLE)),
-            "rope": ([None, "4", 1.5, -1, True], WHOLE),  # 0 has a message of its own
+            "rope": ([None, "4", 1.5, -1, True], ["whole number", "at least 0"]),  # 0 is NoPE
             "heads": (COUNT, WHOLE),
             "query": ([None, 3, ("a", 3), ("a", "b", "c")], ["text"]),
             "transposed": TRANSPOSED,
@@ -307,13 +316,15 @@ FUNCTIONS = {
     "dot_product_attention": (
         mc.dot_product_attention,
         dict.fromkeys(("query", "key", "value"), HEADS),
-        {**ATTENTION, **DROPOUT},
+        {**ATTENTION, **PACKED, **SINKS, **DROPOUT},
     ),
     "attention_fn": (
         mc.attention_fn,
         dict.fromkeys(("query", "key", "value"), HEADS),
         {
             **ATTENTION,
+            **PACKED,
+            **SINKS,
             **DROPOUT,
             "module": (["attn", 3], MODULE[1]),
         },
@@ -323,6 +334,7 @@ FUNCTIONS = {
         {"query": HEADS, "key": HEADS, "step": 0},
         {
             **{name: wrong for name, wrong in ATTENTION.items() if name != "soft_cap"},
+            **PACKED,
             "examples": (COUNT, ["int", "at least 1"]),
             "every": ([None, *COUNT], ["int", "at least 1"]),
             "step": (["3", 1.5, jnp.ones(2, int)], ["integer scalar"]),
