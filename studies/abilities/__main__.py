@@ -6,7 +6,7 @@ from pathlib import Path
 
 from studies.abilities.measures import measure
 from studies.abilities.report import report
-from studies.common.model import ModelConfig
+from studies.common.model import ModelConfig, large
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
@@ -34,20 +34,7 @@ def settings(mha: ModelConfig, mla: ModelConfig, muon: Optimizer, low: float) ->
 
 
 TINY, TINY_MLA = (replace(model, d_model=32, heads=2, kv_heads=2, d_ff=64) for model in (MHA, MLA))
-LARGE = replace(
-    MHA,
-    vocab_size=49152,
-    d_model=1024,
-    layers=12,
-    heads=16,
-    kv_heads=16,
-    rope=64,
-    v=64,
-    d_ff=2816,
-    mlp="swiglu",
-    init_std=0.02,
-    dtype="bfloat16",
-)
+LARGE = large(MHA)
 LARGE_MLA = replace(LARGE, attention="latent", nope=64, q_rank=512, kv_rank=256)
 
 SMOKE = smoke(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from studies.clip.report import report
-from studies.common.model import ModelConfig
+from studies.common.model import ModelConfig, large
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
@@ -44,22 +44,7 @@ def settings(
 
 
 TINY = replace(MODEL, vocab_size=257, d_model=32, layers=2, heads=2, nope=8, rope=8, v=16, d_ff=64)
-LARGE = replace(
-    MODEL,
-    vocab_size=49152,
-    d_model=1024,
-    layers=12,
-    heads=16,
-    nope=64,
-    rope=64,
-    v=64,
-    q_rank=512,
-    kv_rank=256,
-    d_ff=2816,
-    mlp="swiglu",
-    init_std=0.02,
-    dtype="bfloat16",
-)
+LARGE = replace(large(MODEL), nope=64, q_rank=512, kv_rank=256)
 
 
 STUDY = Study(

@@ -11,7 +11,6 @@ from studies.common.records import Json, Runs
 from studies.common.tables import (
     by_seed,
     curve,
-    last,
     last_peak,
     paired,
     smooth,
@@ -19,6 +18,7 @@ from studies.common.tables import (
     steps,
     table,
     tail,
+    valid_loss,
 )
 
 DEAD = 0.05  # a head whose logits stay below this share of the threshold
@@ -114,11 +114,6 @@ def over_clipping(runs: Runs) -> str:
             )
         )
     return table(header, rows)
-
-
-def valid_loss(record: Json) -> float:
-    """At the end."""
-    return float(last(record, "valid_loss"))
 
 
 def loss(seeds: list[Json]) -> str:

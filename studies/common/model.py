@@ -5,7 +5,7 @@ Layers are scanned, so all that a layer has or sows comes with a leading axis `l
     b  batch    t  position    d  model width    h  heads (k of them for keys)    f  head features
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -58,6 +58,31 @@ class ModelConfig:
     """Of all kernels and the embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the activations; parameters are float32."""
+
+
+def tiny(model: ModelConfig) -> ModelConfig:
+    """The same kind of model, of some ten thousand parameters, for seconds."""
+    return replace(
+        model, vocab_size=257, d_model=32, layers=2, heads=2, kv_heads=2, rope=16, v=16, d_ff=64
+    )
+
+
+def large(model: ModelConfig) -> ModelConfig:
+    """The same kind of model, of some 200 million parameters, for GPUs."""
+    return replace(
+        model,
+        vocab_size=49152,
+        d_model=1024,
+        layers=12,
+        heads=16,
+        kv_heads=16,
+        rope=64,
+        v=64,
+        d_ff=2816,
+        mlp="swiglu",
+        init_std=0.02,
+        dtype="bfloat16",
+    )
 
 
 def attention_layout(config: ModelConfig) -> mc.Layout | None:

@@ -83,6 +83,11 @@ def last(record: Json, name: str) -> np.ndarray:
     return measured(record, name)[-1]
 
 
+def valid_loss(record: Json) -> float:
+    """The validation loss at the end."""
+    return float(last(record, "valid_loss"))
+
+
 def steps(record: Json) -> np.ndarray:
     """The steps of curves, from 1."""
     return np.arange(1, record["plan"]["steps"] + 1)

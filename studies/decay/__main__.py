@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from studies.common.model import ModelConfig
+from studies.common.model import ModelConfig, large, tiny
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
@@ -33,28 +33,11 @@ def settings(
 
 CHOSEN = ("Muon λ=0", "Muon λ=0.1", "Muon λ=0.3", "Muon λ=0.3, Q and K", "MuonClip λ=0.1")
 SMOKE = ("Muon λ=0", "Muon λ=0.3", "Muon λ=0.3, Q and K", "MuonClip λ=0.3")
-TINY = replace(
-    MODEL, vocab_size=257, d_model=32, layers=2, heads=2, kv_heads=2, rope=16, v=16, d_ff=64
-)
-LARGE = replace(
-    MODEL,
-    vocab_size=49152,
-    d_model=1024,
-    layers=12,
-    heads=16,
-    kv_heads=16,
-    rope=64,
-    v=64,
-    d_ff=2816,
-    mlp="swiglu",
-    init_std=0.02,
-    dtype="bfloat16",
-)
 
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
-        "smoke": smoke(settings(TINY, rate=5e-2, threshold=0.5, steps=20, warmup=2), *SMOKE),
+        "smoke": smoke(settings(tiny(MODEL), rate=5e-2, threshold=0.5, steps=20, warmup=2), *SMOKE),
         "cpu": Grid(
             Plan(steps=700, context=64, measure_every=100),
             settings(MODEL, rate=2e-2, threshold=30.0, steps=700),
@@ -64,7 +47,7 @@ STUDY = Study(
         # η summed over the run is 20, so that λ = 0.1 and 0.3 shrink weights by e⁻² and e⁻⁶.
         "gpu": Grid(
             Plan("installed_packages", steps=8000, batch=32, context=1024, measure_every=500),
-            settings(LARGE, rate=5e-3, threshold=100.0, steps=8000, warmup=200),
+            settings(large(MODEL), rate=5e-3, threshold=100.0, steps=8000, warmup=200),
             seeds=1,
             chosen=CHOSEN,
             chosen_seeds=2,

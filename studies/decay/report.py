@@ -1,16 +1,17 @@
 """Tables and pictures of `decay`, from the records."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from studies.common import pictures
+from studies.common.clips import passes, threshold
 from studies.common.optimizers import Optimizer
 from studies.common.records import Json, Runs
 from studies.common.tables import (
     by_seed,
     curve,
-    last,
     last_peak,
     measured,
     paired,
@@ -19,6 +20,7 @@ from studies.common.tables import (
     steps,
     table,
     tail,
+    valid_loss,
 )
 from studies.decay.growth import Growth, growth
 
@@ -58,7 +60,7 @@ def summary(runs: Runs) -> str:
     for label, seeds in runs.items():
         row = [
             label,
-            spread((loss(r) for r in seeds), ".3f"),
+            spread(map(valid_loss, seeds), ".3f"),
             spread(map(highest, seeds), ".1f"),
             spread((smooth(maxima(r)).argmax() + 1 for r in seeds), ".0f"),
             spread(map(last_peak, seeds), ".1f"),
@@ -107,17 +109,21 @@ def turning(runs: Runs) -> str:
     header = ("last fifth of the steps less the third fifth, 95%", "log10 of the largest max logit")
     rows = []
     for label, seeds in runs.items():
-        logits, heads = (
-            paired(
-                by_seed(seeds, lambda r, of=of, mean=mean: mean(fifth(of(r), 5))),
-                by_seed(seeds, lambda r, of=of, mean=mean: mean(fifth(of(r), 3))),
-                form,
-            )
-            # In most steps no head is above, so that the median would always be 0.
-            for of, mean, form in ((log_maxima, np.median, ".3f"), (above, np.mean, ".1f"))
-        )
-        rows.append((label, logits, "" if threshold(seeds[0]) is None else heads))
+        # In most steps no head is above, so that the median would always be 0.
+        heads = later(seeds, above, np.mean, ".1f") if threshold(seeds[0]) else ""
+        rows.append((label, later(seeds, log_maxima, np.median, ".3f"), heads))
     return table((*header, "heads above τ (%)"), rows)
+
+
+def later(
+    seeds: list[Json],
+    of: Callable[[Json], np.ndarray],
+    mean: Callable[[np.ndarray], float],
+    form: str,
+) -> str:
+    """A curve's mean over the last fifth of the steps less that over the third, seed by seed."""
+    means = (by_seed(seeds, lambda r, n=n: mean(fifth(of(r), n))) for n in (5, 3))
+    return paired(*means, form)
 
 
 def differences(runs: Runs) -> str:
@@ -137,7 +143,7 @@ def differences(runs: Runs) -> str:
                 continue
             pairs = [
                 paired(by_seed(seeds, value), by_seed(runs[other], value), ".3f")
-                for value in (loss, log_highest)
+                for value in (valid_loss, log_highest)
             ]
             rows.append((f"{label} less {other}", *pairs))
     return table(header, rows)
@@ -161,25 +167,13 @@ def highest(record: Json) -> float:
 
 
 def above(record: Json) -> np.ndarray:
-    """The share of heads above τ, in per cent, `[steps]`; 0 without a clip."""
-    tau = threshold(record)
-    tau = np.inf if tau is None else tau
-    return 100 * (curve(record, "max_logits") > tau).mean(axis=(1, 2))
+    """The share of heads above τ, in per cent, `[steps]`."""
+    return 100 * passes(record).mean(axis=1)
 
 
 def norm_product(record: Json) -> np.ndarray:
     """‖W_q‖₂ ‖W_k‖₂ of the layer with the largest, `[measurements]`."""
     return (measured(record, "wq") * measured(record, "wk")).max(axis=1)
-
-
-def loss(record: Json) -> float:
-    """The validation loss at the end."""
-    return float(last(record, "valid_loss"))
-
-
-def threshold(record: Json) -> float | None:
-    """τ, None without a clip."""
-    return record["optimizer"]["threshold"]
 
 
 def log_highest(record: Json) -> float:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from studies.common.model import ModelConfig
+from studies.common.model import ModelConfig, large, tiny
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
@@ -53,23 +53,6 @@ def settings(
     return found
 
 
-TINY = replace(
-    MODEL, vocab_size=257, d_model=32, layers=2, heads=2, kv_heads=2, rope=16, v=16, d_ff=64
-)
-LARGE = replace(
-    MODEL,
-    vocab_size=49152,
-    d_model=1024,
-    layers=12,
-    heads=16,
-    kv_heads=16,
-    rope=64,
-    v=64,
-    d_ff=2816,
-    mlp="swiglu",
-    init_std=0.02,
-    dtype="bfloat16",
-)
 # The two rates of which one is every pair's best in a first look; the least one is far from it.
 CHOSEN = [
     f"{first} → {then}, {rate:g}"
@@ -88,7 +71,7 @@ GPU_PLAN = Plan(
 )
 SMOKE_PLAN = replace(smoke({}).plan, pretrain_steps=20)
 SMOKE = settings(
-    TINY,
+    tiny(MODEL),
     SMOKE_PLAN,
     pretraining={"Adam": 1e-2, "Muon": 2e-2},
     rates={"Adam": (1e-2,), "Muon": (2e-2,)},
@@ -115,7 +98,7 @@ STUDY = Study(
         "gpu": Grid(
             GPU_PLAN,
             settings(
-                LARGE,
+                large(MODEL),
                 GPU_PLAN,
                 pretraining={"Adam": 1e-3, "Muon": 3e-3},
                 rates={"Adam": (1e-4, 3e-4, 1e-3), "Muon": (2e-4, 6e-4, 2e-3)},

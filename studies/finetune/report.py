@@ -7,7 +7,7 @@ import numpy as np
 
 from studies.common import pictures
 from studies.common.records import Json, Runs
-from studies.common.tables import by_seed, curve, last, measured, paired, spread, table
+from studies.common.tables import by_seed, curve, last, measured, paired, spread, table, valid_loss
 
 Pair = tuple[str, str]  # what trained first, and what then
 Rates = dict[Pair, dict[float, list[Json]]]
@@ -119,7 +119,7 @@ def summary(best: Mapping[Pair, list[Json]]) -> str:
 def differences(best: Mapping[Pair, list[Json]]) -> str:
     """Paired over equal seeds: the mismatch, and what clip and heads change."""
     measures: dict[str, Callable[[Json], float]] = {
-        "loss on words": lambda r: float(last(r, "valid_loss")),
+        "loss on words": valid_loss,
         "loss on code": lambda r: float(last(r, "first_loss")),
         "rank of the weights / n": ranks,
         "rank of what was added / n": lambda r: ranks(r, "change_rank"),
@@ -185,7 +185,7 @@ def rank_table(best: Mapping[Pair, list[Json]]) -> str:
 
 def each_loss(seeds: list[Json]) -> list[float]:
     """The loss on the second text at the end, of each seed."""
-    return [float(last(record, "valid_loss")) for record in seeds]
+    return [valid_loss(record) for record in seeds]
 
 
 def kernels(record: Json) -> list[str]:

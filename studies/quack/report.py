@@ -8,7 +8,7 @@ import numpy as np
 from studies.common import pictures
 from studies.common.before import old_runs, side_by_side
 from studies.common.records import Json, Runs
-from studies.common.tables import by_seed, curve, last, measured, paired, spread, table
+from studies.common.tables import by_seed, curve, measured, paired, spread, table, valid_loss
 
 Sweep = dict[str, list[list[Json]]]  # method → records of each learning rate, one a seed
 VERDICTS = (  # methods whose losses the verdicts compare
@@ -133,11 +133,6 @@ def step_times(aside: Json) -> str:
 
 def rate(record: Json) -> float:
     return record["optimizer"]["learning_rate"]
-
-
-def valid_loss(record: Json) -> float:
-    """At the end."""
-    return float(last(record, "valid_loss"))
 
 
 def largest_logit(record: Json) -> float:

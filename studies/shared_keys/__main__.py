@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from studies.common.model import ModelConfig
+from studies.common.model import ModelConfig, large
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
@@ -30,20 +30,7 @@ def settings(
 
 
 TINY = replace(MODEL, vocab_size=257, d_model=32, layers=2, heads=2, rope=16, v=16, d_ff=64)
-LARGE = replace(
-    MODEL,
-    vocab_size=49152,
-    d_model=1024,
-    layers=12,
-    heads=16,
-    kv_heads=2,
-    rope=64,
-    v=64,
-    d_ff=2816,
-    mlp="swiglu",
-    init_std=0.02,
-    dtype="bfloat16",
-)
+LARGE = replace(large(MODEL), kv_heads=2)
 
 STUDY = Study(
     folder=Path(__file__).parent,

@@ -18,6 +18,7 @@ from studies.common.tables import (
     spread,
     steps,
     table,
+    valid_loss,
 )
 
 UPDATE_RMS = 0.2  # of Muon's updates, before the learning rate
@@ -109,11 +110,6 @@ def weights(runs: Runs) -> str:
             )
         )
     return table(header, rows)
-
-
-def valid_loss(record: Json) -> float:
-    """At the end."""
-    return float(last(record, "valid_loss"))
 
 
 def at(record: Json) -> np.ndarray:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from studies.common.model import ModelConfig
+from studies.common.model import ModelConfig, large, tiny
 from studies.common.optimizers import Optimizer
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
@@ -27,32 +27,14 @@ def settings(model: ModelConfig, rate: float, warmup: int = 20) -> dict[str, Set
     return {label: Setting(model, optimizer) for label, optimizer in optimizers.items()}
 
 
-TINY = replace(
-    MODEL, vocab_size=257, d_model=32, layers=2, heads=2, kv_heads=2, rope=16, v=16, d_ff=64
-)
-LARGE = replace(
-    MODEL,
-    vocab_size=49152,
-    d_model=1024,
-    layers=12,
-    heads=16,
-    kv_heads=16,
-    rope=64,
-    v=64,
-    d_ff=2816,
-    mlp="swiglu",
-    init_std=0.02,
-    dtype="bfloat16",
-)
-
 STUDY = Study(
     folder=Path(__file__).parent,
     grids={
-        "smoke": smoke(settings(TINY, rate=1e-2), "Muon", "AdamW"),
+        "smoke": smoke(settings(tiny(MODEL), rate=1e-2), "Muon", "AdamW"),
         "cpu": Grid(Plan(steps=400), settings(MODEL, rate=1e-2), seeds=3),
         "gpu": Grid(
             Plan("installed_packages", steps=5000, batch=32, context=1024, measure_every=500),
-            settings(LARGE, rate=2e-3, warmup=200),
+            settings(large(MODEL), rate=2e-3, warmup=200),
             seeds=2,
         ),
     },

@@ -6,7 +6,7 @@ import numpy as np
 
 from studies.common import pictures
 from studies.common.records import Json, Runs
-from studies.common.tables import last, last_peak, measured, spread, table
+from studies.common.tables import last_peak, measured, spread, table, valid_loss
 
 QUERIES_AND_KEYS = ("q", "k")
 
@@ -48,7 +48,7 @@ def summary(runs: Runs) -> str:
         rows.append(
             (
                 label,
-                spread((last(r, "valid_loss") for r in seeds), ".3f"),
+                spread(map(valid_loss, seeds), ".3f"),
                 spread((of_kernels(r, "weight_entropy")[-1] for r in seeds), ".3f"),
                 spread((after_start(of_kernels(r, "update_entropy")) for r in seeds), ".3f"),
                 spread((after_start(of_kernels(r, "update_rank")) for r in seeds), ".2f"),

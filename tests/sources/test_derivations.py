@@ -12,6 +12,7 @@ import pytest
 
 import muonclip_jax as mc
 from tests.sources.tables import DOCS, table
+from tests.sources.transcriptions import softmax
 
 PAGE = "derivations.md"
 RECORDS = pathlib.Path(__file__).parents[2] / "studies" / "clip" / "results" / "cpu.jsonl"
@@ -337,11 +338,6 @@ def test_a_kernel_that_is_clipped_in_every_step_settles():
 
 
 # What signed maxima miss
-
-
-def softmax(rows):
-    weights = np.exp(rows - rows.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def test_softmax_knows_the_spread_only():
