@@ -59,7 +59,9 @@ def measure_max_logits(
       mask: boolean, broadcastable to `[..., N, T, S]`, True where a query attends.
       is_causal: query i sees keys 0 … i.
       local_window_size: `(left, right)` or one int for both, as `dot_product_attention`.
-      segment_ids, query_seq_lengths, key_value_seq_lengths: as `dot_product_attention`.
+      segment_ids: as `dot_product_attention`.
+      query_seq_lengths: as `dot_product_attention`.
+      key_value_seq_lengths: as `dot_product_attention`.
       scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
       examples: entries of the first axis to measure, all by default. On a mesh that splits this
         axis they are those of the first devices; inside `jax.shard_map`, each device takes its
