@@ -2,7 +2,7 @@
 
 from muonclip_jax._layouts.blocks import Block, Layout, Layouts, find_blocks
 from muonclip_jax._layouts.find import find_layout
-from muonclip_jax._layouts.kinds import fused_qkv, gqa, ignore, mha, mla
+from muonclip_jax._layouts.kinds import fused_qkv, gqa, ignore, linear_attention, mha, mla
 from muonclip_jax._layouts.pieces import Part, Piece
 from muonclip_jax._layouts.roles import Role
 
@@ -18,6 +18,7 @@ __all__ = [
     "fused_qkv",
     "gqa",
     "ignore",
+    "linear_attention",
     "mha",
     "mla",
 ]

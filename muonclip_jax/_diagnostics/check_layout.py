@@ -18,7 +18,7 @@ from muonclip_jax._diagnostics.layout_trials import (
     findings,
     shared_pieces,
 )
-from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
+from muonclip_jax._layouts.blocks import Block, Layouts, blocks_with_logits
 from muonclip_jax._layouts.sown import pair
 from muonclip_jax._transforms.clip import Clip, ClipState
 
@@ -112,7 +112,7 @@ def check_layout(model_fn: ModelFn, params: Any, layout: Layouts, batch: Any) ->
       attn: q, k, v, o
       2 heads in all
     """  # noqa: E501
-    blocks = find_blocks(layout, params)
+    blocks = blocks_with_logits(layout, params)
     left_out: list[str] = []
     run = _forward(model_fn, layout, batch, left_out)
     params = _without_zeros(params)
@@ -171,7 +171,7 @@ def _forward(
         state: Any  # which Optax's types know as a tree only
         _, state = reader.update(params, reader.init(params), params, max_logits=result[1])
         paths_of = read_signal(result[1], MAX_LOGITS)
-        paired = pair(layout, find_blocks(layout, params), params, paths_of).modules.values()
+        paired = pair(layout, blocks_with_logits(layout, params), params, paths_of).modules.values()
         left_out[:] = map(paths.show, paths_of.keys() - {p for some in paired for p in some})
         return Outcome(output, state.maxima)
 

@@ -26,7 +26,7 @@ from muonclip_jax._diagnostics.measures import (
     spectral_norm,
 )
 from muonclip_jax._layouts import roles
-from muonclip_jax._layouts.blocks import Block, Layouts, find_blocks
+from muonclip_jax._layouts.blocks import Block, Layouts, blocks_with_logits
 from muonclip_jax._layouts.leaves import Leaves, read_leaves
 from muonclip_jax._layouts.roles import QUERY_ROLES, ROLES, Role
 from muonclip_jax._layouts.sown import fit, pair
@@ -250,7 +250,7 @@ def attention_report(
       ['attn']
     """
     check_number("threshold", threshold, lambda x: x > 0, "above 0")
-    blocks = find_blocks(layout, params)
+    blocks = blocks_with_logits(layout, params)
     clip = _last_clip(opt_state)
     gamma, clipped = (clip.gamma, clip.max_logits) if clip else ({}, {})
     counts = clip.ineffective_clips if clip else {}

@@ -27,7 +27,8 @@ from muonclip_jax._layouts.surroundings import (
 class Layout:
     """Where the queries, keys, values and outputs of one kind of attention block are.
 
-    Make one with `mha`, `gqa`, `mla`, `fused_qkv` or `ignore`, or write down its pieces.
+    Make one with `mha`, `gqa`, `mla`, `fused_qkv`, `linear_attention` or `ignore`, or write down its
+    pieces.
 
     Attributes:
       name: For messages and tables.
@@ -43,6 +44,9 @@ class Layout:
         takes every module that has the query and key parameters.
       stack_axis: Where the axes of scanned or vmapped layers are in every parameter; MaxText and
         `nn.scan(variable_axes={"params": 1})` put them at 1.
+      softmax: Whether its queries and keys meet in a softmax. Without one (linear attention) there
+        are no max logits: clips, QuacK and the report pass over its blocks and ask for no sown
+        values; Muon and `head_matrices` take its heads like all others.
 
     Raises:
       ValueError: No piece for queries or none for keys, or two pieces with one role.
@@ -66,6 +70,7 @@ class Layout:
     harmless: tuple[str, ...] = ()
     block: str | None = None
     stack_axis: int = 0
+    softmax: bool = True
 
     def __post_init__(self):
         self._check_fields()
@@ -85,6 +90,7 @@ class Layout:
         check_text("Layout: name", self.name)
         check_text("Layout: block", self.block, optional=True)
         check_flag("Layout: shared_keys", self.shared_keys)
+        check_flag("Layout: softmax", self.softmax)
         check_count("Layout: stack_axis", self.stack_axis, least=0)
         for name, kind, wanted in (("pieces", Piece, "Piece"), ("harmless", str, "text")):
             given = getattr(self, name)
@@ -126,6 +132,21 @@ class Layout:
                     "kernels of one attention block must be stacked alike. (Kernels with a head "
                     "axis need no heads=.)"
                 )
+        norms, others = self._around(block, parts, inside) if self.softmax else ((), ())
+        own = [path for part in parts for path, _ in part.leaves]
+        shapes = {path: inside[path] for path in (*own, *norms, *others)}
+        found = Block(block, self, parts, shapes, norms, others)
+        checks.check_block(found, around)
+        return found
+
+    def _around(
+        self, block: Path, parts: Sequence[Part], inside: Shapes
+    ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+        """QK-norms, and what else enters the logits without a role.
+
+        Raises:
+          ValueError: A bias that no piece names, or an adapter.
+        """
         for bias in unnamed_biases(block, parts, inside):
             raise ValueError(
                 f"{paths.show(bias)} {inside[bias]} looks like a bias of queries or keys, and no "
@@ -146,12 +167,7 @@ class Layout:
             )
             for find in (qk_norms, extras.without_role)
         )
-        others = tuple(path for path in others if path not in norms)
-        own = [path for part in parts for path, _ in part.leaves]
-        shapes = {path: inside[path] for path in (*own, *norms, *others)}
-        found = Block(block, self, parts, shapes, norms, others)
-        checks.check_block(found, around)
-        return found
+        return norms, tuple(path for path in others if path not in norms)
 
     def _is_harmless(self, inside: Path) -> bool:
         named = [tuple(name.split("/")) for name in self.harmless]
@@ -338,6 +354,23 @@ def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
         ) from None
 
 
+def blocks_with_logits(layout: Layouts, params: Any) -> tuple[Block, ...]:
+    """The blocks of `find_blocks` whose queries and keys meet in a softmax.
+
+    Raises:
+      TypeError, ValueError: What `find_blocks` raises; a model of linear attention alone.
+    """
+    found = find_blocks(layout, params)
+    blocks = tuple(block for block in found if block.layout.softmax)
+    if found and not blocks:
+        raise ValueError(
+            f"{checks.some(block.path for block in found)}: the layout has linear attention only, "
+            "which has no max logits: there is nothing to clip and nothing for QuacK to hold. Use "
+            "mc.muon, or add the layout of the blocks that have a softmax."
+        )
+    return blocks
+
+
 def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     blocks: dict[Path, Block] = {}
     owners: dict[Path, Path] = {}  # parameter → its block
@@ -395,18 +428,19 @@ def as_layouts(layout: Layouts) -> tuple[Layout, ...]:
 
 
 def left_out(layout: Layouts, params: Any) -> tuple[Path, ...]:
-    """The modules that are attention, or named by `ignore`, and that the layouts leave out; also
-    those of which `optax.masked` hides all queries and keys."""
+    """The modules that are attention, or named by `ignore`, and that the layouts leave out, or that
+    have no softmax; also those of which `optax.masked` hides all queries and keys."""
     layouts = as_layouts(layout)
     shapes = paths.shapes(params)
     masked = {path: () for path in paths.masked(params)}
     modules = {path[:end] for path in shapes for end in range(len(path))}
     ignored = [path for path in modules if _ignored(layouts, path)]
-    everywhere = [replace(one, block=None) for one in layouts if one.pieces]
+    linear = [path for one in layouts if not one.softmax for path in one.places(shapes)]
+    everywhere = [replace(one, block=None) for one in layouts if one.pieces and one.softmax]
     attention = [path for one in everywhere for path in one.places(shapes)]
     hidden = [path for one in layouts if one.pieces for path in one.places(masked)]
     elsewhere = [path for path in attention if not any(one.takes(path) for one in layouts)]
-    return (*ignored, *elsewhere, *(path for path in hidden if path not in attention))
+    return (*ignored, *linear, *elsewhere, *(path for path in hidden if path not in attention))
 
 
 def outside_patterns(layout: Layouts, path: Path) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import extras
-from muonclip_jax._layouts.roles import EQUAL_LENGTHS
+from muonclip_jax._layouts.roles import EQUAL_LENGTHS, EQUAL_LENGTHS_OF_LINEAR, EqualLengths
 from muonclip_jax._layouts.surroundings import Shapes, norm_lengths
 
 if TYPE_CHECKING:
@@ -25,9 +25,12 @@ def check_block(block: "Block", around: Shapes) -> None:
       block: The block.
       around: The shapes of the whole model's parameters.
     """
-    _check_heads(block)
-    _check_input(block, around)
-    _check_lengths(block)
+    if block.layout.softmax:
+        _check_heads(block)
+        _check_input(block, around)
+        _check_lengths(block, EQUAL_LENGTHS)
+    else:
+        _check_lengths(block, EQUAL_LENGTHS_OF_LINEAR)
     _check_overlap(block)
 
 
@@ -64,8 +67,8 @@ def _check_input(block: "Block", shapes: Shapes) -> None:
         )
 
 
-def _check_lengths(block: "Block") -> None:
-    for one_role, one_length, other_role, other_length in EQUAL_LENGTHS:
+def _check_lengths(block: "Block", equal: Sequence[EqualLengths]) -> None:
+    for one_role, one_length, other_role, other_length in equal:
         one, other = block.part(one_role), block.part(other_role)
         if one is None or other is None:
             continue

@@ -5,12 +5,13 @@ layout, or says which number the shapes do not tell (`Ask`), or that the module 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from muonclip_jax._layouts.blocks import Layout
-from muonclip_jax._layouts.kinds import fused_qkv, mla
+from muonclip_jax._layouts.kinds import fused_qkv, linear_attention, mla
 from muonclip_jax._layouts.pieces import Part, Piece
 from muonclip_jax._layouts.roles import Role
 
@@ -370,6 +371,106 @@ class Latent:
 Family = Separate | Written | Fused | Latent
 
 
+@dataclass(frozen=True)
+class Linear:
+    """Linear attention with flat projections. `A_log`, one number a head, tells its heads, and the
+    norm behind them how long a value is.
+
+    Attributes:
+      models: Whose spelling this is.
+      names: The query, key, value and output projections.
+      gate: The projection to the outputs' gate.
+      norm: The norm on the heads' outputs.
+    """
+
+    models: str
+    names: tuple[str, str, str, str]
+    gate: str
+    norm: str
+
+    def read(self, inside: Inside) -> Layout | None:
+        """The layout of a module with these names."""
+        gates = [self.gate] if holds([self.gate], inside) else []
+        names = (*self.names, *gates)
+        for axis in (0, 1):
+            own = without_stack(names, (2,) * len(names), axis, inside)
+            heads, size = _decays_and_size(self.names[0], self.norm, axis, inside)
+            if own is None or not heads:
+                continue
+            query, key, value, out, *gate = own
+            together = query == key and out == value[::-1] and all(g[1] == value[1] for g in gate)
+            if together and not query[1] % heads and value[1] == heads * size:
+                query_name, key_name, value_name, out_name, *gate_name = (
+                    layout_name(name, inside) for name in names
+                )
+                layout = linear_attention(
+                    heads,
+                    query=query_name,
+                    key=key_name,
+                    value=value_name,
+                    gate=gate_name[0] if gate_name else None,
+                    out=out_name,
+                )
+                return replace(layout, stack_axis=axis)
+        return None
+
+
+@dataclass(frozen=True)
+class LinearFused:
+    """Gated DeltaNet with one kernel, `[query | key | values | gates]` of each key head.
+
+    No shape tells how long a key is. It is read as long as a value where the kernel's width allows
+    that: so they are in each published model (128, in Qwen3-Next).
+
+    Attributes:
+      models: Whose spelling this is.
+      names: The fused projection and the projection back.
+      norm: The norm on the heads' outputs.
+    """
+
+    models: str
+    names: tuple[str, str]
+    norm: str
+
+    def read(self, inside: Inside) -> Layout | None:
+        """The layout of a module with these names."""
+        for axis in (0, 1):
+            own = without_stack(self.names, (2, 2), axis, inside)
+            heads, size = _decays_and_size(self.names[0], self.norm, axis, inside)
+            if own is None or not heads or not size:
+                continue
+            kernel, out = own
+            keys, rest = divmod(kernel[1] - 2 * out[0], 2 * size)
+            if out == (heads * size, kernel[0]) and keys > 0 and not rest and not heads % keys:
+                pieces = self._pieces(keys, heads, inside)
+                return Layout("linear_attention", pieces, stack_axis=axis, softmax=False)
+        return None
+
+    def _pieces(self, keys: int, heads: int, inside: Inside) -> tuple[Piece, ...]:
+        values = heads // keys
+        ends = (0, 1, 2, 2 + values, 2 + 2 * values)
+        sizes = {"groups": keys, "slots": ends[-1]}
+        roles: tuple[Role, ...] = ("q", "k", "v", "gate")
+        fused, out = (layout_name(name, inside) for name in self.names)
+        pieces = [
+            Piece(role, fused, "in (groups slots features)", sizes, {"slots": cut})
+            for role, cut in zip(roles, itertools.pairwise(ends), strict=True)
+        ]
+        return (*pieces, Piece("o", out, "(heads features) out", {"heads": heads}))
+
+
+def _decays_and_size(kernel: str, norm: str, stack_axis: int, inside: Inside) -> tuple[int, int]:
+    """How many heads `A_log` has, and how long the gain of the norm behind them is; 0 for none."""
+    depth = len(inside[parameter(kernel, inside)]) - 2
+
+    def length(name: str) -> int:
+        found = [shape for path, shape in inside.items() if f"{path}/".startswith(f"{name}/")]
+        own = [(*shape[:stack_axis], *shape[stack_axis + depth :]) for shape in found]
+        return math.prod(own[0]) if len(own) == 1 else 0
+
+    return length("A_log"), length(norm)
+
+
 def _latent_sizes(
     query: Shape, key_value: Shape, out: Shape, rope: int, stack_axis: int, size: HeadSize
 ) -> tuple[int, int, int] | Ask | None:
@@ -549,3 +650,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 """The first entry that has all names in a module, and what must be beside them, reads it."""
+
+LINEAR: tuple[Linear | LinearFused, ...] = (
+    Linear("Kimi Linear", ("q_proj", "k_proj", "v_proj", "o_proj"), "g_b_proj", "o_norm"),
+    LinearFused("Qwen3-Next", ("in_proj_qkvz", "out_proj"), "norm"),
+)
+"""The same for modules with an `A_log`: the rate at which linear attention forgets."""

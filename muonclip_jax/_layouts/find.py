@@ -18,7 +18,7 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import counts, suggest
 from muonclip_jax._layouts.blocks import Layout, Layouts, find_blocks, module_path
 from muonclip_jax._layouts.checks import matrices_of
-from muonclip_jax._layouts.families import FAMILIES, Ask, Family, Inside, holds, parameter
+from muonclip_jax._layouts.families import FAMILIES, LINEAR, Ask, Family, Inside, holds, parameter
 from muonclip_jax._layouts.kinds import ignore
 from muonclip_jax._layouts.roles import KEY_ROLES
 from muonclip_jax._layouts.surroundings import Shapes, looks_like_attention
@@ -42,6 +42,7 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     | GPT-NeoX, BLOOM, Falcon; InternLM 2 | `query_key_value`, `dense`; `wqkv`, `wo` |
     | MaxText's fused attention and GPT-3; Phi 3 | `qkv_proj`, `out`; `qkv_proj`, `o_proj` |
     | MPT, DBRX; vision of Qwen 3 VL | `Wqkv`, `out_proj`; `qkv`, `proj` |
+    | linear attention of Kimi Linear (KDA); of Qwen3-Next, keys as long as values | `q_proj`, `k_proj`, `v_proj`, `g_b_proj`, `o_proj`; `in_proj_qkvz`, `out_proj` |
     | MLA of DeepSeek, Kimi, GLM 5 | `wq_a`, `wq_b`, `wkv_a`, `wkv_b`, `wo` or `out`; `q_a_proj`, … `kv_b_proj`, `o_proj`; queries of one kernel too |
 
     Layers may be stacked on the first axis or on the second (MaxText). A kernel
@@ -50,10 +51,10 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     `[buckets, heads]`, the sizes of MLA. Where none of these is, the numbers must be told: they are
     never guessed.
 
-    Left out, by `layouts.ignore`: an indexer, which chooses what others attend to; queries alone,
-    whose keys are another layer's; linear attention (known by its `A_log`), which has no softmax to
-    clip, and whose kernels Muon takes by its general routing. A QK-norm does not matter here: clips refuse it, `mc.muon` splits
-    heads behind it.
+    Linear attention (known by its `A_log`) has no softmax to clip; Muon takes its heads. Left out,
+    by `layouts.ignore`: linear attention in other spellings; an indexer, which chooses what others
+    attend to; queries alone, whose keys are another layer's. A QK-norm does not matter here: clips
+    refuse it, `mc.muon` splits heads behind it.
 
     Args:
       params: The model's parameters (arrays or `jax.ShapeDtypeStruct`s).
@@ -87,6 +88,8 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     asked: dict[Path, tuple[Family, Ask]] = {}
     for path, inside in modules.items():
         if _is_linear(inside):
+            if (layout := _read_linear(inside)) is not None:
+                found[path] = layout
             continue
         family, answer = _read(inside, shapes)
         if isinstance(answer, Layout):
@@ -134,6 +137,12 @@ def _is_linear(inside: Inside) -> bool:
     return "A_log" in inside
 
 
+def _read_linear(inside: Inside) -> Layout | None:
+    """Linear attention by the first family that can."""
+    told = (one.read(inside) for one in LINEAR if holds(one.names, inside))
+    return next(filter(None, told), None)
+
+
 def _is_indexer(path: Path) -> bool:
     """Whether it chooses which keys others attend to: it has queries and keys, and no attention."""
     return any("indexer" in name.lower() for name in path)
@@ -160,7 +169,7 @@ def _left_out(
     found: Mapping[Path, Layout], modules: Mapping[Path, Inside], shapes: Shapes
 ) -> list[Path]:
     """Modules that hold names of attention and are to be ignored: queries without keys, which are
-    another layer's or none, indexers, and linear attention.
+    another layer's or none, indexers, and linear attention of no known spelling.
 
     Raises:
       ValueError: Attention of no known model, or none at all.

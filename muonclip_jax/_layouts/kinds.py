@@ -278,6 +278,69 @@ def fused_qkv(
     return Layout("fused_qkv", tuple(pieces), shared_keys=shared, block=block)
 
 
+def linear_attention(
+    heads: int,
+    value_heads: int | None = None,
+    *,
+    query: str = "q_proj",
+    key: str = "k_proj",
+    value: str = "v_proj",
+    gate: str | None = None,
+    out: str | None = "o_proj",
+    block: str | None = None,
+) -> Layout:
+    """Linear attention: KDA of Kimi Linear (arXiv 2510.26692), Gated DeltaNet (arXiv 2412.06464).
+
+    Its queries and keys meet in no softmax, so it has no max logits and nothing to clip: clips,
+    QuacK and the report pass over it and ask for no sown values. Muon takes one matrix a head.
+    Kernels are flat, `[stack..., in, heads*features]`, and `out` `[stack..., heads*features, out]`.
+
+    Args:
+      heads: Number of query and key heads.
+      value_heads: Number of value heads, if more; those of the gate and of `out` are as many.
+      query: The query projection inside the block.
+      key: The key projection.
+      value: The value projection.
+      gate: The projection to the gate of the heads' output, or None to leave it to Muon's general
+        routing. (Of a gate through a narrow latent, `g_a_proj` and `g_b_proj`, the second.)
+      out: The projection back from the heads, or None likewise.
+      block: Glob over block paths, to take only some of the model's attention blocks.
+
+    Raises:
+      ValueError: Numbers of heads that are no whole numbers of at least 1, or do not go together.
+
+    Example:
+      >>> layout = mc.layouts.linear_attention(4, gate="g_b_proj", block="layers/*/kda")
+      >>> [piece.role for piece in layout.pieces]
+      ['q', 'k', 'v', 'gate', 'o']
+    """
+    check_count("layouts.linear_attention: heads", heads)
+    of_values = heads if value_heads is None else value_heads
+    check_count("layouts.linear_attention: value_heads", of_values)
+    if of_values % heads:
+        raise ValueError(
+            f"layouts.linear_attention: {of_values} value heads cannot share {heads} key heads "
+            "evenly; value_heads must be a multiple of heads."
+        )
+    for name, projection in (("query", query), ("key", key), ("value", value)):
+        check_text(f"layouts.linear_attention: {name}", projection)
+    rows: list[tuple[Role, str | None, str, int]] = [
+        ("q", query, "in (heads features)", heads),
+        ("k", key, "in (heads features)", heads),
+        ("v", value, "in (heads features)", of_values),
+        ("gate", gate, "in (heads features)", of_values),
+        ("o", out, "(heads features) out", of_values),
+    ]
+    check_text("layouts.linear_attention: gate", gate, optional=True)
+    check_text("layouts.linear_attention: out", out, optional=True)
+    pieces = tuple(
+        Piece(role, name, axes, sizes={"heads": count})
+        for role, name, axes, count in rows
+        if name is not None
+    )
+    return Layout("linear_attention", pieces, block=block, softmax=False)
+
+
 def _turned_around(axes: str) -> str:
     """The axes of the projection back from the heads."""
     if not re.search(r"\([^)]*features\)", axes):

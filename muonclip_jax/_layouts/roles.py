@@ -77,9 +77,11 @@ def family(role: Role) -> set[str]:
     return {role, role.split("_")[0]}
 
 
+EqualLengths = tuple[Role, str, Role, str]
+
 # Lengths that attention itself makes equal: (role, length, role, length). A wrong size in a layout
 # rarely fits them all.
-EQUAL_LENGTHS: tuple[tuple[Role, str, Role, str], ...] = (
+EQUAL_LENGTHS: tuple[EqualLengths, ...] = (
     ("q_nope", "heads", "q_rope", "heads"),
     ("q", "heads", "q_rope", "heads"),
     ("q_nope", "heads", "k_nope", "heads"),
@@ -95,4 +97,14 @@ EQUAL_LENGTHS: tuple[tuple[Role, str, Role, str], ...] = (
     ("kv_down", "features", "k_nope", "ins"),
     ("q_gain", "features", "q_nope", "ins"),
     ("kv_gain", "features", "k_nope", "ins"),
+)
+
+# The same of linear attention, where several values may share a key.
+EQUAL_LENGTHS_OF_LINEAR: tuple[EqualLengths, ...] = (
+    ("q", "heads", "k", "heads"),
+    ("q", "features", "k", "features"),
+    ("v", "heads", "o", "heads"),
+    ("v", "features", "o", "features"),
+    ("v", "heads", "gate", "heads"),
+    ("v", "features", "gate", "features"),
 )

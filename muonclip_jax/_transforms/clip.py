@@ -27,7 +27,7 @@ from muonclip_jax._layouts.blocks import (
     Block,
     Layouts,
     as_layouts,
-    find_blocks,
+    blocks_with_logits,
     multipliers,
 )
 from muonclip_jax._layouts.checks import refuse_what_escapes
@@ -231,7 +231,7 @@ class Clip:
         self, params: Any, arguments: Sequence[ArrayLike]
     ) -> tuple[tuple[Block, ...], list[Block], Leaves]:
         """The blocks; these with no parts but those that are clipped; the leaves of such parts."""
-        blocks = find_blocks(self.layout, params)
+        blocks = blocks_with_logits(self.layout, params)
         number = jax.ShapeDtypeStruct((), jnp.float32)
         touched: list[Block] = []
         before_softmax: list[Block] = []

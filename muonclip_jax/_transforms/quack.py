@@ -28,7 +28,7 @@ from muonclip_jax._layouts.blocks import (
     Block,
     Layouts,
     as_layouts,
-    find_blocks,
+    blocks_with_logits,
     multipliers,
 )
 from muonclip_jax._layouts.checks import refuse_what_escapes
@@ -280,7 +280,7 @@ def _check_options(layout: Layouts, relative_learning_rate: Any, rule: Any, floo
 
 
 def _read_blocks(layout: Layouts, params: Any, rule: QuackRule) -> tuple[Block, ...]:
-    blocks = find_blocks(layout, params)
+    blocks = blocks_with_logits(layout, params)
     for block in blocks:
         _check_roles(block)
     if rule == "latent_norm":

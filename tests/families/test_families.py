@@ -25,7 +25,7 @@ def random_params(tree: Tree):
 
 def by_hand(tree: Tree, params, block: str, role: str):
     """`[stack..., heads, in, features]`, from the slices in the source."""
-    name, heads = tree.blocks[block][role]
+    name, heads = {**tree.blocks, **tree.linear}[block][role]
     flat = flatten_dict(params, sep="/")
     (path,) = [path for path in flat if path.removeprefix("params/") == f"{block}/{name}"]
     x = np.asarray(flat[path])
@@ -39,10 +39,12 @@ def test_find_layout_finds_every_head_where_the_source_has_it(tree):
     params = random_params(tree)
     layout = mc.find_layout(params, **tree.told)
     blocks = {block.name: block for block in mc.layouts.find_blocks(layout, params)}
-    assert blocks.keys() == tree.blocks.keys()
+    expected = {**tree.blocks, **tree.linear}
+    assert blocks.keys() == expected.keys()
+    assert {name for name, block in blocks.items() if block.layout.softmax} == tree.blocks.keys()
     flat = flatten_dict(params)
     for name, block in blocks.items():
-        assert {part.role for part in block.parts} == tree.blocks[name].keys()
+        assert {part.role for part in block.parts} == expected[name].keys()
         for part in block.parts:
             taken = part.take(flat[part.kernel])
             np.testing.assert_array_equal(taken, by_hand(tree, params, name, part.role))

@@ -30,6 +30,7 @@ class Tree:
       source: The class whose forward pass says which slices are the heads.
       shapes: By path.
       blocks: By the path that `sow` uses.
+      linear: Likewise its linear attention, which has no logits.
       axis: Where the axes of stacked layers are.
       depth: How many axes of stacked layers there are.
       told: What `find_layout` must be told.
@@ -39,6 +40,7 @@ class Tree:
     source: str
     shapes: Mapping[str, Shape]
     blocks: Mapping[str, Block]
+    linear: Mapping[str, Block] = field(default_factory=dict)
     axis: int = 0
     depth: int = 0
     told: Mapping[str, int] = field(default_factory=dict)
@@ -61,6 +63,12 @@ def in_front(count: int) -> Heads:
 def flat(count: int, start: int = 0, step: int = F, size: int = F) -> Heads:
     """`[in, heads*features]`: `size` columns of each `step`."""
     return lambda x: [x[:, start + step * h : start + step * h + size] for h in range(count)]
+
+
+def _several(groups: int, each: int, start: int, step: int) -> Heads:
+    """`[in, features]`: `each` heads beside each other in each `step` columns."""
+    starts = [start + step * group + F * i for group in range(groups) for i in range(each)]
+    return lambda x: [x[:, at : at + F] for at in starts]
 
 
 def flat_out(count: int, size: int = F) -> Heads:
@@ -158,8 +166,8 @@ def one(source, block, shapes, heads, stack=(), axis=0, **options) -> Tree:
         source,
         parameters,
         {path.removeprefix("params/"): heads for path in blocks},
-        axis,
-        len(stack),
+        axis=axis,
+        depth=len(stack),
         **options,
     )
 
@@ -244,13 +252,23 @@ def maxtext() -> dict[str, Tree]:
         "o": ("out/kernel", flat_out(HEADS)),
     }
     delta_net = {
-        "in_proj_qkvz/kernel": (WIDTH, 48),
-        "in_proj_ba/kernel": (WIDTH, 8),
-        "conv1d/kernel": (4, 1, 24),
+        "in_proj_qkvz/kernel": (WIDTH, 2 * (KV + HEADS) * F),
+        "in_proj_ba/kernel": (WIDTH, 2 * HEADS),
+        "conv1d/kernel": (4, 1, (2 * KV + HEADS) * F),
         "A_log": (HEADS,),
         "dt_bias": (HEADS,),
         "norm/rms_norm/scale": (F,),
         "out_proj/kernel": (HEADS * F, WIDTH),
+    }
+    # Of each key head [query | key | its values | their gates].
+    group = 2 * F + 2 * HEADS // KV * F
+    each = HEADS // KV
+    delta_heads = {
+        "q": ("in_proj_qkvz/kernel", flat(KV, 0, group)),
+        "k": ("in_proj_qkvz/kernel", flat(KV, F, group)),
+        "v": ("in_proj_qkvz/kernel", _several(KV, each, 2 * F, group)),
+        "gate": ("in_proj_qkvz/kernel", _several(KV, each, (2 + each) * F, group)),
+        "o": ("out_proj/kernel", flat_out(HEADS)),
     }
     attention = "attentions.py: Attention"
     latents = "attention_mla.py: MLA"
@@ -304,6 +322,7 @@ def maxtext() -> dict[str, Tree]:
             "qwen3.py: Qwen3NextFullAttention, Qwen3NextGatedDeltaNet",
             hybrid,
             {"decoder/layers_3/attention/attention": gated_heads},
+            linear={"decoder/layers_0/attention": delta_heads},
             qk_norm=True,
         ),
     }
@@ -563,6 +582,10 @@ def easydel() -> dict[str, Tree]:
         "A_log": (HEADS,),
         "dt_bias": (HEADS,),
     }
+    delta_heads = {
+        **plain(LLAMA, "/kernel", "flat", kv=HEADS)[1],
+        "gate": ("g_b_proj/kernel", flat(HEADS)),
+    }
     slots = (HEADS // KV + 2) * F
     grouped = dict(
         q=lambda x: [x[:, i : i + F] for i in (0, F, slots, slots + F)],
@@ -613,6 +636,7 @@ def easydel() -> dict[str, Tree]:
                 **at("model/layers/1/self_attn", plain_query[0]),
             },
             {"model/layers/1/self_attn": plain_query[1]},
+            linear={"model/layers/0/self_attn": delta_heads},
         ),
         "GLM 5": one(
             "glm_moe_dsa: GlmMoeDsaAttention, GlmMoeDsaIndexer",
