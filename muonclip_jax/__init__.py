@@ -1,6 +1,8 @@
 """Muon, QK-Clip, MuonClip and QuacK as composable Optax transformations for Flax models."""
 
 # ruff: noqa: RUF022 (data-flow order)
+from typing import TYPE_CHECKING
+
 from muonclip_jax import layouts, plots, schedules
 from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.flax import attention_fn
@@ -27,6 +29,7 @@ from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import orthogonality_error, orthogonalize
 from muonclip_jax._parameters.description import describe
 from muonclip_jax._parameters.routing import muon_dimension_numbers, whole_kernels
+from muonclip_jax._trainers.linen import TrainState
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
 from muonclip_jax._transforms.clip import ClipState, clip_by_signal
 from muonclip_jax._transforms.muon import scale_by_muon
@@ -38,6 +41,9 @@ from muonclip_jax._transforms.upgrade import upgrade_state
 from muonclip_jax.layouts import Layout, find_layout
 from muonclip_jax.recipes import kimi_muonclip, muon, muon_direction, muonclip, quack
 from muonclip_jax.schedules import Schedule
+
+if TYPE_CHECKING:  # these import NNX, which takes as long as this package: who uses them waits
+    from muonclip_jax._trainers.nnx import MaxLogits, record_max_logits, use_recorded_max_logits
 
 __all__ = [
     # kernel
@@ -89,6 +95,11 @@ __all__ = [
     "read_max_logits",
     "sow_signal",
     "read_signal",
+    # trainers that own their step
+    "record_max_logits",
+    "use_recorded_max_logits",
+    "MaxLogits",
+    "TrainState",
     # read-only: heads
     "attention_report",
     "AttentionReport",
@@ -107,6 +118,14 @@ __all__ = [
     "nuclear_rank",
     "orthogonality_error",
 ]
+
+
+def __getattr__(name: str):
+    if name in ("MaxLogits", "record_max_logits", "use_recorded_max_logits"):
+        from muonclip_jax._trainers import nnx
+
+        return getattr(nnx, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

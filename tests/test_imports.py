@@ -19,6 +19,7 @@ ORDER = [
     "layouts",
     "schedules",
     "recipes",
+    "_trainers",
     "_diagnostics",
     "plots",
 ]

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ COLLECTION = "intermediates"
 
 MAX_LOGITS = "max_logits"
 """The name under which an attention block sows its max logits."""
+
+RECORDED = "recorded_max_logits"
+"""The attribute of an NNX module that keeps them until the next update; see `record_max_logits`."""
 
 WAS_IT_COLLECTED = (
     "Was it collected? Linen: model.apply(..., mutable=['intermediates']), and scanned layers "
@@ -107,6 +110,24 @@ def names(found: list[paths.Path], shown: int = 8) -> str:
     return (", ".join(map(paths.show, found[:shown])) or "nothing") + more
 
 
+def nothing_given(owner: str, signal: str, blocks: list[str]) -> str:
+    """The message of a clip whose update got no signal: where it comes from, with Flax and
+    without, and what hands it over where a trainer owns the step."""
+    in_trainers = (
+        " In a trainer that owns its step: mc.record_max_logits(model) in NNX, "
+        "mc.TrainState.apply_gradients(grads=grads, max_logits=intermediates) in Linen; mc.quack "
+        "needs none."
+    )
+    return (
+        f"{owner} got no {signal}. Pass what the forward pass sowed: "
+        f"tx.update(grads, state, params, {signal}=intermediates), where intermediates comes from "
+        'model.apply(..., mutable=["intermediates"]) in Linen or '
+        "nnx.capture(lambda model: ..., nnx.Intermediate)(model) in NNX. Without Flax a plain dict "
+        f"will do, an array [heads] for each block: {{{', '.join(map(repr, blocks[:1]))}: "
+        f"{{{signal!r}: ...}}}}.{in_trainers if signal == MAX_LOGITS else ''}"
+    )
+
+
 def sow_signal(module: "linen.Module | nnx.Module", name: str, value: jax.Array) -> bool:
     """Sows one number per head under a name, for `read_signal`.
 
@@ -136,8 +157,14 @@ def sow_signal(module: "linen.Module | nnx.Module", name: str, value: jax.Array)
         (4,)
     """
     _check_per_head(value, name)
-    value = jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
-    return sow(module, name, value, init_fn=lambda: -jnp.inf, reduce_fn=jnp.maximum)
+    value = jnp.asarray(value, jnp.float32)
+    recorded = name == MAX_LOGITS and RECORDED in vars(module)
+    if recorded:
+        from muonclip_jax._core.recording import record
+
+        record(cast("nnx.Module", module), value)
+    value = jax.lax.stop_gradient(value)
+    return sow(module, name, value, init_fn=lambda: -jnp.inf, reduce_fn=jnp.maximum) or recorded
 
 
 def read_signal(intermediates: Mapping[Any, Any], name: str) -> dict[paths.Path, jax.Array]:

@@ -21,7 +21,7 @@ from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.maxima import AxisName, largest_of_devices
 from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.paths import Path
-from muonclip_jax._core.sowing import MAX_LOGITS, read_signal
+from muonclip_jax._core.sowing import MAX_LOGITS, nothing_given, read_signal
 from muonclip_jax._core.states import check_same, without_parameters
 from muonclip_jax._layouts.blocks import (
     Block,
@@ -263,13 +263,7 @@ class Clip:
         out where it was sown."""
         signal = self.signal
         if given is None:
-            raise ValueError(
-                f"{self.owner} got no {signal}. Pass what the forward pass sowed: "
-                f"tx.update(grads, state, params, {signal}=intermediates), where intermediates "
-                'comes from model.apply(..., mutable=["intermediates"]) in Linen or '
-                "nnx.capture(lambda model: ..., nnx.Intermediate)(model) in NNX; Flax's "
-                "TrainState.apply_gradients does not forward it, call tx.update yourself."
-            )
+            raise ValueError(nothing_given(self.owner, signal, [block.name for block in blocks]))
         sown = read_signal(given, signal)
         found = pair(self.layout, blocks, params, sown)
         if found.strays:

@@ -63,9 +63,7 @@ def test_linear_attention_alone_has_nothing_to_clip():
     params = {"kda": LINEAR}
     layout = mc.find_layout(params)
     for transformation in (mc.qk_clip(layout), mc.scale_by_quack(layout)):
-        with pytest.raises(
-            ValueError, match=r"kda: .* linear attention only.*mc\.muon"
-        ):
+        with pytest.raises(ValueError, match=r"kda: .* linear attention only.*mc\.muon"):
             transformation.init(params)
 
 

@@ -1,0 +1,170 @@
+"""NNX trainers that own their step: the model records its max logits, the optimizer reads them."""
+
+import functools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from muonclip_jax._attention.flax import attention_fn
+from muonclip_jax._core import paths
+from muonclip_jax._core.recording import UNSEEN, MaxLogits
+from muonclip_jax._core.sowing import MAX_LOGITS, RECORDED
+from muonclip_jax._layouts.blocks import Layouts, find_blocks, module_path
+from muonclip_jax.layouts import find_layout
+
+Model = TypeVar("Model", bound=nnx.Module)
+Optimizer = TypeVar("Optimizer", bound=nnx.Optimizer)
+
+
+def record_max_logits(model: Model, layout: Layouts | None = None) -> Model:
+    """Makes a model keep its max logits as a variable, for `use_recorded_max_logits`.
+
+    Each attention module gets a variable `mc.MaxLogits`, in which `sow_max_logits` and
+    `attention_fn` take the maximum of what they are given until the next update. Flax's own
+    attention modules need no more than this call: they get `attention_fn=mc.attention_fn`, unless
+    they have another than Flax's, and call it with `sow_weights=True`.
+
+    Only passes that are differentiated are recorded, so evaluation between two steps changes
+    nothing. Everything that carries batch statistics carries the variable: `nnx.jit`, `nnx.scan`
+    and `nnx.vmap` (which split it over axis 0 with the layers), `nnx.remat`, `nnx.split` and
+    `nnx.merge`. What is written in a pure function (`jax.jit` of a merged model) is lost unless the
+    function returns it.
+
+    Call it on every model that is built, before a checkpoint is restored into it.
+
+    Args:
+      model: Changed in place.
+      layout: The model's attention, as for `qk_clip`; None is `find_layout`'s.
+
+    Returns:
+      The model.
+
+    Raises:
+      TypeError: No NNX module.
+      ValueError: What `find_layout` and `find_blocks` raise; attention that is not in a module of
+        its own.
+
+    Example:
+        >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+        >>> tx = mc.muonclip(1e-3, layout=mc.find_layout(nnx.state(model, nnx.Param)))
+        >>> optimizer = nnx.Optimizer(mc.record_max_logits(model), tx, wrt=nnx.Param)
+        >>> optimizer = mc.use_recorded_max_logits(optimizer)
+        >>> grads = nnx.grad(lambda model, x: model(x).sum())(model, jnp.ones((5, 8)))
+        >>> _ = optimizer.update(model, grads)
+        >>> mc.qk_clip_state(optimizer.opt_state).max_logits["<root>"].shape
+        (2,)
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"record_max_logits needs an nnx.Module, found {type(model).__name__}. In Linen the "
+            "maxima are the intermediates of model.apply: give them to "
+            "mc.TrainState.apply_gradients(grads=..., max_logits=...)."
+        )
+    params = nnx.state(model, nnx.Param)
+    modules = {paths.parse(path): module for path, module in nnx.iter_modules(model)}
+    for block in find_blocks(layout or find_layout(params), params):
+        module = modules.get(module_path(block.path))
+        if module is None:
+            raise ValueError(
+                f"{block.name} is not a module of its own in {type(model).__name__}, so nothing "
+                "can be recorded there. Collect the maxima with nnx.capture, and give them to "
+                "optimizer.update(model, grads, max_logits=...)."
+            )
+        setattr(module, RECORDED, MaxLogits(jnp.full(block.shape, UNSEEN, jnp.float32)))
+        if isinstance(module, nnx.MultiHeadAttention):
+            _become(module, _sowing_attention(type(module)))
+            if module.attention_fn is nnx.dot_product_attention:
+                module.attention_fn = attention_fn
+    return model
+
+
+def use_recorded_max_logits(optimizer: Optimizer) -> Optimizer:
+    """Makes an `nnx.Optimizer` hand the max logits that a model recorded to its transformation.
+
+    `optimizer.update(model, grads)` reads the model's `mc.MaxLogits`, gives them as `max_logits=`,
+    and resets them, so that a step without a forward pass clips nothing by old ones: it sees +inf,
+    which the clip's state shows as `nonfinite_heads`. Maxima of several forward passes before one
+    update, micro-batches of which the trainer adds up the gradients, are taken together. So are
+    those of the micro-batches of `optax.MultiSteps`, when it is the whole transformation. A
+    `max_logits=` that is given goes first.
+
+    Args:
+      optimizer: Changed in place, before it is jitted: its class becomes a subclass. State and
+        checkpoints stay as they are.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      TypeError: No `nnx.Optimizer`, or the deprecated `nnx.ModelAndOptimizer`; at update, an
+        optimizer that takes no `max_logits=`.
+      ValueError: At update, a model that records nothing.
+
+    Example:
+        >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+        >>> tx = mc.muonclip(1e-3, layout=mc.find_layout(nnx.state(model, nnx.Param)))
+        >>> optimizer = nnx.Optimizer(mc.record_max_logits(model), tx, wrt=nnx.Param)
+        >>> mc.use_recorded_max_logits(optimizer) is optimizer
+        True
+    """
+    if not isinstance(optimizer, nnx.Optimizer) or isinstance(optimizer, nnx.ModelAndOptimizer):
+        raise TypeError(
+            "use_recorded_max_logits needs an nnx.Optimizer(model, tx, wrt=nnx.Param), found "
+            f"{type(optimizer).__name__}."
+        )
+    _become(optimizer, _reading_optimizer(type(optimizer)))
+    return optimizer
+
+
+def _become(thing: Any, kind: type) -> None:
+    object.__setattr__(thing, "__class__", kind)
+
+
+@functools.cache
+def _sowing_attention(kind: Any) -> type:
+    class SowingAttention(kind):
+        """Flax's attention, which gives itself to its `attention_fn` at every call."""
+
+        def __call__(self, *inputs, **options):
+            return super().__call__(*inputs, **options | {"sow_weights": True})
+
+    return kind if kind.__name__ == "SowingAttention" else SowingAttention
+
+
+@functools.cache
+def _reading_optimizer(kind: Any) -> type:
+    class ReadingOptimizer(kind):
+        """An optimizer of NNX that gives its transformation what the model recorded."""
+
+        def update(self, model, grads, /, **extra_args):
+            recorded = _recorded(model)
+            maxima = {path: variable.get_value() for path, variable in recorded.items()}
+            updates = super().update(model, grads, **{MAX_LOGITS: maxima} | extra_args)
+            waits = _waits(self.opt_state)
+            for path, variable in recorded.items():
+                unseen = jnp.full_like(maxima[path], UNSEEN)
+                variable.set_value(jnp.where(waits, maxima[path], unseen))
+            return updates
+
+    return kind if kind.__name__ == "ReadingOptimizer" else ReadingOptimizer
+
+
+def _recorded(model: nnx.Module) -> dict[paths.Path, MaxLogits]:
+    """The variables, by the path of their module."""
+    modules = {paths.parse(path): vars(module) for path, module in nnx.iter_modules(model)}
+    recorded = {path: held[RECORDED] for path, held in modules.items() if RECORDED in held}
+    if not recorded:
+        raise ValueError(
+            f"{type(model).__name__} records no max logits: call mc.record_max_logits(model) "
+            "before the first step, and before a checkpoint is restored."
+        )
+    return recorded
+
+
+def _waits(opt_state: Any) -> jax.Array | bool:
+    """Whether `optax.MultiSteps` has only added up a gradient, and the step is still to come."""
+    state = nnx.as_pure(opt_state)
+    return state.mini_step != 0 if isinstance(state, optax.MultiStepsState) else False
