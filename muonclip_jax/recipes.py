@@ -1,6 +1,6 @@
 """The chains: Muon, Muon with QK-Clip (and as published), Muon or another optimizer with QuacK."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,14 +8,16 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.masks import Frozen, Mask, check_frozen, check_mask, read_frozen
 from muonclip_jax._core.maxima import AxisName
 from muonclip_jax._core.options import check_ascent, check_flag, check_not_frozen, check_rate
+from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._layouts.roles import Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import routing
-from muonclip_jax._parameters.decay import Mask, check_mask, decays
+from muonclip_jax._parameters.decay import decays
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.clip import Scope
 from muonclip_jax._transforms.muon import scale_by_muon
@@ -41,6 +43,7 @@ def muon(
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
+    frozen: Frozen | None = None,
     mu_dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
@@ -95,6 +98,8 @@ def muon(
         tree of `optax.contrib.MuonDimensionNumbers` (None inside it meaning `other`), a prefix of
         one, or a function from the parameters to one. None is `muon_dimension_numbers`. `describe`
         prints the outcome.
+      frozen: What gets no updates and no decay, and has no state: a mask or globs, as in
+        `qk_clip`. It may be quantized. (The routing reads it all the same.)
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes, as in `scale_by_muon`.
       devices_per_matrix: How many devices make a group, which holds one matrix among them, as
@@ -126,12 +131,13 @@ def muon(
         per_head=per_head,
         rules=rules,
         dimension_numbers=dimension_numbers,
+        frozen=frozen,
         mu_dtype=mu_dtype,
         shardings=shardings,
         devices_per_matrix=devices_per_matrix,
     )
     numbers = routing.choose(dimension_numbers, layout, per_head, rules)
-    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout)
+    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
     if weight_decay_mask is None:
         check_not_frozen("other", other, weight_decay)
     return optax.chain(direction, decay, _rates(learning_rate, other_learning_rate, numbers))
@@ -158,6 +164,7 @@ def muonclip(
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
+    frozen: Frozen | None = None,
     mu_dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
@@ -208,6 +215,7 @@ def muonclip(
       per_head: The roles of which each head is a matrix.
       rules: What to do with parameters by path.
       dimension_numbers: Which parameters are Muon's, in place of `layout`, `per_head` and `rules`.
+      frozen: What gets no updates, and is not clipped either, as in `qk_clip`.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes.
       devices_per_matrix: How many devices make a group, which holds one matrix among them.
@@ -236,6 +244,7 @@ def muonclip(
             per_head=per_head,
             rules=rules,
             dimension_numbers=dimension_numbers,
+            frozen=frozen,
             mu_dtype=mu_dtype,
             shardings=shardings,
             devices_per_matrix=devices_per_matrix,
@@ -246,6 +255,7 @@ def muonclip(
             alpha=alpha,
             shared_keys=shared_keys,
             scope=scope,
+            frozen=frozen,
             axis_name=axis_name,
             heads_axis_name=heads_axis_name,
         ),
@@ -265,6 +275,7 @@ def kimi_muonclip(
     weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
     rules: routing.Rules | None = None,
+    frozen: Frozen | None = None,
     mu_dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
@@ -311,6 +322,7 @@ def kimi_muonclip(
       weight_decay: λ.
       weight_decay_mask: What decays.
       rules: What to do with parameters by path.
+      frozen: What gets no updates, and is not clipped either, as in `qk_clip`.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes.
       devices_per_matrix: How many devices make a group, which holds one matrix among them.
@@ -344,6 +356,7 @@ def kimi_muonclip(
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
         dimension_numbers=routing.whole_kernels(layout, rules),
+        frozen=frozen,
         mu_dtype=mu_dtype,
         shardings=shardings,
         devices_per_matrix=devices_per_matrix,
@@ -361,6 +374,7 @@ def quack(
     weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
     scale_weight_decay: bool | None = None,
+    frozen: Frozen | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """QuacK (arXiv 2511.21377): Muon, or another optimizer, with query and key steps that keep
     the change of the logits as it was at initialisation.
@@ -387,6 +401,7 @@ def quack(
       scale_weight_decay: Whether QuacK's factors apply to the decay as well (it then comes before
         QuacK). The paper does not say. None: with `rule="fixed"` they do, since a lower learning
         rate multiplies the decay too; else they do not, and all weights decay alike.
+      frozen: What gets no updates and no decay, a mask or globs, as in `qk_clip`.
 
     Raises:
       ValueError: As `muon` and `scale_by_quack`; a direction that already descends.
@@ -400,14 +415,17 @@ def quack(
     """
     numbers = None  # what another direction does is not known
     if direction is None:
-        direction = muon_direction(layout=layout)
+        direction = muon_direction(layout=layout, frozen=frozen)
         numbers = routing.choose(None, layout, routing.EVERY_ROLE, None)
+    elif frozen is not None:
+        check_ascent("direction", direction)
+        direction = optax.chain(direction, _without(frozen))
     check_ascent("direction", direction)
     if scale_weight_decay is None:
         scale_weight_decay = rule == "fixed"
     check_flag("scale_weight_decay", scale_weight_decay)
-    factors = scale_by_quack(layout, relative_learning_rate, rule=rule, floor=floor)
-    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout)
+    factors = scale_by_quack(layout, relative_learning_rate, rule=rule, floor=floor, frozen=frozen)
+    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
     return optax.chain(
         direction,
         *((decay, factors) if scale_weight_decay else (factors, decay)),
@@ -426,6 +444,7 @@ def muon_direction(
     per_head: Collection[Role] = routing.EVERY_ROLE,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
+    frozen: Frozen | None = None,
     mu_dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
@@ -446,6 +465,7 @@ def muon_direction(
       per_head: The roles of which each head is a matrix.
       rules: What to do with parameters by path.
       dimension_numbers: Which parameters are Muon's, in place of these three.
+      frozen: What gets no updates.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes.
       devices_per_matrix: How many devices make a group, which holds one matrix among them.
@@ -458,6 +478,7 @@ def muon_direction(
         >>> updates, _ = scaled.update(grads, scaled.init(params), params)
     """
     check_ascent("other", other)
+    check_frozen(frozen)
     check_rule("update_rms", update_rms)
     dimension_numbers = routing.choose(dimension_numbers, layout, per_head, rules)
 
@@ -476,7 +497,7 @@ def muon_direction(
         )
 
     for_matrices(None)  # checks its options
-    return _partition(for_matrices, other, dimension_numbers)
+    return _partition(for_matrices, other, dimension_numbers, frozen)
 
 
 def _decayed_weights(
@@ -484,17 +505,29 @@ def _decayed_weights(
     mask: Mask | None,
     dimension_numbers: routing.DimensionNumbers | None,
     layout: Layouts | None,
+    frozen: Frozen | None,
 ) -> optax.GradientTransformation:
     check_rate("weight_decay", weight_decay)
-    check_mask(mask)
+    check_mask("weight_decay_mask", mask)
 
     def which(params: Any) -> Any:
         found = decays(mask, params, dimension_numbers, layout)
-        return paths.map_with_path(lambda path, _: found[path], params)
+        still = read_frozen(frozen, params)
+        return paths.map_with_path(lambda path, _: found[path] and path not in still, params)
 
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.masked(optax.identity(), which)  # the same state, and needs no parameters
     return optax.add_decayed_weights(weight_decay, which)
+
+
+def _without(frozen: Frozen) -> optax.GradientTransformation:
+    """No updates for what is frozen."""
+
+    def which(tree: Any) -> Any:
+        still = read_frozen(frozen, tree)
+        return paths.map_with_path(lambda path, _: path in still, tree)
+
+    return optax.masked(optax.set_to_zero(), which)
 
 
 def _rates(
@@ -516,21 +549,32 @@ def _partition(
     for_matrices: Callable[[Any], optax.GradientTransformation],
     other: optax.GradientTransformation,
     dimension_numbers: routing.DimensionNumbers,
+    frozen: Frozen | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.partition` by dimension numbers, which are worked out before anything is masked:
     inside a partition the norms and biases that tell stacked kernels apart are out of sight."""
 
     def build(tree: Any) -> optax.GradientTransformationExtraArgs:
         specs = routing.resolve(dimension_numbers, tree)
-        labels = paths.map_with_path(
-            lambda path, _: "other" if specs[path] is None else "muon", tree
-        )
-        muon = for_matrices(routing.Resolved(specs))
+        still = read_frozen(frozen, tree)
+
+        def label(path: Path, _: Any) -> str:
+            return "frozen" if path in still else "other" if specs[path] is None else "muon"
+
+        labels = paths.map_with_path(label, tree)
+        groups: dict[Hashable, optax.GradientTransformation] = {
+            "muon": for_matrices(routing.Resolved(specs)),
+            "other": other,
+        }
+        if frozen is not None:
+            groups["frozen"] = optax.set_to_zero()
         # As a function: Optax would call a tree of labels that can be called.
-        return optax.partition({"muon": muon, "other": other}, lambda _: labels)
+        return optax.partition(groups, lambda _: labels)
 
     def init(params):
-        paths.check_trainable("muon", params, jnp.inexact)  # `other` may take complex numbers
+        still = read_frozen(frozen, params)
+        training = {path: leaf for path, leaf in paths.leaves(params) if path not in still}
+        paths.check_trainable("muon", training, jnp.inexact)  # `other` may take complex numbers
         return build(params).init(params)
 
     def update(updates, state, params=None, **extra_args):

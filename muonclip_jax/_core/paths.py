@@ -52,6 +52,13 @@ def show(path: Path) -> str:
     return "/".join(path) if path else "<root>"
 
 
+def some(found: Iterable[Path], shown: int = 8) -> str:
+    """The first of these paths, for messages."""
+    every = list(found)
+    more = f" and {len(every) - shown} more" if len(every) > shown else ""
+    return (", ".join(map(show, every[:shown])) or "none") + more
+
+
 def leaves(tree: Any, is_leaf: IsLeaf = None) -> Iterator[tuple[Path, Any]]:
     """Every leaf with its path.
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from muonclip_jax._attention.max_logits import MAX_LOGITS, read_max_logits
 from muonclip_jax._core.dtypes import accumulation_dtype, of_product
+from muonclip_jax._core.masks import Frozen, check_frozen
 from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import sown
@@ -26,7 +27,7 @@ from muonclip_jax._diagnostics.measures import (
     spectral_norm,
 )
 from muonclip_jax._layouts import roles
-from muonclip_jax._layouts.blocks import Block, Layouts, blocks_with_logits
+from muonclip_jax._layouts.blocks import Block, Layouts, blocks_with_logits, with_frozen
 from muonclip_jax._layouts.leaves import Leaves, read_leaves
 from muonclip_jax._layouts.roles import QUERY_ROLES, ROLES, Role
 from muonclip_jax._layouts.sown import fit, pair
@@ -81,6 +82,8 @@ class HeadReport(NamedTuple):
         nope and rope each by itself) one has less than a hundredth of the other's RMS, or is zero.
         Many clips that are not shared alike do that: `shared_keys="split"`, or `alpha` far from ½;
         so does a side that starts at zero. See `qk_clip` for what follows.
+      frozen: bool `[stack..., heads]`: all that makes the head's logits is frozen, so no clip holds
+        it, also where it is above the threshold.
 
     Example:
       >>> heads = mc.attention_report(params, None, sown, layout).blocks["attn"]
@@ -101,6 +104,7 @@ class HeadReport(NamedTuple):
     query_rms: jax.Array
     key_rms: jax.Array
     collapsed: jax.Array
+    frozen: jax.Array
 
 
 class _Quantity(NamedTuple):
@@ -128,6 +132,7 @@ _FLAGS = (
     _Quantity("dead", "dead", "dead", np.sum),
     _Quantity("ineffective", "clips without effect", "ineffective", np.sum),
     _Quantity("collapsed", "collapsed", "collapsed", np.sum),
+    _Quantity("frozen", "frozen", "frozen", np.sum),
 )
 _NOTES = {
     "ineffective": "clips without effect: three in a row, and the next largest logit was not even "
@@ -210,6 +215,7 @@ def attention_report(
     layout: Layouts,
     *,
     threshold: ArrayLike = 100.0,
+    frozen: Frozen | None = None,
 ) -> AttentionReport:
     """Reports every attention head in numbers: logits, clip, kernels, keys, and whether to worry.
 
@@ -235,6 +241,7 @@ def attention_report(
         (`sow_activations(self, keys=k)`). None, or without max logits: those of the last clip.
       layout: Where the heads are; several layouts as a list. A QK-norm is no obstacle.
       threshold: The clip's, to say which heads are above it.
+      frozen: What nothing moves, as in `qk_clip`.
 
     Returns:
       An `AttentionReport`. On a mesh its arrays are replicated.
@@ -250,7 +257,9 @@ def attention_report(
       ['attn']
     """
     check_number("threshold", threshold, lambda x: x > 0, "above 0")
+    check_frozen(frozen)
     blocks = blocks_with_logits(layout, params)
+    still = {block.name for block in with_frozen(blocks, frozen, params) if block.is_frozen}
     clip = _last_clip(opt_state)
     gamma, clipped = (clip.gamma, clip.max_logits) if clip else ({}, {})
     counts = clip.ineffective_clips if clip else {}
@@ -272,6 +281,7 @@ def attention_report(
             gamma.get(b.name),
             clipped.get(b.name),
             counts.get(b.name, jnp.zeros(b.shape, jnp.int32)),
+            jnp.full(b.shape, b.name in still),
         )
         for b in blocks
     }
@@ -295,6 +305,7 @@ class _Seen(NamedTuple):
     gamma: jax.Array | None  # of the last clip
     clipped: jax.Array | None  # the maxima that this clip saw
     ineffective: jax.Array  # how many clips in a row had no effect
+    frozen: jax.Array
 
 
 def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike) -> HeadReport:
@@ -322,6 +333,7 @@ def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike
         query_rms=numbers.query_rms,
         key_rms=numbers.key_rms,
         collapsed=numbers.collapsed,
+        frozen=seen.frozen,
     )
 
 

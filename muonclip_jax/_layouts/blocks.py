@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.masks import Frozen, read_frozen
 from muonclip_jax._core.options import check_count, check_flag, check_text
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import checks, extras
 from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
-from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, Role
+from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, ROLES, Role
 from muonclip_jax._layouts.surroundings import (
     Shapes,
     bias_beside,
@@ -224,6 +225,7 @@ class Block:
       shapes: The shape of every parameter of a part, of the biases, and of those that follow.
       qk_norms: Scales of norms that stand behind its projections.
       without_role: Parameters that enter its logits and that no part describes.
+      frozen: Those of its parameters that nothing moves.
 
     Example:
       >>> block = mc.layouts.find_blocks(layout, params)[0]
@@ -237,6 +239,7 @@ class Block:
     shapes: Shapes
     qk_norms: tuple[Path, ...] = ()
     without_role: tuple[Path, ...] = ()
+    frozen: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -278,6 +281,19 @@ class Block:
         """Whether this is multi-head latent attention."""
         return self.part("k_nope") is not None
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing trains of all that makes the logits."""
+        before = (part for part in self.parts if ROLES[part.role].side != "value")
+        return all(path in self.frozen for part in before for path, _ in part.leaves)
+
+    def held(self, role: Role) -> tuple[Path, ...]:
+        """The frozen parameters of the parts with this role. Where there are any, none of these
+        parts is scaled: one kernel of several, or a kernel without its bias, would not scale what
+        they give together."""
+        parts = (part for part in self.parts if part.role == role)
+        return tuple(path for part in parts for path, _ in part.leaves if path in self.frozen)
+
     def part(self, role: Role) -> Part | None:
         """The part with this role, if the layout has one."""
         return next((part for part in self.parts if part.role == role), None)
@@ -288,7 +304,8 @@ class Block:
         For a kernel `[in, heads, features]` that is `[1, heads, features]`.
 
         Args:
-          factors: For some roles, `[stack..., heads of that part]`. Everything else gets 1.
+          factors: For some roles, `[stack..., heads of that part]`. Everything else gets 1, and so
+            does what is frozen.
         """
         multipliers: dict[Path, jax.Array] = {}
         for part in self.parts:
@@ -297,7 +314,9 @@ class Block:
             factor = factors[part.role]
             for path, view in part.leaves:
                 row = shared_along_inputs(view)
-                before = multipliers.get(path, jnp.ones(row.shape, factor.dtype))
+                before = multipliers.setdefault(path, jnp.ones(row.shape, factor.dtype))
+                if path in self.frozen:
+                    continue
                 ones = [1 for _ in (*row.rows, *row.cols)]
                 each = factor.reshape(*(row.length((name,)) for name in row.batch), *ones)
                 multipliers[path] = row.put(before, row.take(before) * each)
@@ -348,7 +367,7 @@ def find_blocks(layout: Layouts, params: Any) -> tuple[Block, ...]:
         if not (masked := paths.masked(params)):
             raise
         raise ValueError(
-            f"Some parameters are masked ({checks.some(masked)}): this transformation stands "
+            f"Some parameters are masked ({paths.some(masked)}): this transformation stands "
             "inside optax.partition or optax.masked; move it outside, to the end of the chain. As "
             f"it stands: {error}"
         ) from None
@@ -407,6 +426,19 @@ def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     if len(layouts) > 1 or layouts[0].block is None:
         _check_all_covered(layouts, list(owners), shapes)
     return tuple(blocks.values())
+
+
+def with_frozen(blocks: Sequence[Block], frozen: Frozen | None, params: Any) -> tuple[Block, ...]:
+    """The blocks, each with those of its parameters that `frozen` names.
+
+    Raises:
+      TypeError, ValueError: What `read_frozen` raises.
+    """
+    found = read_frozen(frozen, params)
+    return tuple(
+        replace(block, frozen=tuple(path for path in block.shapes if path in found))
+        for block in blocks
+    )
 
 
 def as_layouts(layout: Layouts) -> tuple[Layout, ...]:
@@ -468,7 +500,7 @@ def _nothing_found(layout: Layout, shapes: Shapes) -> str:
     )
     elsewhere = replace(layout, block=None).places(shapes)
     if elsewhere:
-        return f"{message} Modules that hold them: {checks.some(elsewhere)}; correct block=."
+        return f"{message} Modules that hold them: {paths.some(elsewhere)}; correct block=."
     return (
         f"{message} Matrices in this tree: {checks.matrices_of(shapes)}. Name the projections "
         'in the layout: mha(query="q_proj", key="k_proj", value="v_proj", out="o_proj"), '

@@ -1,13 +1,13 @@
 """What is wrong with a layout, a block or a tree, in words: finding, path, shapes and fix."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from muonclip_jax._core import paths
-from muonclip_jax._core.paths import Path
+from muonclip_jax._core.paths import Path, some
 from muonclip_jax._layouts import extras
 from muonclip_jax._layouts.roles import EQUAL_LENGTHS, EQUAL_LENGTHS_OF_LINEAR, EqualLengths
 from muonclip_jax._layouts.surroundings import Shapes, norm_lengths
@@ -147,13 +147,6 @@ def matrices_of(shapes: Shapes) -> str:
         path for path, shape in shapes.items() if len(shape) >= 2 and path[-1:] != ("bias",)
     ]
     return some(matrices)
-
-
-def some(found: Iterable[Path], shown: int = 8) -> str:
-    """The first of these paths."""
-    every = list(found)
-    more = f" and {len(every) - shown} more" if len(every) > shown else ""
-    return (", ".join(map(paths.show, every[:shown])) or "none") + more
 
 
 def inside_of(block: Path, shapes: Shapes) -> str:

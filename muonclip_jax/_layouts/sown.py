@@ -47,13 +47,15 @@ def pair(layout: Layouts, blocks: Sequence[Block], params: Any, sown: Iterable[P
                  attn/inner      → nobody
                  attn/inner/core → nobody
 
+    What a block sowed that is frozen whole is nobody's either.
+
     Args:
       layout: The layouts.
       blocks: The blocks that they find in `params`.
       params: The parameters; only paths and shapes are read.
       sown: The paths of the modules that sowed.
     """
-    found = Pairing({block.name: [] for block in blocks}, [])
+    found = Pairing({block.name: [] for block in blocks if not block.is_frozen}, [])
     excluded = [module_path(path) for path in left_out(layout, params)]
     for path in sown:
         around = [block for block in blocks if _is_inside(path, module_path(block.path))]
@@ -62,7 +64,7 @@ def pair(layout: Layouts, blocks: Sequence[Block], params: Any, sown: Iterable[P
         if any(_is_inside(path, other) and len(other) >= depth for other in excluded):
             continue
         if block is not None:
-            found.modules[block.name].append(path)
+            found.modules.get(block.name, []).append(path)
         elif not outside_patterns(layout, path):
             found.strays.append(path)
     return found
@@ -127,8 +129,9 @@ def observe(signal: str, layout: Layouts, blocks: Sequence[Block], params: Any) 
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), paths.dtype_of(leaf)), params
     )
     pair_with = functools.partial(pair, layout, blocks, shapes)
+    shapes_of = {block.name: block.shape for block in blocks if not block.is_frozen}
     for listener in _listeners.get():
-        listener.append(Observed(signal, {b.name: b.shape for b in blocks}, pair_with))
+        listener.append(Observed(signal, shapes_of, pair_with))
 
 
 @contextmanager

@@ -1,22 +1,15 @@
 """Which parameters weight decay reaches: the table is in `mc.muon`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
 from muonclip_jax._core import paths
-from muonclip_jax._core.options import is_function
+from muonclip_jax._core.masks import Mask, read_mask
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
-from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.roles import GAIN_ROLES
 from muonclip_jax._parameters import names, routing
 from muonclip_jax._parameters.matrices import MatrixSpec
-
-# A tree of bools like the parameters, or a prefix of one, or a function to one.
-Mask = Any | Callable[[Any], Any]
 
 _Shape = tuple[int, ...]
 
@@ -40,7 +33,7 @@ def decays(
       ValueError: A mask that fits other parameters, or what the routing raises.
     """
     if mask is not None:
-        return _given(mask, params)
+        return read_mask("weight_decay_mask", mask, params)
     specs = {} if dimension_numbers is None else routing.resolve(dimension_numbers, params)
     vectors = _vectors(layout, params)
     shapes = paths.shapes(params)
@@ -56,18 +49,6 @@ def decays(
         return own_axes >= 2
 
     return {path: is_matrix(path) for path in shapes}
-
-
-def check_mask(mask: Mask | None) -> None:
-    """Raises TypeError or ValueError, when a recipe is built, for a mask that can be none."""
-    if isinstance(mask, bool | np.bool_ | jax.Array):
-        raise ValueError(
-            f"weight_decay_mask must be a tree of bools or a function to one, got {mask}. "
-            "optax.inject_hyperparams takes every function for a schedule: name it there, "
-            'static_args="weight_decay_mask".'
-        )
-    if mask is not None and not is_function(mask):
-        _entries(mask)
 
 
 def _vectors(layout: Layouts | None, params: Any) -> set[Path]:
@@ -115,37 +96,3 @@ def _batch_in_front(spec: MatrixSpec) -> _Shape:
         for view in spec.views
     )
     return spec.shape[: min(depths)]
-
-
-def _given(mask: Mask, params: Any) -> dict[Path, bool]:
-    """A user's mask by path."""
-    entries = _entries(mask(params) if is_function(mask) else mask)
-    found: dict[Path, bool] = {}
-    shapes = paths.shapes(params)
-    for path, shape in shapes.items():
-        entry = paths.entry_for(path, entries)
-        if entry is None:
-            raise ValueError(
-                f"weight_decay_mask says nothing about {paths.show(path)} {shape}; it "
-                f"has {some(list(entries))}. Give it True or False: "
-                "jax.tree.map(lambda p: p.ndim > 1, params)."
-            )
-        found[path] = entries[entry]
-    every_path = [*shapes, *paths.absent(params)]
-    if (stray := paths.first_stray(entries, every_path)) is not None:
-        raise ValueError(
-            f"weight_decay_mask has an entry for {paths.show(stray)}, which is no parameter; "
-            f"remove it or correct it. There are: {some(every_path)}."
-        )
-    return found
-
-
-def _entries(mask: Any) -> dict[Path, bool]:
-    entries = dict(paths.leaves(mask))
-    for path, entry in entries.items():
-        if not isinstance(entry, bool | np.bool_):
-            raise TypeError(
-                f"weight_decay_mask has {entry!r} for {paths.show(path)}; it must be True or "
-                "False: jax.tree.map(lambda p: p.ndim > 1, params)."
-            )
-    return {path: bool(entry) for path, entry in entries.items()}

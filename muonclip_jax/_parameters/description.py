@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 
 from muonclip_jax._core import paths
+from muonclip_jax._core.masks import Mask, check_mask
 from muonclip_jax._core.meshes import mesh_of
 from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._core.tables import as_text
@@ -22,7 +23,7 @@ from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.roles import EVERY_ROLE, Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
 from muonclip_jax._parameters import matrices, routing
-from muonclip_jax._parameters.decay import Mask, check_mask, decays
+from muonclip_jax._parameters.decay import decays
 from muonclip_jax._spread.moves import way_to_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, Plan, check_devices_per_matrix
 from muonclip_jax._spread.stacks import plans
@@ -183,7 +184,7 @@ def describe(
       attn/value/kernel v 2 × [8, 4]
       mlp/kernel 1 × [8, 16]
     """
-    check_mask(weight_decay_mask)
+    check_mask("weight_decay_mask", weight_decay_mask)
     check_newton_schulz(newton_schulz)
     check_devices_per_matrix(devices_per_matrix)
     numbers = routing.choose(dimension_numbers, layout, per_head, rules)

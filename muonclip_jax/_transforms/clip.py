@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._core.masks import Frozen, check_frozen
 from muonclip_jax._core.maxima import AxisName, largest_of_devices
 from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.paths import Path
@@ -29,6 +30,7 @@ from muonclip_jax._layouts.blocks import (
     as_layouts,
     blocks_with_logits,
     multipliers,
+    with_frozen,
 )
 from muonclip_jax._layouts.checks import refuse_what_escapes
 from muonclip_jax._layouts.leaves import Leaves, change_leaves, leaves_of
@@ -140,6 +142,8 @@ class Clip:
       owner: The public function's name, for messages.
       layout: As in `clip_by_signal`, and so are all others.
       factors: Takes the further number arguments behind the block and γ.
+      frozen: Parameters that it must not move. Blocks that are frozen whole are left out; of others
+        the factors must know.
     """
 
     owner: str
@@ -149,10 +153,12 @@ class Clip:
     scope: Scope
     axis_name: AxisName
     heads_axis_name: AxisName
+    frozen: Frozen | None = None
 
     def check(self, threshold: ArrayLike) -> None:
         """Raises what `clip_by_signal` raises when built."""
         as_layouts(self.layout)
+        check_frozen(self.frozen)
         check_choice("scope", self.scope, get_args(Scope))
         unit = "a logit; Kimi K2 uses 100" if self.signal == MAX_LOGITS else f"a {self.signal}"
         wanted = f"above 0 ({unit})"
@@ -170,8 +176,8 @@ class Clip:
             if paths.holds_nothing(params):
                 observe(self.signal, self.layout, (), params)
                 return without_parameters(kind)
-            blocks, *_ = self._find(params, arguments)
-            observe(self.signal, self.layout, blocks, params)
+            every, blocks, *_ = self._find(params, arguments)
+            observe(self.signal, self.layout, every, params)
 
             def full(value, dtype=jnp.float32):
                 return {block.name: jnp.full(block.shape, value, dtype) for block in blocks}
@@ -185,8 +191,8 @@ class Clip:
                 raise ValueError(
                     f"{self.owner} rescales weights: call tx.update(grads, state, params, ...)."
                 )
-            blocks, touched, own = self._find(params, arguments)
-            observe(self.signal, self.layout, blocks, params)
+            every, blocks, touched, own = self._find(params, arguments)
+            observe(self.signal, self.layout, every, params)
             like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
             check_same("maxima", state[0], like, "the layout or the parameters")
             dtype = _dtype(params)
@@ -207,7 +213,7 @@ class Clip:
                     counts = jax.lax.psum(counts, self.heads_axis_name)
                 return clipped, kind(*_next_state(state, decided, counts))
 
-            sown = self._pair(blocks, params, extra_args.get(self.signal))
+            sown = self._pair(every, params, extra_args.get(self.signal))
             return change_leaves(
                 clip, touched, EVERY_ROLE, updates, state, own, sown, threshold, arguments
             )
@@ -216,7 +222,7 @@ class Clip:
 
     def apply(self, params: Any, sown: Any, threshold: ArrayLike, *arguments: ArrayLike) -> Any:
         """From parameters to parameters."""
-        blocks, touched, own = self._find(params, arguments)
+        every, blocks, touched, own = self._find(params, arguments)
         dtype, floor = _dtype(params), _floor(own)
 
         def clip(params, sown, threshold, arguments):
@@ -224,14 +230,16 @@ class Clip:
             by = decided.multipliers
             return {path: _multiple(param, by[path]) for path, param in params.items()}, None
 
-        sown = self._pair(blocks, params, sown)
+        sown = self._pair(every, params, sown)
         return change_leaves(clip, touched, EVERY_ROLE, params, sown, threshold, arguments)[0]
 
     def _find(
         self, params: Any, arguments: Sequence[ArrayLike]
-    ) -> tuple[tuple[Block, ...], list[Block], Leaves]:
-        """The blocks; these with no parts but those that are clipped; the leaves of such parts."""
-        blocks = blocks_with_logits(self.layout, params)
+    ) -> tuple[tuple[Block, ...], list[Block], list[Block], Leaves]:
+        """All blocks; those that are not frozen; these with no parts but those that are clipped;
+        the leaves of such parts."""
+        every = with_frozen(blocks_with_logits(self.layout, params), self.frozen, params)
+        blocks = [block for block in every if not block.is_frozen]
         number = jax.ShapeDtypeStruct((), jnp.float32)
         touched: list[Block] = []
         before_softmax: list[Block] = []
@@ -256,12 +264,14 @@ class Clip:
                     "from, float32 or at least 16 bits, or leave the block out with the layout's "
                     "block= pattern."
                 )
-        return blocks, touched, own
+        return every, blocks, touched, own
 
     def _pair(self, blocks: Sequence[Block], params: Any, given: Any) -> dict[str, list[jax.Array]]:
         """What was sown in each block. Every value must find its block, unless the layout leaves
         out where it was sown."""
         signal = self.signal
+        if all(block.is_frozen for block in blocks):
+            return {}
         if given is None:
             raise ValueError(nothing_given(self.owner, signal, [block.name for block in blocks]))
         sown = read_signal(given, signal)

@@ -4,6 +4,7 @@ Source: Su Jianlin, "QK-Clip" (spaces.ac.cn/archives/11126); Kimi K2 report, arX
 """
 
 import functools
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from muonclip_jax._core import paths
+from muonclip_jax._core.masks import Frozen
 from muonclip_jax._core.maxima import AxisName
 from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.sowing import MAX_LOGITS
 from muonclip_jax._core.states import find_state
 from muonclip_jax._layouts.blocks import Block, Layouts
-from muonclip_jax._layouts.roles import ROLES, Role
+from muonclip_jax._layouts.roles import KEY_ROLES, ROLES, SHARED_KEY_ROLES, Role
 from muonclip_jax._transforms.clip import Clip, Scope
 
 Params = TypeVar("Params")
@@ -62,6 +65,7 @@ def qk_clip(
     alpha: ArrayLike = 0.5,
     shared_keys: SharedKeys = "untouched",
     scope: Scope = "head",
+    frozen: Frozen | None = None,
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,10 +121,23 @@ def qk_clip(
     threshold than that is clipped over several steps, and a split key lives on.
 
     It must be the last link. What stands behind it changes what it arrived at; such a clip is
-    noticed by its lack of effect, `QKClipState.ineffective_clips`. Nor does it see what is frozen
-    in front of it (`optax.partition`, `set_to_zero`), and would scale frozen weights, but for
-    shared keys that it leaves untouched: leave these layers out, with `layouts.ignore(...)`, a
-    `block=` pattern, or `optax.masked` around the clip with a mask that hides the block whole.
+    noticed by its lack of effect, `QKClipState.ineffective_clips`.
+
+    It does not see what is frozen in front of it (`optax.partition`, `set_to_zero`): `frozen` says
+    it. Nothing of that moves, and what is left takes all of γ, so that logits still scale by
+    exactly γ. A side, queries or keys, is held as soon as one of its kernels or biases is frozen:
+
+    | held | query side | key side |
+    | --- | --- | --- |
+    | keys, or they are another layer's (a layout without them) | `gamma` | frozen |
+    | queries, each with a key head of its own | frozen | `gamma` |
+    | the same, `scope="layer"` | frozen | `gamma`, also what heads share |
+    | queries whose key heads share: GQA, MQA, MLA's rope | raises | |
+    | both sides, while something that makes the logits trains | raises | |
+    | all that makes the logits | left out, no maxima asked | |
+
+    LoRA on a frozen base is of the last kind but one: `lora_b` alone scales a part of the logits.
+    Of an adapter whose base trains too, `lora_b` and DoRA's magnitude scale with the kernel.
 
     Args:
       layout: Which parameters hold the queries and keys of which head; several layouts, as a
@@ -133,6 +150,10 @@ def qk_clip(
       scope: `"head"` clips each head by its own factor. `"layer"` is the first version of the
         method, kept for comparison: all heads of a layer take the layer's smallest factor, on all
         of their queries and keys, so heads that did nothing are clipped too.
+      frozen: What nothing moves: a tree of bools like the parameters (True: frozen, as for
+        `optax.freeze`; of the labels of `optax.partition` `jax.tree.map(lambda label: label ==
+        "freeze", labels)`), a prefix of one, a function to one, or globs over the parameters'
+        paths, `("embed/*", "layers/0/*")`.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes over which devices see other tokens
         of the same heads (data, context): the maxima are reduced over them.
       heads_axis_name: Inside `jax.shard_map`, the axes over which the heads themselves are spread
@@ -146,8 +167,9 @@ def qk_clip(
         less than 16 bits.
       ValueError: threshold <= 0, alpha outside [0, 1], unknown shared_keys or scope when built;
         when applied, what `find_blocks` raises, a QK-norm behind the projections, a parameter that
-        enters the logits and has no role, a mask that hides a part of a block, no `max_logits`, or
-        maxima that do not pair with the blocks, each named; an axis that is not there.
+        enters the logits and has no role, a mask that hides a part of a block, heads of which so
+        much is frozen that no clip can scale their logits, no `max_logits`, or maxima that do not
+        pair with the blocks, each named; an axis that is not there.
 
     Example:
         >>> tx = optax.chain(optax.adamw(1e-3), mc.qk_clip(layout, threshold=0.01))
@@ -156,7 +178,7 @@ def qk_clip(
         2
     """
     clip = _built(
-        "qk_clip", layout, threshold, alpha, shared_keys, scope, axis_name, heads_axis_name
+        "qk_clip", layout, threshold, alpha, shared_keys, scope, frozen, axis_name, heads_axis_name
     )
     return clip.transformation(QKClipState, threshold, alpha)
 
@@ -170,6 +192,7 @@ def apply_qk_clip(
     alpha: ArrayLike = 0.5,
     shared_keys: SharedKeys = "untouched",
     scope: Scope = "head",
+    frozen: Frozen | None = None,
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
 ) -> Params:
@@ -188,6 +211,7 @@ def apply_qk_clip(
       alpha: The share of the factor that goes to the queries, in [0, 1].
       shared_keys: `"untouched"` or `"split"`, see `qk_clip`.
       scope: `"head"` or `"layer"`, see `qk_clip`.
+      frozen: What nothing moves, see `qk_clip`.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes of the data, see `qk_clip`.
       heads_axis_name: Inside `jax.shard_map`, the axes of the heads, see `qk_clip`.
 
@@ -204,8 +228,9 @@ def apply_qk_clip(
         >>> clipped["attn"]["value"]["kernel"] is params["attn"]["value"]["kernel"]
         True
     """
+    owner = "apply_qk_clip"
     clip = _built(
-        "apply_qk_clip", layout, threshold, alpha, shared_keys, scope, axis_name, heads_axis_name
+        owner, layout, threshold, alpha, shared_keys, scope, frozen, axis_name, heads_axis_name
     )
     return clip.apply(params, max_logits, threshold, alpha)
 
@@ -232,7 +257,7 @@ def qk_clip_state(opt_state: Any) -> QKClipState:
 
 def _built(
     owner: str, layout: Layouts, threshold: ArrayLike, alpha: ArrayLike, shared_keys: SharedKeys,
-    scope: Scope, axis_name: AxisName, heads_axis_name: AxisName,
+    scope: Scope, frozen: Frozen | None, axis_name: AxisName, heads_axis_name: AxisName,
 ) -> Clip:  # fmt: skip
     check_choice("shared_keys", shared_keys, get_args(SharedKeys))
     rule = (
@@ -244,7 +269,7 @@ def _built(
             keys_elsewhere=heads_axis_name is not None,
         )
     )
-    clip = Clip(owner, layout, MAX_LOGITS, rule, scope, axis_name, heads_axis_name)
+    clip = Clip(owner, layout, MAX_LOGITS, rule, scope, axis_name, heads_axis_name, frozen)
     clip.check(threshold)
     name = "alpha, the queries' share of the clip,"
     check_number(name, alpha, lambda x: 0 <= x <= 1, "in [0, 1]", owner)
@@ -255,10 +280,14 @@ def _factors_of_layers(block: Block, gamma: jax.Array, alpha: ArrayLike) -> dict
     """All heads of a layer have one γ: every query takes its share of it, and every key the other,
     also those that heads share."""
     alpha = jnp.asarray(alpha, gamma.dtype)
-    factors: dict[Role, jax.Array] = {part.role: gamma**alpha for part in block.queries}
-    for part in block.parts:
-        if ROLES[part.role].side == "key":
-            factors[part.role] = gamma[..., : part.heads] ** (1 - alpha)
+    factors: dict[Role, jax.Array] = {}
+    for query, key in _meetings(block, staying=(), shared=False):
+        alone = not (query and key)
+        if query:
+            factors[query] = gamma if alone else gamma**alpha
+        if key and (part := block.part(key)):
+            own = gamma[..., : part.heads]
+            factors[key] = own if alone else own ** (1 - alpha)
     return factors
 
 
@@ -273,15 +302,72 @@ def _factors_of_heads(
     read its keys; what the layout says decides.
     """
     shared = block.heads > block.kv_heads or (keys_elsewhere and block.layout.shared_keys)
-    if shared and untouched:
-        return {part.role: gamma for part in block.queries}
+    staying = (*SHARED_KEY_ROLES, *(KEY_ROLES if shared and untouched else ()))
+    factors: dict[Role, jax.Array] = {}
+    for query, key in _meetings(block, staying, shared):
+        if query and key:
+            factors[query], factors[key] = _split(block, gamma, alpha)
+        elif side := query or key:
+            factors[side] = gamma
+    return factors
+
+
+def _split(block: Block, gamma: jax.Array, alpha: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """What queries and keys take of γ where both do: γ/κ and κ, the smallest of a group's
+    `γ ** (1 - alpha)`."""
     alpha = jnp.asarray(alpha, gamma.dtype)
     grouped = gamma.reshape(*block.stack, block.kv_heads, -1)
     smallest = grouped.min(axis=-1, keepdims=True)
     kappa = smallest ** (1 - alpha)
     # γ/κ; of the smallest γ to the last bit, since XLA does not make 1 of γ/γ.
     beside = jnp.where(grouped == smallest, smallest**alpha, grouped / kappa).reshape(gamma.shape)
-    factors: dict[Role, jax.Array] = {part.role: kappa[..., 0] for part in block.keys}
-    for part in block.queries:
-        factors[part.role] = beside if ROLES[part.role].partner in factors else gamma
-    return factors
+    return beside, kappa[..., 0]
+
+
+def _meetings(
+    block: Block, staying: Collection[Role], shared: bool
+) -> Iterator[tuple[Role | None, Role | None]]:
+    """Of each query and the key that it meets in the logits, those that are scaled: the one rule
+    of which side takes γ. One of them has to.
+
+    A side is scaled unless a part of it is frozen, or is not there. A key is not where it stays as
+    it is, nor, if several query heads read it, without its queries: it has one factor, and they
+    have several.
+
+    Raises:
+      ValueError: Neither can be scaled.
+    """
+    queries: dict[Role, None] = dict.fromkeys(part.role for part in block.queries)
+    for query in queries:
+        key = ROLES[query].partner
+        with_query = not block.held(query)
+        with_key = (
+            key is not None
+            and block.part(key) is not None
+            and key not in staying
+            and (with_query or not shared)
+            and not block.held(key)
+        )
+        if not (with_query or with_key):
+            raise ValueError(_nothing_to_scale(block, query, key))
+        yield (query if with_query else None), (key if with_key else None)
+
+
+def _nothing_to_scale(block: Block, query: Role, key: Role | None) -> str:
+    frozen = ", ".join(f"{paths.show(path)} {block.shapes[path]}" for path in block.held(query))
+    part = block.part(key) if key else None
+    if part is None:
+        why = "the layout has no keys that they meet"
+    elif held := block.held(part.role):
+        why = f"{', '.join(map(paths.show, held))} of their keys are frozen too"
+    else:
+        why = (
+            f"several query heads read one head of {paths.show(part.kernel)} {part.shape}, which "
+            "cannot take the factor of each"
+        )
+    return (
+        f"{block.name}: frozen= holds {frozen}, the {query} of every head, and {why}: nothing is "
+        "left that would scale each head's logits by its own factor. Let the queries train, or "
+        "leave the block out of the clip: with frozen= for all that makes its logits, or "
+        f"layouts.ignore({block.name!r})."
+    )

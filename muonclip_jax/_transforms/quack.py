@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._core.masks import Frozen, check_frozen
 from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.states import check_same, find_state, without_parameters
@@ -30,6 +31,7 @@ from muonclip_jax._layouts.blocks import (
     as_layouts,
     blocks_with_logits,
     multipliers,
+    with_frozen,
 )
 from muonclip_jax._layouts.checks import refuse_what_escapes
 from muonclip_jax._layouts.leaves import change_leaves, leaves_of, read_leaves
@@ -66,8 +68,9 @@ class QuackState(NamedTuple):
       initial_norms: For each attention block (by path) and role, the norms of the parameters
         that `init` was given, `[stack..., heads]`, float32 (float64 for float64 parameters).
         Never computed again: a restored checkpoint keeps them. Empty with `rule="fixed"`.
-      factors: What the last update was multiplied by, same keys and shapes;
-        `relative_learning_rate` before the first. (With `rule="fixed"` that of kv_down is 1.)
+      factors: What the last update was multiplied by (where it was not frozen), same keys and
+        shapes; `relative_learning_rate` before the first. (With `rule="fixed"` that of kv_down is
+        1.)
 
     Example:
         >>> state = mc.scale_by_quack(layout).init(params)
@@ -85,6 +88,7 @@ def scale_by_quack(
     *,
     rule: QuackRule = "paper",
     floor: ArrayLike = 0.0,
+    frozen: Frozen | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates of queries and keys, per head, by the norms of what they meet.
 
@@ -173,6 +177,9 @@ def scale_by_quack(
         start with queries or keys at zero: the standard deviation with which the others start.
         With more than that, factors follow no growth below it; with much less, the partners
         of what starts at zero hardly move for as long as it is small.
+      frozen: What nothing moves, as in `qk_clip`. Its updates are not scaled, and its norms count
+        as they are: what meets frozen weights only has the factor τ. Blocks of which all that makes
+        the logits is frozen are left out.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -193,6 +200,7 @@ def scale_by_quack(
         Array([0.5, 0.5], dtype=float32)
     """
     _check_options(layout, relative_learning_rate, rule, floor)
+    check_frozen(frozen)
     gains: set[Role] = set(GAIN_ROLES) if rule == "latent_norm" else set()
     roles = _PROJECTION_ROLES | gains
 
@@ -204,7 +212,7 @@ def scale_by_quack(
     def init(params: optax.Params) -> QuackState:
         if paths.holds_nothing(params):
             return without_parameters(QuackState)
-        blocks = _read_blocks(layout, params, rule)
+        blocks = _read_blocks(layout, params, rule, frozen)
         _check_measurable(leaves_of(blocks, roles, params))
         dtype = _dtype(params, blocks)
 
@@ -223,7 +231,7 @@ def scale_by_quack(
                 "scale_by_quack reads the norms of the weights: call "
                 "tx.update(grads, state, params)."
             )
-        blocks = _read_blocks(layout, params, rule)
+        blocks = _read_blocks(layout, params, rule, frozen)
         dtype = _dtype(params, blocks)
 
         def scale(updates, first, params, tau, floor):
@@ -279,11 +287,14 @@ def _check_options(layout: Layouts, relative_learning_rate: Any, rule: Any, floo
 # Which parts, and what a rule needs
 
 
-def _read_blocks(layout: Layouts, params: Any, rule: QuackRule) -> tuple[Block, ...]:
-    blocks = blocks_with_logits(layout, params)
+def _read_blocks(
+    layout: Layouts, params: Any, rule: QuackRule, frozen: Frozen | None
+) -> tuple[Block, ...]:
+    every = with_frozen(blocks_with_logits(layout, params), frozen, params)
+    blocks = tuple(block for block in every if not block.is_frozen)
     for block in blocks:
         _check_roles(block)
-    if rule == "latent_norm":
+    if rule == "latent_norm" and blocks:
         _check_gains(blocks)
     if rule != "fixed":  # which scales updates, and these count behind a norm as before it
         refuse_what_escapes(blocks, params)
