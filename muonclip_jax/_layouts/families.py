@@ -99,8 +99,8 @@ class Separate:
         """The projections."""
         return tuple(filter(None, (self.query, self.key, self.value, self.out)))
 
-    def read(self, inside: Inside, size: HeadSize) -> Layout | Ask | None:
-        """The layout of a module with these names."""
+    def readings(self, inside: Inside, size: HeadSize) -> Iterator[Layout | Ask]:
+        """What a module with these names can be, the likeliest first."""
         weights = parameter(self.query, inside).endswith("/weight")
         fits = [
             (storage, axis, parts)
@@ -110,9 +110,18 @@ class Separate:
         ]
         # Keys of another width are those of attention to something else.
         fits = [fit for fit in fits if fit[2]["q"].ins == fit[2]["k"].ins] or fits
-        if not fits or {FLAT, TRANSPOSED} <= {storage for storage, *_ in fits}:
-            return None
-        storage, axis, parts = fits[0]
+        if not {FLAT, TRANSPOSED} <= {storage for storage, *_ in fits}:
+            for storage, axis, parts in fits:
+                yield self._reading(storage, axis, parts, inside, size)
+
+    def _reading(
+        self,
+        storage: Storage,
+        axis: int,
+        parts: Mapping[Role, Part],
+        inside: Inside,
+        size: HeadSize,
+    ) -> Layout | Ask:
         query, key, out = parts["q"], parts["k"], parts["o"]
         heads, kv_heads, features = query.heads, key.heads, key.features
         if storage.flat:
@@ -205,8 +214,8 @@ class Written:
         """The projections."""
         return tuple(dict.fromkeys(piece.parameter for piece in self.layout.pieces))
 
-    def read(self, inside: Inside, size: HeadSize) -> Layout | Ask | None:
-        """The layout of a module with these names."""
+    def readings(self, inside: Inside, size: HeadSize) -> Iterator[Layout | Ask]:
+        """What a module with these names can be, the likeliest first."""
         for axis in (0, 1):
             parts = fit(self.layout.pieces, inside, axis)
             if not parts:
@@ -216,8 +225,7 @@ class Written:
             together = (query.features, key.heads) == (key.features, value.heads)
             together &= (query.heads, value.features) == (out.heads, out.features)
             if together and not query.heads % key.heads:
-                return replace(self.layout, stack_axis=axis)
-        return None
+                yield replace(self.layout, stack_axis=axis)
 
 
 @dataclass(frozen=True)
@@ -243,14 +251,14 @@ class Fused:
         """The projections."""
         return (self.kernel, self.out)
 
-    def read(self, inside: Inside, size: HeadSize) -> Layout | Ask | None:
-        """The layout of a module with these names."""
-        for axes in self.axes:
-            for stack_axis in (0, 1):
-                found = self._read(axes, stack_axis, inside, size)
-                if found is not None:
-                    return found
-        return None
+    def readings(self, inside: Inside, size: HeadSize) -> Iterator[Layout | Ask]:
+        """What a module with these names can be, the likeliest first."""
+        found = (
+            self._read(axes, stack_axis, inside, size)
+            for axes in self.axes
+            for stack_axis in (0, 1)
+        )
+        return filter(None, found)
 
     def _read(self, axes: str, stack_axis: int, inside: Inside, size: HeadSize):
         headed = axes.endswith(" features")
@@ -309,18 +317,17 @@ class Latent:
         """The projections that all have."""
         return (*self.key_value, self.out)
 
-    def read(self, inside: Inside, size: HeadSize) -> Layout | Ask | None:
-        """The layout of a module with these names."""
+    def readings(self, inside: Inside, size: HeadSize) -> Iterator[Layout | Ask]:
+        """What a module with these names can be, the likeliest first."""
         query = next((each for each in self.queries if holds(each, inside)), None)
         if query is None:
-            return None
+            return iter(())
         weights = parameter(self.out, inside).endswith("/weight")
         # Ranks of down- and up-projections and of `out`; where stack axes are; whether [out, in].
         ways = itertools.product(
             ((2, 3, 3), (2, 3, 2), (2, 2, 2)), (0, 1), (False, True)[: 1 + weights]
         )
-        found = (self._read(query, *way, inside, size) for way in ways)
-        return next(filter(None, found), None)
+        return filter(None, (self._read(query, *way, inside, size) for way in ways))
 
     def _read(
         self,
@@ -469,6 +476,11 @@ def _decays_and_size(kernel: str, norm: str, stack_axis: int, inside: Inside) ->
         return math.prod(own[0]) if len(own) == 1 else 0
 
     return length("A_log"), length(norm)
+
+
+def read(family: Family, inside: Inside, size: HeadSize) -> Layout | Ask | None:
+    """The layout of a module with these names, if its shapes fit."""
+    return next(iter(family.readings(inside, size)), None)
 
 
 def _latent_sizes(
@@ -656,3 +668,7 @@ LINEAR: tuple[Linear | LinearFused, ...] = (
     LinearFused("Qwen3-Next", ("in_proj_qkvz", "out_proj"), "norm"),
 )
 """The same for modules with an `A_log`: the rate at which linear attention forgets."""
+
+
+INDEXER = (Piece("q", "wq_b", "in heads features"), Piece("k", "wk", "in features"))
+"""DeepSeek's indexer in MaxText, with a weight for each of its heads in `weights_proj`."""

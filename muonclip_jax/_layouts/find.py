@@ -5,12 +5,13 @@ parameters ─► modules ─► the first family that reads each ─► layouts
                                 └─ Ask ─► the heads told, or an error that asks for them
 """
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.options import check_count
@@ -18,9 +19,21 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import counts, suggest
 from muonclip_jax._layouts.blocks import Layout, Layouts, find_blocks, module_path
 from muonclip_jax._layouts.checks import matrices_of
-from muonclip_jax._layouts.families import FAMILIES, LINEAR, Ask, Family, Inside, holds, parameter
+from muonclip_jax._layouts.families import (
+    FAMILIES,
+    INDEXER,
+    LINEAR,
+    Ask,
+    Family,
+    Inside,
+    fit,
+    holds,
+    parameter,
+    read,
+)
 from muonclip_jax._layouts.kinds import ignore
-from muonclip_jax._layouts.roles import KEY_ROLES
+from muonclip_jax._layouts.pieces import Part, Piece
+from muonclip_jax._layouts.roles import GAIN_ROLES, KEY_ROLES
 from muonclip_jax._layouts.surroundings import Shapes, looks_like_attention
 
 
@@ -83,7 +96,7 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
         if count is not None:
             check_count(f"find_layout: {name}", count)
     shapes = paths.shapes(params)
-    modules = _modules(shapes)
+    modules = {path: own for path, own in _modules(shapes).items() if not _is_indexer(path)}
     found: dict[Path, Layout] = {}
     asked: dict[Path, tuple[Family, Ask]] = {}
     for path, inside in modules.items():
@@ -99,7 +112,7 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     if asked:
         size = counts.told(asked, modules, heads, kv_heads)
         for path, (family, _) in asked.items():
-            if isinstance(answer := family.read(modules[path], lambda _: size), Layout):
+            if isinstance(answer := read(family, modules[path], lambda _: size), Layout):
                 found[path] = answer
     found = {path: _beside_indexer(layout, modules[path]) for path, layout in found.items()}
     layouts = _arranged(found, _left_out(found, modules, shapes), shapes)
@@ -107,20 +120,115 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     return layouts[0] if len(layouts) == 1 else layouts
 
 
-def is_flax_attention(block: Path, shapes: Shapes) -> bool:
-    """Whether `block` holds the four kernels of Flax's attention, each with a head axis."""
-    kernels = [
-        shapes.get((*block, name, "kernel"), ()) for name in ("query", "key", "value", "out")
-    ]
-    query, key, value, out = kernels
-    return (
-        min(map(len, kernels)) >= 3
-        and query[-2] == out[-3]
-        and value[-1] == out[-2]
-        and key[-2] == value[-2]
-        and query[-2] % key[-2] == 0
-        and query[-1] == key[-1]
+Storage = tuple[tuple[Piece, ...], int]
+"""The pieces of a module's attention, and where its stack axes are."""
+
+
+class Stack(NamedTuple):
+    """Where the parameters of stacked layers have the layers' axes.
+
+    Attributes:
+      lengths: How long these are; `()` where nothing is stacked.
+      axis: Where the first of them is.
+    """
+
+    lengths: tuple[int, ...] = ()
+    axis: int = 0
+
+    def without(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """One layer's shape; None of a parameter that does not have these axes."""
+        end = self.axis + len(self.lengths)
+        if shape[self.axis : end] != self.lengths:
+            return None
+        return (*shape[: self.axis], *shape[end:])
+
+
+class Projection(NamedTuple):
+    """How a kernel of attention is stored: each head that has an axis of its own is a matrix.
+
+    Attributes:
+      ins: The axis of a matrix's inputs.
+      outs: The axis of its outputs.
+      stack: The axes of stacked layers.
+    """
+
+    ins: int
+    outs: int
+    stack: Stack
+
+
+def projections(shapes: Shapes) -> dict[Path, list[Projection]]:
+    """Every kernel of attention that is known by its names, with all that its module can be.
+
+    Flat kernels count as one head: their storage is told without the number. Queries without keys
+    are another layer's, and stored like those that have some.
+    """
+    modules = _modules(shapes)
+    stored = {path: list(_storages(path, inside)) for path, inside in modules.items()}
+    known = dict.fromkeys(itertools.chain.from_iterable(stored.values()))
+    found: dict[Path, list[Projection]] = {}
+    for path, inside in modules.items():
+        for pieces, stack_axis in stored[path] or _queries_alone(inside, known):
+            for part in (fit(pieces, inside, stack_axis) or {}).values():
+                if part.role in GAIN_ROLES:
+                    continue
+                kernel = (*path, *part.kernel)
+                one = _projection(part, stack_axis)
+                if one not in found.setdefault(kernel, []):
+                    found[kernel].append(one)
+    return found
+
+
+def _storages(path: Path, inside: Inside) -> Iterator[Storage]:
+    """All that a module can be, by the first family that can read it."""
+    if _is_indexer(path):
+        scores = inside.get("weights_proj/kernel", ())
+        for axis in (0, 1):
+            parts = fit(INDEXER, inside, axis) if holds(("wq_b", "wk"), inside) else None
+            queries = parts and (parts["q"].features, *scores[-1:])
+            if parts and queries == (parts["k"].features, parts["q"].heads):
+                yield INDEXER, axis
+        return
+    if _is_linear(inside) and (layout := _read_linear(inside)) is not None:
+        yield layout.pieces, layout.stack_axis
+        return
+    for family in _candidates(inside):
+        layouts = list(family.readings(inside, lambda ask: ask.keys))
+        if layouts:
+            yield from (
+                (each.pieces, each.stack_axis) for each in layouts if isinstance(each, Layout)
+            )
+            return
+
+
+def _queries_alone(inside: Inside, known: Iterable[Storage]) -> Iterator[Storage]:
+    """What queries and outputs without keys can be, if they are as in attention that has keys."""
+    for pieces, axis in known:
+        own = tuple(piece for piece in pieces if piece.role in ("q", "gate", "o"))
+        keys = [piece.parameter for piece in pieces if piece.role in KEY_ROLES]
+        if len(own) < 2 or any(map(partial(holds, inside=inside), ([key] for key in keys))):
+            continue
+        if holds([piece.parameter for piece in own], inside):
+            parts = fit(own, inside, axis)
+            if parts and parts["q"].heads == parts["o"].heads:
+                yield own, axis
+
+
+def _projection(part: Part, stack_axis: int) -> Projection:
+    """Which axes of a kernel are its matrices'."""
+    rows, cols = (
+        next(i for i, axis in enumerate(part.view.axes) if name in axis)
+        for (name,) in (part.view.rows, part.view.cols)
     )
+    return Projection(rows, cols, Stack(part.stack, stack_axis if part.stack else 0))
+
+
+def _candidates(inside: Inside) -> Iterator[Family]:
+    """The families whose names a module has."""
+    first = {name.split("/")[0] for name in inside}
+    for family in FAMILIES:
+        if first.issuperset(family.beside) and holds(family.names, inside):
+            yield family
 
 
 def _modules(shapes: Shapes) -> dict[Path, Inside]:
@@ -129,7 +237,7 @@ def _modules(shapes: Shapes) -> dict[Path, Inside]:
     for path, shape in shapes.items():
         for end in range(len(path)):
             modules.setdefault(path[:end], {})["/".join(path[end:])] = shape
-    return {path: inside for path, inside in modules.items() if not _is_indexer(path)}
+    return {**modules}
 
 
 def _is_linear(inside: Inside) -> bool:
@@ -150,12 +258,10 @@ def _is_indexer(path: Path) -> bool:
 
 def _read(inside: Inside, shapes: Shapes) -> tuple[Family, Layout | Ask | None]:
     """A module by the first family that can."""
-    first = {name.split("/")[0] for name in inside}
-    for family in FAMILIES:
-        if first.issuperset(family.beside) and holds(family.names, inside):
-            answer = family.read(inside, partial(counts.seen, family, inside, shapes))
-            if answer is not None:
-                return family, answer
+    for family in _candidates(inside):
+        answer = read(family, inside, partial(counts.seen, family, inside, shapes))
+        if answer is not None:
+            return family, answer
     return FAMILIES[0], None
 
 

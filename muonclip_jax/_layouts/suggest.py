@@ -18,6 +18,7 @@ from muonclip_jax._layouts.families import (
     Separate,
     layout_name,
     parameter,
+    read,
 )
 
 # What a projection is called, by a word of its name.
@@ -72,7 +73,7 @@ def spelling(inside: Inside) -> Separate | None:
     for out in names:
         for weights in (WEIGHTS, (TRANSPOSED,)):  # of either orientation: asks
             own = Separate("own", query, key, value, out, weights=weights)
-            if out not in (query, key, value) and own.read(inside, lambda _: None) is not None:
+            if out not in (query, key, value) and read(own, inside, lambda _: None) is not None:
                 return own
     return None
 
@@ -96,7 +97,7 @@ def call(family: Family, inside: Inside, path: Path | None = None) -> str:
     names = {"query": family.query, "key": family.key, "value": family.value, "out": family.out}
     told = {side: layout_name(name, inside) for side, name in names.items() if name}
     given = {side: repr(name) for side, name in told.items() if name != side}
-    answer = family.read(inside, lambda _: None)
+    answer = read(family, inside, lambda _: None)
     if not isinstance(answer, Layout):
         grouped = isinstance(answer, Ask) and answer.queries != answer.keys
         numbers = {"kv_heads": "...", "heads": "..."} if grouped else {"heads": "..."}

@@ -63,6 +63,7 @@ class ParameterRow:
     attention: tuple[AttentionPiece, ...]  # () for what the layout does not name
     qk_norm: bool  # whether it belongs to a norm behind the queries or keys
     decays: bool  # whether weight decay reaches it
+    why: str  # what told how it is read; "" where a rule, the layout or its own name did
 
 
 class Description(tuple[ParameterRow, ...]):
@@ -122,8 +123,9 @@ class Description(tuple[ParameterRow, ...]):
             + refused * any(row.qk_norm for row in self),
             caption_justify="left",
         )
-        headers = ("parameter", "shape", "optimizer", "matrices [in, out]", "decays", "attention")
-        for header in headers:
+        headers = ["parameter", "shape", "optimizer", "matrices [in, out]", "decays", "attention"]
+        told = any(row.why for row in self)
+        for header in headers + ["read as"] * told:
             table.add_column(header, overflow="fold")
         for path, row in _alike(self):
             attention = [f"{piece.role} ×{piece.heads}" for piece in row.attention]
@@ -134,6 +136,7 @@ class Description(tuple[ParameterRow, ...]):
                 "\n".join(map(str, row.matrices)),
                 "yes" if row.decays else "",
                 ", ".join(attention + ["QK-norm"] * row.qk_norm),
+                *([row.why] * told),
             )
         return table
 
@@ -196,6 +199,7 @@ def describe(
     for part in (part for block in blocks for part in block.parts):
         for path, _ in part.leaves:
             attention.setdefault(path, []).append(AttentionPiece(part.role, part.heads))
+    why = {} if dimension_numbers is not None else routing.reasons(params, rules, layout)
     places = shardings_of(params, shardings)
     rows: list[ParameterRow] = []
     arrays: list[matrices.MatrixArray] = []
@@ -209,7 +213,7 @@ def describe(
             arrays += jax.eval_shape(split, jax.ShapeDtypeStruct(shape, paths.dtype_of(leaf)))
         optimizer = "other" if spec is None else "muon"
         role = tuple(attention.get(path, ()))
-        facts = optimizer, kinds, role, path in norms, decay[path]
+        facts = optimizer, kinds, role, path in norms, decay[path], why.get(path, "")
         rows.append(ParameterRow(paths.show(path), shape, *facts))
     known = (sharding.mesh.abstract_mesh for sharding in places.values() if sharding)
     mesh = next(known, mesh_of(params))

@@ -28,6 +28,25 @@ _HEAD = {"head", "heads", "classifier"}
 _NO_HEAD = {"multi", "num", "n", "per", "talking", "self", "cross", "q", "k", "kv", "query", "key"}
 _NO_LOGITS = {"pre", "router", "gate"}
 _PERHAPS_HEAD = {("output", "layer"), ("output", "projection"), ("output", "proj")}
+_ROUTER = {"router", "gate", "gating", "routing"}
+_BESIDE_ROUTER = {
+    "kernel",
+    "logits",
+    "weight",
+    "weights",
+    "layer",
+    "dense",
+    "expert",
+    "experts",
+    "moe",
+}
+_UP = re.compile(
+    r"(\w+_)?(up|gate|gating|gate_up|w_?(i|1|3|in|up|gate)|wi_\d|f[cf]_?(1|in)|c_fc)"
+    r"(_(proj|projection|einsum|layer|dense))?"
+)
+_DOWN = re.compile(
+    r"(\w+_)?(down|w_?(o|2|out|down)|f[cf]_?(2|out)|c_proj)(_(proj|projection|einsum|layer|dense))?"
+)
 _PROJECTIONS = {"q", "k", "v", "o", "qkv", "kv", "query", "key", "value"} | {
     f"w{which}" for which in ("q", "k", "v", "o", "qkv", "kv")
 }
@@ -76,8 +95,10 @@ def is_table(path: Path) -> bool:
     """Whether an embedding for certain: `embedding` in any module, `weight` in a module whose name
     says nothing else, and `kernel` or `w` in one whose name says tokens (or is `E`)."""
     said, module = words(leaf(path)), words(holder(path))
+    if said[-1:] in (("token",), ("tokens",)):
+        return True  # learned ones, of which there are few
     if _EMBED & {*said}:
-        return said[-1] in _TABLE
+        return said[-1] in _TABLE or bool((_TOKEN | _POSITION) & {*said})
     if leaf(path) in KERNELS:
         tokens = bool(_TOKEN & {*module}) and module[-1] in _EMBED
         return tokens or holder(path) == "E"
@@ -119,6 +140,50 @@ def is_perhaps_head(path: Path) -> bool:
 def is_layers(name: str) -> bool:
     """Whether a module is called as a stack of layers is. One of many has a number: `block_3`."""
     return bool(_LAYERS & {*words(name)[-1:]}) and not re.search(r"\d", name)
+
+
+def is_router(path: Path) -> bool:
+    """Whether it may choose among experts. (`gate_proj` is a part of an MLP.)"""
+    said = {*words(own(path))}
+    return bool(_ROUTER & said) and said <= _ROUTER | _BESIDE_ROUTER
+
+
+def own(path: Path) -> str:
+    """What a kernel is called: by its module, or by itself where no module holds it alone."""
+    return holder(path) if leaf(path) in (*KERNELS, *WEIGHTS) else leaf(path)
+
+
+def side(path: Path) -> str | None:
+    """Whether a matrix of an MLP takes in what the model is wide ("up") or gives it ("down")."""
+    called = own(path)
+    return "up" if _UP.fullmatch(called) else "down" if _DOWN.fullmatch(called) else None
+
+
+def is_in_order(path: Path) -> bool:
+    """Whether a kernel is called as those of Flax, T5 and MaxText are, which are [in, out]."""
+    return leaf(path) in KERNELS or bool(re.fullmatch(r"wi(_\d)?|wo", leaf(path)))
+
+
+def is_of_two(path: Path) -> bool:
+    """Whether a kernel is called as one of an MLP's gate and up together."""
+    return bool({"gating", "wi"} & {*words(own(path))}) or {"gate", "up"} <= {*words(own(path))}
+
+
+def is_convolution(path: Path, axes: int) -> bool:
+    """Whether a kernel of so many axes is called a convolution, by the module that holds it. With
+    four axes also by the module around that one, or because it cuts images into patches."""
+    called = [name for name in path[:-1] if not name.isdigit()][-2:]
+    some = ("conv", "dwconv", "patch") if axes > 3 else ("conv", "dwconv", "short")
+    return any(_starts(name, some) for name in (called if axes > 3 else called[-1:]))
+
+
+def is_depthwise(path: Path) -> bool:
+    """Whether it is called a convolution of each feature by itself."""
+    return any(_starts(name, ("depthwise", "dw", "short")) for name in path[-3:-1])
+
+
+def _starts(name: str, some: tuple[str, ...]) -> bool:
+    return any(word.startswith(some) for word in words(name))
 
 
 def unnumbered(text: str) -> str:

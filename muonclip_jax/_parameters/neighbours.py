@@ -1,21 +1,43 @@
 """What the other parameters of a tree tell about one: stacks of layers, vocabularies, heads."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.find import is_flax_attention
+from muonclip_jax._layouts.find import Projection, Stack, projections
 from muonclip_jax._layouts.surroundings import bias_beside
 from muonclip_jax._parameters import names
 
 # Flax kernels are [in, out].
 MATRIX = MatrixPattern("... in out")
-_INPUT_HEADS = MatrixPattern("... in heads features -> ... heads in features")
 
 Shape = tuple[int, ...]
+
+
+class Reading(NamedTuple):
+    """How a parameter is read.
+
+    Attributes:
+      matrices: The pattern of its matrices; None: it is not for Muon.
+      why: What told that, in words; empty where its own name and shape do.
+    """
+
+    matrices: MatrixPattern | None
+    why: str = ""
+
+
+def pattern(axes: Sequence[str], stack: Stack, matrix: str = "in out") -> MatrixPattern:
+    """The pattern of matrices in stacked layers, of which one layer has these axes."""
+    layers = [f"layers{i}" for i in range(len(stack.lengths))]
+    left = [*axes[: stack.axis], *layers, *axes[stack.axis :]]
+    own = re.findall(r"\w+", matrix)
+    batch = [name for name in left if name not in own]
+    return MatrixPattern(f"{' '.join(left)} -> {' '.join((*batch, matrix))}")
 
 
 class Neighbours:
@@ -54,34 +76,42 @@ class Neighbours:
         self._rows = {path: self.shapes[path][:-1] for path in vocabularies}
         self._repeats = Counter(names.place(path) for path in every_path)
 
-    def form(self, path: Path) -> tuple[int, int, MatrixPattern]:
-        """What one layer's kernel looks like: its number of axes, how many of the last ones its
-        bias has, and its matrices."""
-        module = path[:-1]
-        if module and is_flax_attention(module[:-1], self.shapes):
-            if module[-1] in ("query", "key", "value"):
-                return 3, 2, _INPUT_HEADS
-            if module[-1] == "out":
-                return 3, 1, MATRIX  # [heads, head_features, out]
-        return 2, 1, MATRIX
+    def known(self, path: Path) -> list[Projection]:
+        """What a kernel of attention of a known model can be; of others nothing.
+
+        Where shapes leave several readings, as `[in, heads, features]` and `[in, layers, features]`
+        of as many heads as features, it is those of which the norms around have the stack axes;
+        without norms those with the fewest.
+        """
+        found = self._known.get(path, [])
+        if len(found) < 2:
+            return found
+        gains = [self.shapes[p] for p in self._nearest_gains(path)[1] if p in self.shapes]
+        depth = min(map(len, gains)) - 1 if gains else min(len(one.stack.lengths) for one in found)
+        some = [one for one in found if len(one.stack.lengths) == depth]
+        return [one for one in some if all(one.stack.without(gain) is not None for gain in gains)]
+
+    def stack(self, path: Path) -> Stack:
+        """Where the layers around a parameter are stacked: as attention of a known model in them
+        shows, or else their norms."""
+        around = (self._stacks.get(path[:end]) for end in reversed(range(len(path))))
+        found = next(filter(None, around), None)
+        return found or self._stack_of_gains(path)
 
     def bias(self, path: Path) -> Path | None:
         """The bias beside a kernel."""
         return bias_beside(path, self.shapes)
 
     def say_stack(self, path: Path, stack: Shape) -> bool:
-        """Whether a kernel's first axes are a stack of layers.
+        """Whether a kernel's first axes are a stack of layers, where no norm is around it.
 
-        The nearest norms have these axes in front of their own one. Where there are none, the bias
-        beside it has them, and does not fit `[in, heads, features]` as well. Where there is
-        neither, a module around it is called as a stack of layers, everything in it has the axis,
-        and every length that one of its kernels takes in one of them gives, as layers do that
+        The bias beside it has these axes, and does not fit `[in, heads, features]` as well. Where
+        there is none, a module around it is called as a stack of layers, everything in it has the
+        axis, and every length that one of its kernels takes in one of them gives, as layers do that
         follow each other. Convolutions and projections to heads do not.
         """
-        gains = self._nearest_gains(path)
-        if gains:
-            seen = all(gain in self.shapes for gain in gains)
-            return seen and stack == min((self.shapes[gain][:-1] for gain in gains), key=len)
+        if self._nearest_gains(path)[1]:
+            return False
         bias = self.bias(path)
         if bias is not None:
             return self.shapes[bias] != self.shapes[path][1:]
@@ -89,10 +119,28 @@ class Neighbours:
         is_masked = any(beside[: len(masked)] == masked for masked in self.masked)
         return not is_masked and self._is_in_layers(path, stack)
 
+    def widths(self, path: Path) -> dict[int, Path]:
+        """How wide the model is around a parameter, by the nearest norms' gains."""
+        found: dict[int, Path] = {}
+        for gain in self._nearest_gains(path)[1]:
+            own = self.stack(gain).without(self.shapes[gain]) if gain in self.shapes else None
+            if own:
+                found.setdefault(own[-1], gain)
+        return found
+
+    def routers(self, path: Path) -> list[Path]:
+        """What may choose among experts in the nearest module around them, as `moe` is around
+        `moe/experts/up/kernel` and `moe/router/kernel`."""
+        for end in reversed(range(max(0, len(path) - 3), len(path))):
+            found = [r for r in self._routers if r[:end] == path[:end] and len(r) <= end + 3]
+            if found:
+                return [] if path in found else found
+        return []
+
     def shown(self, path: Path) -> str:
         """What `say_stack` looked at, in words."""
         bias = self.bias(path)
-        looked_at = [bias] * (bias is not None) + self._nearest_gains(path)[:2]
+        looked_at = [bias] * (bias is not None) + self._nearest_gains(path)[1][:2]
         seen = self.show(path for path in looked_at if path in self.shapes)
         return f"beside {seen}" if seen else "no bias and no norm beside it"
 
@@ -140,9 +188,70 @@ class Neighbours:
         masked = any(names.head(path) for path in self.masked)
         return masked or any(length in self._given(path) for path in self.heads)
 
-    def _nearest_gains(self, path: Path) -> list[Path]:
-        around = (self._gains.get(path[:depth]) for depth in reversed(range(len(path) - 1)))
-        return next(filter(None, around), [])
+    def may_be_stacked(self, path: Path) -> bool:
+        """Whether a module around is called as stacked layers are, and no norm tells."""
+        return not self._nearest_gains(path)[1] and any(map(names.is_layers, path[:-1]))
+
+    def is_between_norms(self, path: Path) -> bool:
+        """Whether the nearest norms are those of single layers."""
+        gains = self._nearest_gains(path)[1]
+        return bool(gains) and all(len(self.shapes.get(gain, ())) == 1 for gain in gains)
+
+    def is_recurrent(self, path: Path) -> bool:
+        """Whether a kernel is in linear attention or a state-space model, whose states decay."""
+        return any((*path[:-end], "A_log") in self.shapes for end in (2, 3))
+
+    def is_given(self, length: int, path: Path) -> bool:
+        """Whether another kernel in the module around gives so many features."""
+        module = path[:-2]
+        around = (p for p in self.shapes if p[: len(module)] == module and p != path)
+        return any(names.leaf(p) in names.KERNELS and self.shapes[p][-1] == length for p in around)
+
+    @cached_property
+    def _known(self) -> dict[Path, list[Projection]]:
+        return projections(self.shapes)
+
+    @cached_property
+    def _routers(self) -> list[Path]:
+        return [p for p, shape in self.shapes.items() if len(shape) > 1 and names.is_router(p)]
+
+    @cached_property
+    def _stacks(self) -> dict[Path, Stack]:
+        """Modules in which all is stacked as the attention of a known model inside of them is."""
+        found: dict[Path, Stack] = {}
+        for kernel in self._known:
+            several = self.known(kernel)
+            if len(several) != 1 or not several[0].stack.lengths:
+                continue
+            stack = several[0].stack
+            for end in reversed(range(len(kernel))):
+                inside = (
+                    shape for path, shape in self.shapes.items() if path[:end] == kernel[:end]
+                )
+                if kernel[:end] in found or any(stack.without(shape) is None for shape in inside):
+                    break
+                found[kernel[:end]] = stack
+        return found
+
+    def _stack_of_gains(self, path: Path) -> Stack:
+        """The axes that the nearest norms have in front of their own one; behind it, if only so all
+        kernels around have them at one place."""
+        module, gains = self._nearest_gains(path)
+        if len(self.shapes[path]) < 3 or not gains or any(p not in self.shapes for p in gains):
+            return Stack()
+        gain = min((self.shapes[gain] for gain in gains), key=len)
+        first, second = Stack(gain[:-1]), Stack(gain[1:], 1)
+        around = [p for p in self.shapes if p[: len(module)] == module]
+        shapes = [self.shapes[p] for p in around if len(self.shapes[p]) > 2 or p in gains]
+        fits = lambda stack: all(stack.without(shape) is not None for shape in shapes)  # noqa: E731
+        if second.lengths and not fits(first) and fits(second):
+            return second
+        return first if first.without(self.shapes[path]) is not None else Stack()
+
+    def _nearest_gains(self, path: Path) -> tuple[Path, list[Path]]:
+        """The nearest module around that holds norms, with their gains."""
+        around = (path[:depth] for depth in reversed(range(len(path) - 1)))
+        return next(((one, self._gains[one]) for one in around if one in self._gains), ((), []))
 
     def _find_heads(self) -> None:
         inside: dict[Path, list[Path]] = {}
@@ -192,12 +301,9 @@ class Neighbours:
         axes = {p: 3 if p in kernels else 2 for p in inside}
         if any(len(self.shapes[p]) < axes[p] or self.shapes[p][:1] != stack for p in inside):
             return False
-        taken, given = set(), set()
-        for kernel in kernels:
-            own_axes, bias_axes, _ = self.form(kernel)
-            taken |= {self.shapes[kernel][-own_axes]} if own_axes == 2 or bias_axes == 2 else set()
-            given |= {self.shapes[kernel][-1]} if bias_axes == 1 else set()
-        return taken <= given
+        if any(kernel in self._known for kernel in kernels):
+            return False  # unstacked, or it would tell
+        return {self.shapes[p][-2] for p in kernels} <= {self.shapes[p][-1] for p in kernels}
 
     def _may_be_gain(self, path: Path) -> bool:
         if path in self.shapes:

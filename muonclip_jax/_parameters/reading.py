@@ -1,5 +1,6 @@
 """How a parameter is read that neither a rule nor the layout decides: by names and shapes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,11 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.checks import some
+from muonclip_jax._layouts.find import Projection, Stack
 from muonclip_jax._parameters import names
-from muonclip_jax._parameters.neighbours import MATRIX, Neighbours
+from muonclip_jax._parameters.convolutions import Unsure, convolution
+from muonclip_jax._parameters.feedforward import experts, mlp, router
+from muonclip_jax._parameters.neighbours import MATRIX, Neighbours, Reading, pattern
 
 
 class Unclear(ValueError):
@@ -25,26 +29,80 @@ class Unclear(ValueError):
         self.finding, self.pattern, self.beside = finding, pattern, beside
 
 
-def read(path: Path, near: Neighbours) -> MatrixPattern | None:
-    """What a parameter is, as a pattern of its matrices; None: not for Muon.
+def read(path: Path, near: Neighbours) -> Reading:
+    """What a parameter is.
 
     Raises:
       Unclear: It could be several things, or none.
     """
     shape = near.shapes[path]
     if len(shape) < 2 or names.is_vector(path) or path in near.tables or path in near.heads:
-        return None
+        return Reading(None)
+    if known := near.known(path):
+        return _projection(path, known, near)
+    own = near.stack(path).without(shape)
+    if own is not None and len(own) < 2:
+        return Reading(None, "one number, or a vector, in each layer")
     if names.leaf(path) == "b" and shape == _without_inputs(near.shapes.get((*path[:-1], "w"), ())):
-        return None
-    if names.leaf(path) not in names.KERNELS:
+        return Reading(None)
+    kernel = names.leaf(path) in names.KERNELS
+    if not kernel and names.leaf(path) not in names.WEIGHTS and sum(n > 1 for n in shape) < 2:
+        return Reading(None)
+    if found := _read_by_neighbours(path, near):
+        return found
+    if not kernel:
         raise _unnamed(path, shape)
     if len(shape) > 2:
-        return _stack_of_kernels(path, near)
+        return Reading(_stack_of_kernels(path, near))
     if names.is_norm(names.holder(path)) and near.bias(path) is None:
         raise Unclear(
             "is a matrix ('in out'), or the gain of a norm in stacked layers (None)", "in out"
         )
-    return _one_kernel(path, near)
+    return Reading(_one_kernel(path, near))
+
+
+def _read_by_neighbours(path: Path, near: Neighbours) -> Reading | None:
+    """A convolution, experts, or an MLP that is no plain kernel."""
+    try:
+        found = convolution(path, near)
+    except Unsure:
+        window = " ".join(f"window{i}" for i in range(len(near.shapes[path]) - 2))
+        fits = f"{window} in out -> ({window} in) out"
+        raise Unclear(
+            f"is a convolution of one input ({fits!r}), or of each feature by itself (None)", fits
+        ) from None
+    plain = names.leaf(path) in names.KERNELS and len(near.shapes[path]) == 2
+    if found or plain:
+        return found
+    if names.is_router(path) and (found := router(path, near)):
+        return found
+    return experts(path, near) or mlp(path, near)
+
+
+def _projection(path: Path, known: list[Projection], near: Neighbours) -> Reading:
+    """A kernel of attention whose names are known."""
+    shape = near.shapes[path]
+    ins, outs, stack = known[0]
+    if len({(one.ins, one.outs) for one in known}) > 1:
+        raise Unclear(
+            "is attention of a known model whose shapes fit several of its storages: they do not "
+            "tell which axes are in and out, and which are layers",
+            "... in out",
+            near.shown(path),
+        )
+    bias = near.bias(path)
+    outputs = math.prod(stack.lengths) * shape[outs], math.prod(shape) // shape[ins]
+    if bias is not None and math.prod(near.shapes[bias]) not in outputs:
+        raise Unclear(
+            "is no projection of attention to the bias beside it",
+            "in out" if len(shape) == 2 else "... in out",
+            f"beside {near.show([bias])}",
+        )
+    axes = ["in" if i == ins else "out" if i == outs else f"axis{i}" for i in range(len(shape))]
+    told = ["attention's heads"] * (len(shape) > 2 + len(stack.lengths)) + ["[out, in]"] * (
+        outs < ins
+    )
+    return Reading(pattern(axes, Stack()), ", ".join(told))
 
 
 def check_all_clear(unclear: Mapping[Path, Unclear], near: Neighbours) -> None:
@@ -107,15 +165,16 @@ def _unnamed(path: Path, shape: tuple[int, ...]) -> Unclear:
 
 
 def _stack_of_kernels(path: Path, near: Neighbours) -> MatrixPattern:
-    shape = near.shapes[path]
-    own_axes, bias_axes, pattern = near.form(path)
-    stack, bias = shape[: len(shape) - own_axes], near.bias(path)
-    fits = bias is None or near.shapes[bias] == (*stack, *shape[-bias_axes:])
-    if fits and (not stack or near.say_stack(path, stack)):
-        return pattern
+    shape, stack, bias = near.shapes[path], near.stack(path), near.bias(path)
+    own = stack.without(shape)
+    fits = bias is None or stack.without(near.shapes[bias]) == own[1:] if own else False
+    if own is not None and len(own) == 2 and fits:
+        return pattern(["in", "out"], stack)
+    fits = bias is None or near.shapes[bias] == (*shape[:-2], shape[-1])
+    if fits and near.say_stack(path, shape[:-2]):
+        return MATRIX
     raise Unclear(
-        f"does not look like {'a stack of kernels' if stack else 'one kernel'} [stack..., "
-        f"{'in, heads, head_features' if own_axes == 3 else 'in, out'}] to what stands around it: "
+        "does not look like a stack of kernels [stack..., in, out] to what stands around it: "
         "it may be a convolution ('h w in out -> (h w in) out'), a stack of experts ('experts in "
         "out'), a projection to heads (one matrix per head: 'in heads features -> heads in "
         "features'), or have a scan axis other than 0",
@@ -127,6 +186,8 @@ def _stack_of_kernels(path: Path, near: Neighbours) -> MatrixPattern:
 def _one_kernel(path: Path, near: Neighbours) -> MatrixPattern | None:
     ins, outs = near.shapes[path]
     bias = near.bias(path)
+    if bias is not None and near.shapes[bias] == (ins,) != (outs,):
+        return MatrixPattern("out in -> in out")
     if bias is not None and near.shapes[bias] != (outs,):
         raise Unclear(
             "is no kernel [in, out] to the bias beside it", "in out", f"beside {near.show([bias])}"

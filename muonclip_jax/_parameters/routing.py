@@ -55,17 +55,35 @@ def muon_dimension_numbers(
     everything with fewer than two axes, embeddings and unembeddings. To Muon go `kernel`s and `w`s:
 
     - `[in, out]` as one matrix, `[stack..., in, out]` (scanned or vmapped layers) as a batch;
-    - in Flax's attention modules, query, key and value `[stack..., in, heads, head_features]`
-      as one `[in, head_features]` matrix per head, and out `[stack..., heads, head_features, out]`
-      as one `[head_features, out]` matrix per head.
+    - attention of the models that `find_layout` knows, as it is stored: one `[in, head_features]`
+      matrix (of the output `[head_features, out]`) for each head that has an axis of its own, and
+      flat kernels `[in, heads*features]` as one;
+    - experts and convolutions, and `[out, in]` or fused matrices of MLPs, where names and shapes
+      leave one reading:
+
+    | what | how it is told | each is |
+    | --- | --- | --- |
+    | `moe/up [8, 64, 256]` | beside `moe/router/kernel [64, 8]`; up takes in 64 | 8 × [64, 256] |
+    | `moe/gate_up [8, 64, 2, 256]` | the same; the 2 are gate and up | 16 × [64, 256] |
+    | `up_proj/weight [256, 64]` | beside norms of 64, which up takes in: [out, in] | 1 × [64, 256] |
+    | `c_fc/kernel [256, 64]` | beside `c_fc/bias [256]`: [out, in] | 1 × [64, 256] |
+    | `conv/kernel [3, 3, 64, 128]` | its name: [window..., in, out] | 1 × [576, 128] |
+    | `layers/2/kernel [3, 3, 64, 128]` | the square, beside a bias of 128 or unstacked norms | the same |
+    | `conv1d/kernel [4, 1, 512]` | depthwise: it is called so, or is in linear attention, or something gives 512 beside it | no matrix |
+
+    A convolution is flattened as in Jordan's Muon. A depthwise one filters each feature by itself. It maps nothing to anything, so its
+    columns have no singular values to even out: it goes to the other optimizer. (A grouped one is
+    not told from others.)
 
     All others raise, and so does what could be several things, all of it in one error. Nothing is
-    guessed: a reading needs a witness.
+    guessed: a reading needs a witness. `describe` shows it.
 
-    Leading axes are a **stack** of layers when the norm scales nearest to the kernel have them too;
-    without norms, when the bias beside it has; without either, when a module around it is called
-    `layers`, `blocks`, ..., everything in there has the axis, and its kernels give every length
-    that they take in.
+    **Stacks** of layers are what attention of a known model shows, on axis 0 or 1, in all modules
+    of which everything has these axes. Elsewhere leading axes are a stack when the norm scales
+    nearest to the kernel have them too (axis 1 when only so all kernels around have them); without
+    norms, when the bias beside it has; without either, when a module around it is called `layers`,
+    `blocks`, ..., everything in there has the axis, and its kernels give every length that they
+    take in. What is a vector in one layer is for the other optimizer.
 
         q [64, 4, 16], stem [7, 3, 64]                     raise: heads? a convolution? a stack?
         layers/{up [12, 64, 256], down [12, 256, 64]}      12 × [64, 256], 12 × [256, 64]
@@ -94,8 +112,8 @@ def muon_dimension_numbers(
     and settle it where an embedding has as many rows.
 
     A `weight` is `[out, in]` in Equinox and PyTorch and `[in, out]` elsewhere, which matters to
-    `scale_by_update_rms`: it raises. Masked parameters (`optax.masked`, `optax.partition`) are no
-    witnesses: where they could be, it raises.
+    `scale_by_update_rms`: where nothing tells, it raises. Masked parameters (`optax.masked`,
+    `optax.partition`) are no witnesses: where they could be, it raises.
 
         params                            rules                              each is
         layers/mlp/up/kernel [12, 64, 256]   (norm scales [12, 64] near it)  12 × [64, 256]
@@ -130,7 +148,7 @@ def muon_dimension_numbers(
       >>> specs = mc.muon_dimension_numbers({"mlp": {"kernel": jnp.ones((64, 256))}})
       >>> specs["mlp"]["kernel"]
       MatrixSpec(mlp/kernel (64, 256): 1 × [64, 256])
-    """
+    """  # noqa: E501
     _check_options(layout, per_head, rules)
     if layout is None and per_head is not EVERY_ROLE:
         raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
@@ -187,6 +205,16 @@ def _numbers(
     ruled = {path: told[pattern] for path, pattern in deciding.items()}
     routes = _routes(near, ruled, described)
     return paths.map_with_path(lambda path, _: routes[path], params)
+
+
+def reasons(params: Any, rules: Rules | None, layout: Layouts | None) -> dict[Path, str]:
+    """What told how each parameter is read that neither a rule nor the layout decides, in words."""
+    near, told = Neighbours(params), dict((rules or {}).items())
+    decided = {
+        *_deciding_rules(told, near.shapes, paths.absent(params)),
+        *({} if layout is None else _described(layout, params, None)),
+    }
+    return {path: read(path, near).why for path in near.shapes if path not in decided}
 
 
 def choose(
@@ -412,7 +440,7 @@ def _routes(
             found[path] = described[path]()
             continue
         try:
-            how = ruled[path] if path in ruled else read(path, near)
+            how = ruled[path] if path in ruled else read(path, near).matrices
             found[path] = spec_of(path, shape, how)
         except Unclear as why:
             unclear[path] = why

@@ -79,15 +79,15 @@ def test_layers_that_are_alike_share_an_entry_of_the_error():
 
 def test_a_weight_may_lie_either_way_and_raises():
     params = tree_of(
-        {"up/weight": (32, 8), "norm/weight": (8,), "token_embeddings/weight": (99, 8)}
+        {"mix/weight": (32, 8), "norm/weight": (8,), "token_embeddings/weight": (99, 8)}
     )
     said = message_of(params)
-    assert "up/weight of shape (32, 8)" in said
+    assert "mix/weight of shape (32, 8)" in said
     assert "'out in -> in out'" in said and "'in out'" in said and "embeddings" not in said
-    assert routes(params, rules={"up/weight": "out in -> in out"}) == {
+    assert routes(params, rules={"mix/weight": "out in -> in out"}) == {
+        "mix/weight": "muon 1 × [8, 32]",
         "norm/weight": "other",
         "token_embeddings/weight": "other",
-        "up/weight": "muon 1 × [8, 32]",
     }
 
 

@@ -148,12 +148,14 @@ AMBIGUOUS = {
     "norms of another name": {
         "params": {"layer": {"q": {"kernel": (32, 4, 8)}, "norm": {"gamma": (32,)}}}
     },
-    "1-D convolution": {"conv": {"kernel": (3, 4, 8)}},
-    "2-D convolution": {"patch": {"kernel": (3, 3, 4, 8)}},
+    "1-D convolution of another name": {"stem": {"kernel": (3, 4, 8)}},
+    "2-D convolution of another name": {"stem": {"kernel": (3, 3, 4, 8)}},
+    "convolution in layers that nothing tells": {"layers": {"conv": {"kernel": (3, 3, 4, 8)}}},
     "convolution with bias": {"c": {"kernel": (3, 4, 8), "bias": (8,)}},
     "experts": {"layers": {"norm": {"scale": (5, 16)}, "experts": {"kernel": (5, 2, 16, 32)}}},
-    "scanned on axis 1": {
-        "layers": {"norm": {"scale": (32, 3)}, "wo": {"kernel": (64, 3, 32)}},
+    "experts of another number than the router's outputs": {
+        "norm": {"scale": (16,)},
+        "moe": {"router": {"kernel": (16, 4)}, "up": {"kernel": (8, 16, 32)}},
     },
     "scanned flat attention": {
         "layers": {
