@@ -517,7 +517,18 @@ def _decayed_weights(
 
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.masked(optax.identity(), which)  # the same state, and needs no parameters
-    return optax.add_decayed_weights(weight_decay, which)
+    decay = optax.add_decayed_weights(weight_decay, which)
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError(
+                f"weight_decay={weight_decay} takes a share of the parameters: call "
+                "tx.update(grads, state, params). In a trainer that gives no params (Brax): "
+                "weight_decay=0.0."
+            )
+        return decay.update(updates, state, params)
+
+    return optax.GradientTransformation(decay.init, update)
 
 
 def _without(frozen: Frozen) -> optax.GradientTransformation:
