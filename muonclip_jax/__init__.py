@@ -28,7 +28,8 @@ from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import orthogonality_error, orthogonalize
 from muonclip_jax._parameters.description import describe
-from muonclip_jax._parameters.routing import muon_dimension_numbers, whole_kernels
+from muonclip_jax._parameters.granularity import Granularity
+from muonclip_jax._parameters.routing import muon_dimension_numbers
 from muonclip_jax._trainers.linen import TrainState
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
 from muonclip_jax._transforms.clip import ClipState, clip_by_signal
@@ -77,7 +78,7 @@ __all__ = [
     "muon_direction",
     # which parameters, which heads
     "muon_dimension_numbers",
-    "whole_kernels",
+    "Granularity",
     "MatrixPattern",
     "layouts",
     "Layout",

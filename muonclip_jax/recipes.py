@@ -1,6 +1,6 @@
 """The chains: Muon, Muon with QK-Clip (and as published), Muon or another optimizer with QuacK."""
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from muonclip_jax._core.options import check_ascent, check_flag, check_not_froze
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
-from muonclip_jax._layouts.roles import Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import routing
 from muonclip_jax._parameters.decay import decays
+from muonclip_jax._parameters.granularity import PER_HEAD, Granularity
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.clip import Scope
 from muonclip_jax._transforms.muon import scale_by_muon
@@ -40,7 +40,7 @@ def muon(
     weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
     layout: Layouts | None = None,
-    per_head: Collection[Role] = routing.EVERY_ROLE,
+    granularity: Granularity = PER_HEAD,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
     frozen: Frozen | None = None,
@@ -92,7 +92,8 @@ def muon(
         `update_rms` too if they are functions.)
       layout: The model's attention, which is then orthogonalized piece by piece and head by head,
         however it is stored; several layouts as a list.
-      per_head: The roles of which each head is a matrix, as in `muon_dimension_numbers`.
+      granularity: Which heads, and which pieces of a head, make one matrix. By default each by
+        itself.
       rules: What to do with parameters by path, as in `muon_dimension_numbers`.
       dimension_numbers: In place of these three, which parameters are Muon's, as which matrices: a
         tree of `optax.contrib.MuonDimensionNumbers` (None inside it meaning `other`), a prefix of
@@ -128,7 +129,7 @@ def muon(
         newton_schulz=newton_schulz,
         update_rms=update_rms,
         layout=layout,
-        per_head=per_head,
+        granularity=granularity,
         rules=rules,
         dimension_numbers=dimension_numbers,
         frozen=frozen,
@@ -136,7 +137,7 @@ def muon(
         shardings=shardings,
         devices_per_matrix=devices_per_matrix,
     )
-    numbers = routing.choose(dimension_numbers, layout, per_head, rules)
+    numbers = routing.choose(dimension_numbers, layout, granularity, rules)
     decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
     if weight_decay_mask is None:
         check_not_frozen("other", other, weight_decay)
@@ -161,7 +162,7 @@ def muonclip(
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
     weight_decay: optax.ScalarOrSchedule = 0.1,
     weight_decay_mask: Mask | None = None,
-    per_head: Collection[Role] = routing.EVERY_ROLE,
+    granularity: Granularity = PER_HEAD,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
     frozen: Frozen | None = None,
@@ -203,7 +204,7 @@ def muonclip(
       axis_name: As in `qk_clip`: inside `jax.shard_map` and `jax.pmap`, the axes of the data.
       heads_axis_name: As in `qk_clip`: inside `jax.shard_map`, the axes over which the heads are
         spread by hand. Muon then takes each device's heads, which are whole matrices unless
-        `per_head` or `dimension_numbers` say otherwise.
+        `granularity` or `dimension_numbers` say otherwise.
       other_learning_rate: This and all that follow are as in `muon`.
       other: What parameters that are not Muon's get.
       momentum: μ.
@@ -212,9 +213,9 @@ def muonclip(
       update_rms: The size of an update.
       weight_decay: λ.
       weight_decay_mask: What decays.
-      per_head: The roles of which each head is a matrix.
+      granularity: Which heads make one matrix.
       rules: What to do with parameters by path.
-      dimension_numbers: Which parameters are Muon's, in place of `layout`, `per_head` and `rules`.
+      dimension_numbers: Which parameters are Muon's, in place of `layout`, `granularity` and `rules`.
       frozen: What gets no updates, and is not clipped either, as in `qk_clip`.
       mu_dtype: The dtype of Muon's momentum.
       shardings: How the parameters are split over a mesh with Auto axes.
@@ -241,7 +242,7 @@ def muonclip(
             weight_decay=weight_decay,
             weight_decay_mask=weight_decay_mask,
             layout=layout,
-            per_head=per_head,
+            granularity=granularity,
             rules=rules,
             dimension_numbers=dimension_numbers,
             frozen=frozen,
@@ -328,16 +329,17 @@ def kimi_muonclip(
       devices_per_matrix: How many devices make a group, which holds one matrix among them.
 
     Raises:
-      TypeError, ValueError: As `muonclip` and `whole_kernels`.
+      TypeError, ValueError: As `muonclip`, and for kernels whose pieces are no one matrix, because their
+        inputs lie along different axes.
 
     Example:
         >>> optimizer = mc.kimi_muonclip(2e-4, layout=layout)
         >>> state = optimizer.init(params)
         >>> updates, state = optimizer.update(grads, state, params, max_logits=sown)
         >>> params = optax.apply_updates(params, updates)
-        >>> rows = mc.describe(params, layout, dimension_numbers=mc.whole_kernels(layout))
+        >>> rows = mc.describe(params, layout, granularity=mc.Granularity.kimi_k2())
         >>> [str(row.matrices[0]) for row in rows if row.path == "attn/query/kernel"]
-        ['1 × [8, 8]']
+        ['q 1 × [8, 8] of 2 heads']
     """  # noqa: E501
     return muonclip(
         learning_rate,
@@ -355,7 +357,8 @@ def kimi_muonclip(
         update_rms="match_adam",
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
-        dimension_numbers=routing.whole_kernels(layout, rules),
+        granularity=Granularity.kimi_k2(),
+        rules=rules,
         frozen=frozen,
         mu_dtype=mu_dtype,
         shardings=shardings,
@@ -416,7 +419,7 @@ def quack(
     numbers = None  # what another direction does is not known
     if direction is None:
         direction = muon_direction(layout=layout, frozen=frozen)
-        numbers = routing.choose(None, layout, routing.EVERY_ROLE, None)
+        numbers = routing.choose(None, layout, PER_HEAD, None)
     elif frozen is not None:
         check_ascent("direction", direction)
         direction = optax.chain(direction, _without(frozen))
@@ -441,7 +444,7 @@ def muon_direction(
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     update_rms: Rule | Callable[[int, int], float] = "match_adam",
     layout: Layouts | None = None,
-    per_head: Collection[Role] = routing.EVERY_ROLE,
+    granularity: Granularity = PER_HEAD,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
     frozen: Frozen | None = None,
@@ -462,7 +465,7 @@ def muon_direction(
       newton_schulz: How to orthogonalize.
       update_rms: The size of an update.
       layout: The model's attention.
-      per_head: The roles of which each head is a matrix.
+      granularity: Which heads make one matrix.
       rules: What to do with parameters by path.
       dimension_numbers: Which parameters are Muon's, in place of these three.
       frozen: What gets no updates.
@@ -480,7 +483,7 @@ def muon_direction(
     check_ascent("other", other)
     check_frozen(frozen)
     check_rule("update_rms", update_rms)
-    dimension_numbers = routing.choose(dimension_numbers, layout, per_head, rules)
+    dimension_numbers = routing.choose(dimension_numbers, layout, granularity, rules)
 
     def for_matrices(numbers: Any) -> optax.GradientTransformation:
         return optax.chain(

@@ -14,11 +14,11 @@ WRONG = """
 import muonclip_jax as mc
 
 layout = mc.layouts.mha()
-mc.muon(1e-3, layout=layout, per_head=("query",))  # no role
+mc.muon(1e-3, layout=layout, granularity=mc.Granularity({"query": 2}))  # no role
 mc.muonclip(1e-3, layout=layout, treshold=30.0)  # no such option
 mc.muonclip(1e-3)  # where are the heads?
 mc.kimi_muonclip(1e-3, layout=layout, nesterov=True)  # the source has none
-mc.whole_kernels(layout, rules=[("*/kernel", None)])  # rules are a mapping
+mc.muon(1e-3, layout=layout, rules=[("*/kernel", None)])  # rules are a mapping
 mc.quack(1e-3, layout=layout, scale_weight_decay="no")  # yes, no, or as the rule has it
 mc.qk_clip(layout, scope="heads")  # no scope
 mc.muon(1e-3, newton_schulz=mc.schedules.jordan())  # a schedule is not all of it
@@ -39,13 +39,13 @@ by_axes = {("*/experts/*", 3): "experts in out"}
 mc.describe({}, rules=by_axes)
 mc.describe({}, rules={**by_axes, **rules})
 tx: optax.GradientTransformation = mc.muonclip(
-    optax.cosine_decay_schedule(1e-3, 100), layout=layout, per_head=("q", "k"), rules=rules,
+    optax.cosine_decay_schedule(1e-3, 100), layout=layout, rules=rules,
+    granularity=mc.Granularity({"q": 2, "o": "all"}, (("q_nope", "q_rope"),)),
     newton_schulz=how, threshold=30.0,
 )
 out, maxima = mc.dot_product_attention(*jax.random.normal(jax.random.key(0), (3, 2, 16, 4, 8)))
 largest: jax.Array = maxima.max()
-whole = mc.whole_kernels(layout, rules)
-mc.describe({}, layout, dimension_numbers=whole)
+mc.describe({}, layout, granularity=mc.Granularity.kimi_k2(), rules=rules)
 published: optax.GradientTransformation = mc.kimi_muonclip(1e-3, layout=layout, rules=rules)
 mc.quack(1e-3, layout=layout, rule="fixed", scale_weight_decay=None)
 """

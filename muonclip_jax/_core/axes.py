@@ -30,6 +30,7 @@ Axes = tuple[Names, ...]  # the names on each axis of an array
 Cut = int | tuple[int | None, int | None]
 
 _STACK = "stack"  # stack0, stack1, … are the axes that "..." stands for
+GROUPS, MEMBERS = "groups_of_members", "members_of_a_group"  # what `View.divided` becomes
 _TOKEN = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _ELLIPSIS = ("...",)
 
@@ -45,6 +46,9 @@ class View:
         cuts   slots 4:5                        batch  groups slots, rows in, cols features
         take   [64, 96] → [64, 2, 6, 8] → [64, 2, 1, 8] → [2, 1, 64, 8]
 
+    Its queries, two heads a matrix, are `divided`: groups and slots (0:4) are 8 heads together, 4
+    `GROUPS` of 2 `MEMBERS`; batch `GROUPS`, rows in, cols `MEMBERS` features: [4, 64, 2, 8].
+
     Attributes:
       axes: The names on each axis of the array.
       sizes: The length of every named axis.
@@ -52,6 +56,8 @@ class View:
       batch: The names that tell the matrices apart, in order.
       rows: Those of a matrix's rows; in a Flax kernel `[in, out]`, the input. Empty: one row.
       cols: Those of its columns.
+      divided: Names that, after the cut, count through as one axis, which is then divided into
+        `GROUPS` and `MEMBERS`; these stand for them in `batch`, `rows` and `cols`.
     """
 
     axes: Axes
@@ -60,6 +66,7 @@ class View:
     batch: Names
     rows: Names
     cols: Names
+    divided: Names = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,11 +88,21 @@ class View:
         unfolded = _rearrange(x, self.axes, self._unfolded, self.sizes)
         if self.cuts:
             unfolded = unfolded[tuple(self._cut(name) for name in self._names)]
-        return _rearrange(unfolded, self._unfolded, self._taken)
+        if not self.divided:
+            return _rearrange(unfolded, self._unfolded, self._taken)
+        members = {MEMBERS: self.sizes[MEMBERS]}
+        counted = _rearrange(unfolded, self._unfolded, self._counted(self.divided))
+        return _rearrange(counted, self._counted((GROUPS, MEMBERS)), self._taken, members)
 
     def put(self, x: jax.Array, values: jax.Array) -> jax.Array:
         """`x` with the view replaced, in its dtype: `put(x, take(x))` is `x`."""
-        values = _rearrange(values.astype(x.dtype), self._taken, self._unfolded)
+        values = values.astype(x.dtype)
+        if self.divided:
+            lengths = {name: self.length((name,)) for name in self.divided}
+            counted = _rearrange(values, self._taken, self._counted((GROUPS, MEMBERS)))
+            values = _rearrange(counted, self._counted(self.divided), self._unfolded, lengths)
+        else:
+            values = _rearrange(values, self._taken, self._unfolded)
         if self.cuts:
             unfolded = _rearrange(x, self.axes, self._unfolded, self.sizes)
             starts = [self._cut(name).start or 0 for name in self._names]
@@ -120,7 +137,24 @@ class View:
                 if rest or name in self.cuts:
                     break
                 split[name] += (mesh_axis,)
-        return split
+        return self._split_of_groups(split, sharding.mesh.shape) if self.divided else split
+
+    def _split_of_groups(
+        self, split: Mapping[str, tuple[str, ...]], devices: Mapping[str, int]
+    ) -> dict[str, tuple[str, ...]]:
+        """The same, where mesh axes that would split a group do not appear."""
+        followed = {**split, **dict.fromkeys((*self.divided, GROUPS, MEMBERS), ())}
+        groups = self.sizes[GROUPS]
+        for name in self.divided:
+            for mesh_axis in split[name]:
+                groups, rest = divmod(groups, devices[mesh_axis])
+                if rest:
+                    return followed
+                followed[name] += (mesh_axis,)
+                followed[GROUPS] += (mesh_axis,)
+            if math.prod(devices[axis] for axis in split[name]) < self.length((name,)):
+                break
+        return followed
 
     def spec(self, sharding: NamedSharding | None) -> PartitionSpec | None:
         """How `take` of an array with this sharding is split over the mesh: as the array is, where
@@ -140,6 +174,10 @@ class View:
     @property
     def _unfolded(self) -> Axes:
         return tuple((name,) for name in self._names)
+
+    def _counted(self, names: Names) -> Axes:
+        """These as one axis in front, in place of those that are divided."""
+        return names, *((name,) for name in self._names if name not in self.divided)
 
     @property
     def _taken(self) -> Axes:
@@ -368,5 +406,5 @@ def _rearrange(x: Any, source: Axes, target: Axes, sizes: Mapping[str, int] | No
         return x
     # einops warns of names that are Python's keywords, as `in` is: each gets a digit.
     spell = lambda axes: " ".join(f"({' '.join(f'{n}0' for n in axis)})" for axis in axes)  # noqa: E731
-    lengths = {f"{name}0": size for name, size in (sizes or {}).items()}
+    lengths = {f"{name}0": sizes[name] for name in names_of(source) if sizes and name in sizes}
     return einops.rearrange(x, f"{spell(source)} -> {spell(target)}", **lengths)

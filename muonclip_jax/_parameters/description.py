@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,10 +20,11 @@ from muonclip_jax._core.meshes import mesh_of
 from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._core.tables import as_text
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
-from muonclip_jax._layouts.roles import EVERY_ROLE, Role
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
 from muonclip_jax._parameters import matrices, routing
 from muonclip_jax._parameters.decay import decays
+from muonclip_jax._parameters.granularity import PER_HEAD, Granularity
+from muonclip_jax._parameters.matrices import MatrixKind
 from muonclip_jax._spread.moves import way_to_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, Plan, check_devices_per_matrix
 from muonclip_jax._spread.stacks import plans
@@ -37,19 +38,6 @@ class AttentionPiece:
 
     role: str  # "q", "k_nope", ...
     heads: int  # per layer; 1 when all heads share it
-
-
-@dataclass(frozen=True)
-class MatrixKind:
-    """Matrices of one shape in a parameter."""
-
-    role: str  # the piece that they are, "" for a parameter that is not split into pieces
-    count: int
-    ins: int
-    outs: int
-
-    def __str__(self) -> str:
-        return f"{self.role} {self.count} × [{self.ins}, {self.outs}]".lstrip()
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ def describe(
     params: Any,
     layout: Layouts | None = None,
     *,
-    per_head: Collection[Role] = EVERY_ROLE,
+    granularity: Granularity = PER_HEAD,
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
     weight_decay_mask: Mask | None = None,
@@ -161,7 +149,7 @@ def describe(
     Args:
       params: The parameters (arrays or `jax.ShapeDtypeStruct`s), or an NNX module.
       layout: The attention layout given to the recipe, if any; several as a list.
-      per_head: As given to the recipe.
+      granularity: As given to the recipe.
       rules: As given to the recipe.
       dimension_numbers: As given to the recipe.
       weight_decay_mask: As given to the recipe.
@@ -190,7 +178,7 @@ def describe(
     check_mask("weight_decay_mask", weight_decay_mask)
     check_newton_schulz(newton_schulz)
     check_devices_per_matrix(devices_per_matrix)
-    numbers = routing.choose(dimension_numbers, layout, per_head, rules)
+    numbers = routing.choose(dimension_numbers, layout, granularity, rules)
     specs = routing.resolve(numbers, params)
     decay = decays(weight_decay_mask, params, numbers, layout)
     blocks = () if layout is None else find_blocks(layout, params)
@@ -207,7 +195,7 @@ def describe(
         spec, shape = specs[path], np.shape(leaf)
         kinds: tuple[MatrixKind, ...] = ()
         if spec is not None:
-            kinds = tuple(map(MatrixKind, spec.roles, *zip(*spec.shapes, strict=True)))
+            kinds = spec.kinds
             way = way_to_matrices(spec.views, places[path])
             split = partial(matrices.split, spec=spec, way=way)
             arrays += jax.eval_shape(split, jax.ShapeDtypeStruct(shape, paths.dtype_of(leaf)))

@@ -4,13 +4,15 @@ There are three ways to say how a parameter is read: a pattern in einops notatio
 `MuonDimensionNumbers`, and the pieces of an attention layout. All become one thing, a `MatrixSpec`.
 
     q_proj [64, 32], 4 heads, per head   one view   in (heads features) -> heads in features
+    the same, two heads a matrix         one view   the heads divided: groups in (members features)
     the same, whole                      one view   in (heads features) -> in (heads features)
     kv_up [16, 96], 4 heads              two views  k_nope: features 0:16, v: features 16:24
     the same as it is stored             one view   in (heads features) -> in (heads features)
 """
 
 import functools
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.axes import (
+    GROUPS,
+    MEMBERS,
     MatrixPattern,
     Names,
     View,
@@ -29,9 +33,25 @@ from muonclip_jax._core.axes import (
 )
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import Role, family
+from muonclip_jax._layouts.roles import Role
+from muonclip_jax._parameters.granularity import Granularity, Heads, groups_of, heads_of
 from muonclip_jax._spread.moves import Way
 from muonclip_jax._spread.stacks import MatrixArray
+
+
+@dataclass(frozen=True)
+class MatrixKind:
+    """Matrices of one shape in a parameter."""
+
+    role: str  # the piece or pieces that they are, "" for a parameter that is not split into any
+    count: int
+    ins: int
+    outs: int
+    heads: int  # that share a matrix; 0 where there are none, or not as many of all its pieces
+
+    def __str__(self) -> str:
+        heads = f" of {self.heads} heads" * (self.heads > 1)
+        return f"{self.role} {self.count} × [{self.ins}, {self.outs}]{heads}".lstrip()
 
 
 @dataclass(frozen=True)
@@ -42,13 +62,20 @@ class MatrixSpec:
       path: The parameter.
       shape: Its shape.
       views: Its kinds of matrices, which together are all of it.
-      roles: What each of them is to attention, `"q"` or `"k_nope"`; `""` outside of it.
+      roles: What each of them is to attention, `"q"` or `"q_nope + q_rope"`; `""` outside of it.
+      heads: How many heads share each; 0 where there are none, or not as many of all its roles.
     """
 
     path: Path
     shape: tuple[int, ...]
     views: tuple[View, ...]
     roles: tuple[str, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def kinds(self) -> tuple[MatrixKind, ...]:
+        """For people and programs, each kind of matrix."""
+        return tuple(map(MatrixKind, self.roles, *zip(*self.shapes, strict=True), self.heads))
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -56,11 +83,8 @@ class MatrixSpec:
         return tuple(view.matrices for view in self.views)
 
     def __repr__(self) -> str:
-        kinds = (
-            f"{role} {count} × [{ins}, {outs}]".lstrip()
-            for role, (count, ins, outs) in zip(self.roles, self.shapes, strict=True)
-        )
-        return f"MatrixSpec({paths.show(self.path)} {self.shape}: {', '.join(kinds)})"
+        kinds = ", ".join(map(str, self.kinds))
+        return f"MatrixSpec({paths.show(self.path)} {self.shape}: {kinds})"
 
 
 Pattern = str | MatrixPattern | MuonDimensionNumbers | MatrixSpec
@@ -89,54 +113,40 @@ def spec_of(
     if not isinstance(how, list | tuple) or isinstance(how, MuonDimensionNumbers):  # a tuple, too
         patterns = [how]
     views = tuple(_view(path, shape, pattern) for pattern in patterns)
-    spec = MatrixSpec(path, shape, views, ("",) * len(views))
+    spec = MatrixSpec(path, shape, views, ("",) * len(views), (0,) * len(views))
     _check_covered(spec, "its patterns", "Add a pattern, or correct their select=.")
     return spec
 
 
-def spec_of_parts(parts: Sequence[Part], per_head: Collection[Role]) -> MatrixSpec:
+def spec_of_parts(parts: Sequence[Part], granularity: Granularity) -> MatrixSpec:
     """How a parameter is read that a layout describes.
 
     Args:
       parts: The pieces of it.
-      per_head: Roles whose heads are matrices of their own, `[in, features]` (of `o`,
-        `[features, out]`); `q` and `k` are also MLA's parts of them. The heads of the others stand
-        side by side in one matrix, `[in, heads*features]`.
+      granularity: Which of its heads and pieces make one matrix. One head of one piece is
+        `[in, features]` (of `o`, `[features, out]`); several stand side by side.
 
     Raises:
-      ValueError: The pieces are not all of it.
+      ValueError: The pieces are not all of it, or the granularity does not fit them.
     """
-    views = tuple(
-        part.view if family(part.role) & set(per_head) else _heads_together(part) for part in parts
+    if granularity.together == "kernel":
+        return _spec_of_kernel(parts)
+    groups = _groups(parts, granularity)
+    numbers: list[Heads] = [_heads_of(few, granularity) for few in groups]
+    joined = (_side_by_side(few, granularity) for few in groups)
+    spec = MatrixSpec(
+        parts[0].kernel,
+        parts[0].shape,
+        tuple(map(_in_groups, joined, numbers)),
+        tuple(map(_label, groups)),
+        tuple(map(_heads_told, groups, numbers)),
     )
-    kernel = parts[0]
-    spec = MatrixSpec(kernel.kernel, kernel.shape, views, tuple(part.role for part in parts))
     _check_covered(
         spec,
-        f"the layout's pieces ({', '.join(spec.roles)})",
+        f"the layout's pieces ({', '.join(part.role for part in parts)})",
         'Add the missing piece (role "v", "gate", ...), or give this parameter a routing rule.',
     )
     return spec
-
-
-def spec_of_kernel(parts: Sequence[Part]) -> MatrixSpec:
-    """How a parameter is read that a layout describes, when it is one matrix as it is stored.
-
-    Args:
-      parts: The pieces of it.
-
-    Raises:
-      ValueError: Pieces whose inputs (of `o`, outputs) lie along different axes.
-    """
-    kernel, shape = parts[0].kernel, parts[0].shape
-    views = [_kernel_of(part) for part in parts]
-    if len({(_axes_of(view, view.rows), _axes_of(view, view.cols)) for view in views}) > 1:
-        roles = ", ".join(part.role for part in parts)
-        raise ValueError(
-            f"{paths.show(kernel)} of shape {shape} is no one matrix: the inputs of its pieces "
-            f"({roles}) lie along different axes. Give this parameter a routing rule."
-        )
-    return MatrixSpec(kernel, shape, (views[0],), ("",))
 
 
 def split(x: jax.Array, spec: MatrixSpec, way: Way = Way()) -> list[MatrixArray]:  # noqa: B008
@@ -200,13 +210,126 @@ def _view_of_axes(path: Path, shape: tuple[int, ...], numbers: MuonDimensionNumb
     return View(axes, dict(zip(names, shape, strict=True)), {}, batch, rows, cols)
 
 
-def _heads_together(part: Part) -> View:
-    """All heads as one matrix: their axes are columns, or of `o` rows."""
-    view, heads = part.view, part.head_axes
-    batch = tuple(name for name in view.batch if name not in heads)
-    if part.role == "o":
-        return replace(view, batch=batch, rows=(*heads, *view.rows))
-    return replace(view, batch=batch, cols=(*heads, *view.cols))
+def _label(parts: Sequence[Part]) -> str:
+    return " + ".join(part.role for part in parts)
+
+
+def _groups(parts: Sequence[Part], granularity: Granularity) -> list[list[Part]]:
+    """The parts that share a matrix, in the order of the first of each group."""
+    groups: dict[tuple[Role, ...], list[Part]] = {}
+    for part in parts:
+        group = next((few for few in groups_of(granularity) if part.role in few), (part.role,))
+        groups.setdefault(group, []).append(part)
+    return list(groups.values())
+
+
+def _heads_of(parts: Sequence[Part], granularity: Granularity) -> Heads:
+    """How many heads share a matrix.
+
+    Raises:
+      ValueError: Not as many of one role as of another, or a number that does not divide them.
+    """
+    numbers: dict[Heads, Part] = {
+        heads_of(granularity, part.role): part for part in parts if part.head_axes
+    }
+    kernel = f"{paths.show(parts[0].kernel)} of shape {parts[0].shape}: {granularity}"
+    if len(numbers) > 1:
+        raise ValueError(
+            f"{kernel} gives {_label(parts)}, which are to share a matrix, different numbers of "
+            "heads. Give heads= the same for all of them."
+        )
+    for number, part in numbers.items():
+        if isinstance(number, int) and part.heads % number:
+            raise ValueError(
+                f"{kernel} wants matrices of {number} heads, and {part.role} has {part.heads}, "
+                "which they do not divide. Say it for each role, "
+                f"heads={{'{part.role}': 'all', ...}}; what is not named has 1."
+            )
+    return next(iter(numbers)) if numbers else "all"
+
+
+def _heads_told(parts: Sequence[Part], number: Heads) -> int:
+    """The same for people: 0 where there are none, or not as many of all roles."""
+    counts = {part.heads for part in parts if part.head_axes}
+    if len(counts) != 1:
+        return 0
+    return counts.pop() if number == "all" else number
+
+
+def _side_by_side(parts: Sequence[Part], granularity: Granularity) -> Part:
+    """Several parts of one kernel as one: of each head, or of all, their features in a row.
+
+    Raises:
+      ValueError: They are cut from the kernel otherwise.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    views = [part.view for part in parts]
+    whole = {name: slice(0, size) for name, size in first.view.sizes.items()}
+    cuts = [{**whole, **view.cuts} for view in views]
+    names = [name for name in whole if any(cut[name] != cuts[0][name] for cut in cuts)]
+    alike = len(names) == 1 and all(
+        replace(view, cuts=first.view.cuts) == first.view for view in views
+    )
+    row = sorted((cut[names[0]] for cut in cuts), key=lambda cut: cut.start) if alike else []
+    of_heads = {*names} & {*first.head_axes} and heads_of(granularity, first.role) != "all"
+    if (
+        not alike
+        or any(a.stop != b.start for a, b in itertools.pairwise(row))
+        or (of_heads and any(cut.stop - cut.start > 1 for cut in row))
+    ):
+        raise ValueError(
+            f"{paths.show(first.kernel)} of shape {first.shape}: {_label(parts)} are to share a "
+            f"matrix ({granularity}), and do not lie side by side in each head. Take them out of "
+            "together=, or give this parameter a routing rule."
+        )
+    (name,) = names
+    joined = {**first.view.cuts, name: slice(row[0].start, row[-1].stop)}
+    joined = {name: cut for name, cut in joined.items() if cut != whole[name]}
+    view = replace(first.view, cuts=joined)
+    if name in first.head_axes:
+        view = _beside(view, (name,), (name,), first.role)
+    return replace(first, view=view)
+
+
+def _in_groups(part: Part, number: Heads) -> View:
+    """So many heads side by side in each matrix."""
+    view, names = part.view, part.head_axes
+    if number == 1:
+        return view
+    if number in ("all", part.heads):
+        return _beside(view, names, names, part.role)
+    sizes = {**view.sizes, GROUPS: part.heads // number, MEMBERS: number}
+    grouped = _beside(view, names, (MEMBERS,), part.role)
+    return replace(grouped, sizes=sizes, batch=(*grouped.batch, GROUPS), divided=names)
+
+
+def _beside(view: View, names: Names, side: Names, role: Role) -> View:
+    """The view with these names no longer a batch; the columns, or of `o` rows, begin with
+    `side`."""
+    batch = tuple(name for name in view.batch if name not in names)
+    if role == "o":
+        return replace(view, batch=batch, rows=(*side, *view.rows))
+    return replace(view, batch=batch, cols=(*side, *view.cols))
+
+
+def _spec_of_kernel(parts: Sequence[Part]) -> MatrixSpec:
+    """How a parameter is read that is one matrix as it is stored.
+
+    Raises:
+      ValueError: Pieces whose inputs (of `o`, outputs) lie along different axes.
+    """
+    kernel, shape = parts[0].kernel, parts[0].shape
+    views = [_kernel_of(part) for part in parts]
+    if len({(_axes_of(view, view.rows), _axes_of(view, view.cols)) for view in views}) > 1:
+        roles = ", ".join(part.role for part in parts)
+        raise ValueError(
+            f"{paths.show(kernel)} of shape {shape} is no one matrix: the inputs of its pieces "
+            f"({roles}) lie along different axes. Give this parameter a routing rule."
+        )
+    heads = _heads_told(parts, "all")
+    return MatrixSpec(kernel, shape, (views[0],), (_label(parts),), (heads,))
 
 
 def _kernel_of(part: Part) -> View:

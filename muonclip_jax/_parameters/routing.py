@@ -1,6 +1,6 @@
 """Which parameters Muon takes, and as which matrices."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -17,14 +17,10 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, as_layouts, find_blocks
 from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role, family
+from muonclip_jax._layouts.roles import GAIN_ROLES
 from muonclip_jax._parameters import matrices
-from muonclip_jax._parameters.matrices import (
-    MatrixSpec,
-    spec_of,
-    spec_of_kernel,
-    spec_of_parts,
-)
+from muonclip_jax._parameters.granularity import PER_HEAD, Granularity, check_fits
+from muonclip_jax._parameters.matrices import MatrixSpec, spec_of, spec_of_parts
 from muonclip_jax._parameters.neighbours import MATRIX, Neighbours
 from muonclip_jax._parameters.reading import Unclear, check_all_clear, read
 
@@ -43,13 +39,13 @@ def muon_dimension_numbers(
     rules: Rules | None = None,
     *,
     layout: Layouts | None = None,
-    per_head: Collection[Role] = EVERY_ROLE,
+    granularity: Granularity = PER_HEAD,
 ) -> Any:
     """The default routing: for every matrix that Muon should take, how to read it.
 
     First come `rules`. Then a `layout`, if given: the parameters that it describes are split into
-    its pieces, and those with a role in `per_head` into their heads, however they are stored: fused
-    or separate, flat or with head axes, scanned or not.
+    its pieces and heads, as `granularity` says, however they are stored: fused or separate, flat or
+    with head axes, scanned or not.
 
     Of the rest, to the other optimizer (None) go biases and gains (`bias`, `scale`, `gamma`, ...),
     everything with fewer than two axes, embeddings and unembeddings. To Muon go `kernel`s and `w`s:
@@ -132,9 +128,8 @@ def muon_dimension_numbers(
         `optax.contrib.MuonDimensionNumbers`, or None for the other optimizer. `*` also crosses `/`.
         What is masked or None may be named.
       layout: The model's attention; several layouts as a list.
-      per_head: Roles of the layout's pieces that are orthogonalized head by head, `("q", "k")`
-        for example, which are MLA's parts of queries and keys as well; the heads of the others make
-        one matrix, `[in, heads*features]`. `()` splits fused kernels into their pieces only.
+      granularity: Which of the layout's heads and pieces make one matrix; each by itself, unless
+        told otherwise.
 
     Returns:
       A tree like `params`, each leaf a `MatrixSpec` or None.
@@ -142,65 +137,21 @@ def muon_dimension_numbers(
     Raises:
       TypeError: A rule that is no pattern.
       ValueError: All parameters whose reading is unclear, a rule that matches nothing or never
-        decides, an unknown role, or what `find_blocks` raises; with path, shape and fix.
+        decides, what `find_blocks` raises, or a granularity that does not fit; with path, shape
+        and fix.
 
     Example:
       >>> specs = mc.muon_dimension_numbers({"mlp": {"kernel": jnp.ones((64, 256))}})
       >>> specs["mlp"]["kernel"]
       MatrixSpec(mlp/kernel (64, 256): 1 × [64, 256])
     """  # noqa: E501
-    _check_options(layout, per_head, rules)
-    if layout is None and per_head is not EVERY_ROLE:
-        raise ValueError(f"per_head={per_head!r} needs layout=, which tells where the heads are.")
-    return _numbers(params, rules, layout, per_head)
-
-
-def whole_kernels(layout: Layouts, rules: Rules | None = None) -> Callable[[Any], Any]:
-    """Dimension numbers by which every kernel of attention is one matrix, as it is stored.
-
-        query, key, value [in, heads, features]      1 × [in, heads*features]
-        out [heads, features, out]                   1 × [heads*features, out]
-        all three in one kernel [in, 3*heads*features]   1 × [in, 3*heads*features]
-        [heads*features, in], as in Equinox          1 × [in, heads*features]
-        MLA's wq_b, wkv_b, wkv_a                     each one, nope, rope and values together
-        any of them in scanned layers [12, ...]      12 × the same
-
-    All other parameters are read as by `muon_dimension_numbers`. This is what Moonlight's code
-    does, and `kimi_muonclip`. By default `muon` and `muonclip` take each head as a matrix, and with
-    `per_head=()` each piece of a kernel (queries, keys, values; nope, rope).
-
-    Args:
-      layout: The model's attention; several layouts as a list.
-      rules: As in `muon_dimension_numbers`. They come first.
-
-    Returns:
-      A function from the parameters to a tree like them, each leaf a `MatrixSpec` or None: what
-      `dimension_numbers=` takes in `muon`, `muonclip`, `muon_direction` and `describe`. Not for
-      kernels whose heads are spread by hand inside `jax.shard_map`, where none is whole.
-
-    Raises:
-      TypeError, ValueError: When built, what is no layout or no rules; when called, as
-        `muon_dimension_numbers`, and for a kernel whose pieces are no one matrix because their
-        inputs lie along different axes.
-
-    Example:
-      >>> numbers = mc.whole_kernels(layout)
-      >>> numbers(params)["attn"]["query"]["kernel"]
-      MatrixSpec(attn/query/kernel (8, 2, 4): 1 × [8, 8])
-      >>> optimizer = mc.muonclip(1e-3, layout=layout, dimension_numbers=numbers)
-    """
-    _check_options(layout, EVERY_ROLE, rules)
-    return partial(_numbers, rules=rules, layout=layout, per_head=None)
-
-
-def _numbers(
-    params: Any, rules: Rules | None, layout: Layouts | None, per_head: Collection[Role] | None
-) -> Any:
-    """The tree of `muon_dimension_numbers`; without `per_head`, of `whole_kernels`."""
+    _check_options(layout, granularity, rules)
+    if layout is None and granularity != PER_HEAD:
+        raise ValueError(f"{granularity} needs layout=, which tells where the heads are.")
     _check_tree(params)
     told: dict[Which, How] = dict((rules or {}).items())
     near = Neighbours(params)
-    described = {} if layout is None else _described(layout, params, per_head)
+    described = {} if layout is None else _described(layout, params, granularity)
     deciding = _deciding_rules(told, near.shapes, paths.absent(params))
     ruled = {path: told[pattern] for path, pattern in deciding.items()}
     routes = _routes(near, ruled, described)
@@ -220,7 +171,7 @@ def reasons(params: Any, rules: Rules | None, layout: Layouts | None) -> dict[Pa
 def choose(
     dimension_numbers: DimensionNumbers | None,
     layout: Layouts | None,
-    per_head: Collection[Role],
+    granularity: Granularity,
     rules: Rules | None,
 ) -> DimensionNumbers:
     """The dimension numbers given, or `muon_dimension_numbers` with the rest.
@@ -228,13 +179,13 @@ def choose(
     Raises:
       TypeError: Both.
     """
-    _check_options(layout, per_head, rules)
+    _check_options(layout, granularity, rules)
     if dimension_numbers is None:
-        return partial(muon_dimension_numbers, rules=rules, layout=layout, per_head=per_head)
-    if rules is not None or per_head is not EVERY_ROLE:
+        return partial(muon_dimension_numbers, rules=rules, layout=layout, granularity=granularity)
+    if rules is not None or granularity != PER_HEAD:
         raise TypeError(
-            "rules= and per_head= are for the default routing, which dimension_numbers= replaces; "
-            "give the one or the other."
+            "rules= and granularity= are for the default routing, which dimension_numbers= "
+            "replaces; give the one or the other."
         )
     check_dimension_numbers(dimension_numbers)
     return dimension_numbers
@@ -253,16 +204,14 @@ def check_dimension_numbers(given: DimensionNumbers | None) -> None:
             )
 
 
-def _check_options(layout: Layouts | None, per_head: Collection[Role], rules: Rules | None) -> None:
+def _check_options(layout: Layouts | None, granularity: Granularity, rules: Rules | None) -> None:
     """Raises for what no parameters could be routed by."""
     if layout is not None:
         as_layouts(layout)
-    if isinstance(per_head, str) or not isinstance(per_head, Collection):
-        raise TypeError(f"per_head={per_head!r} must be a tuple of roles, such as ('q', 'k').")
-    if unknown := set(per_head) - set(EVERY_ROLE):
-        raise ValueError(
-            f"per_head={per_head!r}: {', '.join(sorted(map(str, unknown)))} is no role; choose "
-            f"from {', '.join(EVERY_ROLE)}."
+    if not isinstance(granularity, Granularity):
+        raise TypeError(
+            "granularity must be a muonclip_jax.Granularity, such as Granularity(heads=2), got "
+            f"{granularity!r}."
         )
     if rules is not None and not isinstance(rules, Mapping):
         raise TypeError(f"rules must map globs to patterns, {{'*/w': 'in out'}}, got {rules!r}.")
@@ -400,17 +349,12 @@ def _glob_and_axes(which: Which) -> tuple[str, int | None]:
 
 
 def _described(
-    layout: Layouts, params: Any, per_head: Collection[Role] | None
+    layout: Layouts, params: Any, granularity: Granularity
 ) -> Mapping[Path, Callable[[], MatrixSpec | None]]:
     """What the layout says of each parameter that it describes, when it is asked for."""
-    every_part = [part for block in find_blocks(layout, params) for part in block.parts]
-    there = {role for part in every_part for role in family(part.role)}
-    asked = () if per_head is None or per_head is EVERY_ROLE else tuple(per_head)
-    if absent := set(asked) - there:
-        raise ValueError(
-            f"per_head={asked!r}: no attention block of the layout has the role "
-            f"{' or '.join(sorted(absent))}; they have {', '.join(sorted(there))}."
-        )
+    blocks = find_blocks(layout, params)
+    check_fits(granularity, blocks)
+    every_part = [part for block in blocks for part in block.parts]
     parts: dict[Path, list[Part]] = {}
     vectors = [part.bias for part in every_part if part.bias]
     for part in every_part:
@@ -419,8 +363,7 @@ def _described(
         else:
             parts.setdefault(part.kernel, []).append(part)
     found: dict[Path, Callable[[], MatrixSpec | None]] = dict.fromkeys(vectors, lambda: None)
-    spec = spec_of_kernel if per_head is None else partial(spec_of_parts, per_head=per_head)
-    return found | {path: partial(spec, few) for path, few in parts.items()}
+    return found | {path: partial(spec_of_parts, few, granularity) for path, few in parts.items()}
 
 
 def _routes(

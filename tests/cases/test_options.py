@@ -43,7 +43,7 @@ DIMENSION_NUMBERS = ([3, {"a": 3}, 0.5], ["pattern", "MuonDimensionNumbers", "No
 MASK = ([True, "kernel", 1, {"a": 1}], ["True", "weight_decay_mask"])
 DEVICES = ([0, "2", 1.5, {(8, 4): 0}, {8: 2}], WHOLE)
 SHARDINGS = ([3, "data", {"a": 3}], ["NamedSharding", "PartitionSpec"])
-PER_HEAD = (["q", ("x",), 3, None], ["role"])
+GRANULARITY = (["all", ("q",), 3, None], ["Granularity"])
 RULES = ([[("a", None)], "a/*", 3, {"a": 3}, {3: None}, {"a": ["in out", 3]}], ["pattern"])
 UPDATE_RMS = (["arbitrary", None, 0.2], ['"match_adam"', '"jordan"', "function"])
 MOMENTUM = ([*NUMBER, 1.5, 1.0, -0.1, NAN], ["[0, 1)"])
@@ -56,7 +56,7 @@ AXES = ([3, ["data"], ("data", 3)], ["name of an axis", "tuple"])
 
 ROUTING = {
     "layout": LAYOUT_WANTED,
-    "per_head": PER_HEAD,
+    "granularity": GRANULARITY,
     "rules": RULES,
     "dimension_numbers": DIMENSION_NUMBERS,
 }
@@ -196,12 +196,15 @@ FUNCTIONS = {
     "muon_dimension_numbers": (
         mc.muon_dimension_numbers,
         {"params": PARAMS},
-        {name: ROUTING[name] for name in ("layout", "per_head", "rules")},
+        {name: ROUTING[name] for name in ("layout", "granularity", "rules")},
     ),
-    "whole_kernels": (
-        mc.whole_kernels,
-        {"layout": LAYOUT},
-        {name: ROUTING[name] for name in ("layout", "rules")},
+    "Granularity": (
+        mc.Granularity,
+        {},
+        {
+            "heads": ([0, 1.5, "whole", None, True, {"q": 0}, {"x": 2}, {"k_rope": 2}], ["heads"]),
+            "together": ([("q", "k"), 3, None, "whole", (("q", "x"),), (("q",),)], ["together"]),
+        },
     ),
     "NewtonSchulz": (
         mc.NewtonSchulz,

@@ -419,11 +419,10 @@ MISTAKES = [
         ["layers/cross", "layers/attn", "block="],
     ),
     ("sown elsewhere", lambda: clip(sown(4, at="mlp")), ["layers/mlp", "layers/attn", "Sow in"]),
-    ("unknown role in per_head", lambda: route(per_head=("q", "x")), ["per_head", "v, o", "x is"]),
     (
-        "per_head as a string",
-        lambda: route(per_head="q"),
-        ["per_head='q'", "tuple of roles", "('q', 'k')"],
+        "roles for a granularity",
+        lambda: route(granularity=("q",)),
+        ["granularity must be", "Granularity(heads=2)", "('q',)"],
     ),
     (
         "QK-Clip inside a partition",
@@ -524,13 +523,17 @@ MISTAKES = [
     ),
     # --- the recipes
     (
-        "per_head without a layout",
-        lambda: mc.muon(0.1, per_head=("q",)).init({"mlp": {"kernel": jnp.ones((2, 3))}}),
-        ["per_head=('q',)", "needs layout=", "where the heads are"],
+        "granularity without a layout",
+        lambda: mc.muon(0.1, granularity=mc.Granularity(heads=2)).init(
+            {"mlp": {"kernel": jnp.ones((2, 3))}}
+        ),
+        ["Granularity(heads=2", "needs layout=", "where the heads are"],
     ),
     (
-        "per_head of a role that no block has",
-        lambda: mc.describe({"attn": HEADED}, mc.layouts.mha(), per_head=("q", "gate")),
+        "granularity of a role that no block has",
+        lambda: mc.describe(
+            {"attn": HEADED}, mc.layouts.mha(), granularity=mc.Granularity(heads={"gate": "all"})
+        ),
         ["gate", "no attention block", "k, o, q, v"],
     ),
     (
@@ -563,5 +566,5 @@ def test_the_right_wiring_raises_nothing():
     find_blocks([mc.layouts.mha(), mc.layouts.ignore("encoder/*")], decoy)
     query("in heads features", {"heads": 4, "features": 6}, {"features": (0, 6)})
     split("in (heads features)", {"heads": 4})
-    route(per_head=("q",))
+    route(granularity=mc.Granularity(heads={"q": 2}))
     clip(sown(4))

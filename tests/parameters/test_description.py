@@ -61,7 +61,7 @@ def test_a_program_reads_plain_data():
     qkv = next(row for row in plain if row["path"] == "attn/qkv/kernel")
     assert qkv["shape"] == [3, 16, 32]
     assert qkv["optimizer"] == "muon"
-    assert qkv["matrices"][0] == {"role": "q", "count": 12, "ins": 16, "outs": 4}
+    assert qkv["matrices"][0] == {"role": "q", "count": 12, "ins": 16, "outs": 4, "heads": 1}
     assert qkv["attention"][1] == {"role": "k", "heads": 2}
 
 
@@ -97,10 +97,11 @@ def test_layers_that_are_alike_share_a_line(monkeypatch):
     assert len(rows) == 13
 
 
-@pytest.mark.parametrize("per_head", [("q",), ()])
-def test_tells_what_the_recipe_will_do(per_head):
-    (row,) = [r for r in mc.describe(PARAMS, LAYOUT, per_head=per_head) if "o_proj" in r.path]
-    assert [str(m) for m in row.matrices] == ["o 3 × [16, 16]"]
+def test_tells_what_the_recipe_will_do():
+    all_heads = mc.Granularity(heads="all")
+    rows = mc.describe(PARAMS, LAYOUT, granularity=all_heads)
+    (row,) = [row for row in rows if "o_proj" in row.path]
+    assert [str(m) for m in row.matrices] == ["o 3 × [16, 16] of 4 heads"]
     numbers = mc.muon_dimension_numbers
-    with pytest.raises(TypeError, match="per_head= are for the default routing"):
-        mc.describe(PARAMS, LAYOUT, per_head=per_head, dimension_numbers=numbers)
+    with pytest.raises(TypeError, match="granularity= are for the default routing"):
+        mc.describe(PARAMS, LAYOUT, granularity=all_heads, dimension_numbers=numbers)

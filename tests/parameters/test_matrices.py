@@ -16,12 +16,18 @@ from muonclip_jax._parameters.matrices import spec_of, spec_of_parts
 WIDTH, HEADS, KV, F, OUT, LAYERS = 16, 4, 2, 6, 10, 3
 
 
+def split_into_heads(roles):
+    """These only; of the others all heads make one matrix."""
+    return mc.Granularity({role: 1 if role in roles else "all" for role in ("q", "k", "v", "o")})
+
+
 def routed(layout, kernel, per_head, **shapes):
     """What the routing makes of one parameter of a block of these shapes."""
     leaves = {
         name: {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for name, shape in shapes.items()
     }
-    numbers = mc.muon_dimension_numbers({"attn": leaves}, layout=layout, per_head=per_head)
+    split = split_into_heads(per_head)
+    numbers = mc.muon_dimension_numbers({"attn": leaves}, layout=layout, granularity=split)
     return numbers["attn"][kernel]["kernel"]
 
 
@@ -245,7 +251,7 @@ def test_a_spec_for_another_parameter():
 def test_pieces_that_are_not_all_of_the_parameter():
     part = Piece("q", "query", select={"features": (0, 4)}).fit(("query",), HEADED["query"])
     with pytest.raises(ValueError, match=r"query of shape \(16, 4, 6\): 2 of its 6 .*pieces \(q\)"):
-        spec_of_parts([part], ("q",))
+        spec_of_parts([part], mc.Granularity())
 
 
 def fused_heads(x):
@@ -300,7 +306,9 @@ def polar(matrix):
 
 def muon_direction(layout, per_head, params, grads):
     """The first update of Muon without momentum: the orthogonalized gradient."""
-    numbers = mc.muon_dimension_numbers(params, layout=layout, per_head=per_head)
+    numbers = mc.muon_dimension_numbers(
+        params, layout=layout, granularity=split_into_heads(per_head)
+    )
     how = mc.NewtonSchulz(SCHEDULE, "float32")
     tx = mc.scale_by_muon(0.0, newton_schulz=how, dimension_numbers=numbers)
     return jax.jit(tx.update)(grads, tx.init(params))[0]
@@ -379,7 +387,8 @@ def test_update_rms_is_by_the_shape_of_each_matrix():
     """0.2 sqrt(max(in, out)): per head 0.2 sqrt(16); values together 0.2 sqrt(16) as well, the
     whole output projection 0.2 sqrt(24)."""
     ones = jax.tree.map(np.ones_like, gaussian(**HEADED))
-    numbers = mc.muon_dimension_numbers(ones, layout=SEPARATE, per_head=("q", "k"))
+    split = split_into_heads(("q", "k"))
+    numbers = mc.muon_dimension_numbers(ones, layout=SEPARATE, granularity=split)
     tx = mc.scale_by_update_rms(dimension_numbers=numbers)
     update = kernels(tx.update(ones, tx.init(ones))[0])
     sizes = {"query": 16, "key": 16, "value": 16, "out": 24}
@@ -397,11 +406,12 @@ def test_queries_and_keys_of_latent_attention_are_families():
         "wkv_b": shape(7, 2 * 7),
         "wo": shape(2 * 3, 8),
     }
-    rows = mc.describe({"attn": block}, mc.layouts.mla(4, 2, 3), per_head=("q", "k"))
+    split = split_into_heads(("q", "k"))
+    rows = mc.describe({"attn": block}, mc.layouts.mla(4, 2, 3), granularity=split)
     assert {row.path.split("/")[1]: [str(m) for m in row.matrices] for row in rows} == {
         "wq_a": ["q_down 1 × [8, 5]"],
         "wq_b": ["q_nope 2 × [5, 4]", "q_rope 2 × [5, 2]"],
         "wkv_a": ["kv_down 1 × [8, 7]", "k_rope 1 × [8, 2]"],
-        "wkv_b": ["k_nope 2 × [7, 4]", "v 1 × [7, 6]"],
-        "wo": ["o 1 × [6, 8]"],
+        "wkv_b": ["k_nope 2 × [7, 4]", "v 1 × [7, 6] of 2 heads"],
+        "wo": ["o 1 × [6, 8] of 2 heads"],
     }

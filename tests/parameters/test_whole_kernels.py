@@ -1,6 +1,7 @@
-"""`whole_kernels`: every kernel of attention is one matrix, as it is stored."""
+"""Whole kernels: every kernel of attention is one matrix, as it is stored."""
 
 import dataclasses
+from functools import partial
 
 import einops
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ HEADED = {
     "out": (5, 4, 12),
 }
 PROJECTIONS = {name: f"{name}_proj" for name in ("query", "key", "value")}
+
+whole_kernels = partial(mc.muon_dimension_numbers, granularity=mc.Granularity.kimi_k2())
+
 
 # layout, shapes of all its kernels, which one, its axes, and how many matrices [in, out]
 STORAGES = {
@@ -103,10 +107,10 @@ def tree(shapes, make):
 def test_a_kernel_is_one_matrix_however_it_is_stored(layout, shapes, name, axes, matrices):
     rng = np.random.default_rng(0)
     params = tree(shapes, lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32))
-    numbers = mc.whole_kernels(layout)
+    numbers = partial(whole_kernels, layout=layout)
     rows = {row.path: row for row in mc.describe(params, layout, dimension_numbers=numbers)}
     (found,) = rows[f"attn/{name}/kernel"].matrices
-    assert (found.role, found.count, found.ins, found.outs) == ("", *matrices)
+    assert (found.count, found.ins, found.outs) == matrices
 
     def update(tx):
         return tx.update(params, tx.init(params))[0]["attn"][name]["kernel"]
@@ -128,10 +132,10 @@ def test_the_rest_is_read_as_without_a_layout_and_rules_come_first():
         "mlp": {"kernel": jnp.ones((12, 48))},
     }
     rest = {name: params[name] for name in ("norm", "embed", "mlp")}
-    specs = mc.whole_kernels(mc.layouts.mha())(params)
+    specs = whole_kernels(params, layout=mc.layouts.mha())
     assert {name: specs[name] for name in rest} == mc.muon_dimension_numbers(rest)
     rules = {"*/key/*": "in heads features -> heads in features", "mlp/*": None}
-    ruled = mc.whole_kernels(mc.layouts.mha(), rules)(params)
+    ruled = whole_kernels(params, layout=mc.layouts.mha(), rules=rules)
     assert ruled["attn"]["key"]["kernel"].shapes == ((5, 12, 4),)
     assert ruled["attn"]["query"] == specs["attn"]["query"]
     assert ruled["mlp"]["kernel"] is None
@@ -143,7 +147,7 @@ def test_biases_and_gains_are_not_muons():
     params = tree(MLA_SHAPES, jnp.ones)
     params["attn"] |= gains
     params["attn"]["wq_b"]["bias"] = jnp.ones(30)
-    specs = mc.whole_kernels(layout)(params)["attn"]
+    specs = whole_kernels(params, layout=layout)["attn"]
     assert specs["q_norm"]["scale"] is specs["kv_norm"]["scale"] is specs["wq_b"]["bias"] is None
     assert specs["wq_b"]["kernel"].shapes == ((1, 7, 30),)
 
@@ -151,7 +155,7 @@ def test_biases_and_gains_are_not_muons():
 def test_several_kinds_of_attention():
     params = {"a": tree(HEADED, jnp.ones), "b": tree(MLA_SHAPES, jnp.ones)}
     layouts = [mc.layouts.mha(block="a/*"), dataclasses.replace(MLA, block="b/*")]
-    specs = mc.whole_kernels(layouts)(params)
+    specs = whole_kernels(params, layout=layouts)
     assert specs["a"]["attn"]["out"]["kernel"].shapes == ((1, 20, 12),)
     assert specs["b"]["attn"]["wkv_b"]["kernel"].shapes == ((1, 8, 35),)
 
@@ -167,7 +171,7 @@ def test_pieces_whose_inputs_lie_along_different_axes_are_no_matrix():
     layout = Layout("mine", tuple(pieces))
     params = tree({"qkvo": (4, 20, 20)}, jnp.ones)
     with pytest.raises(ValueError, match=r"attn/qkvo/kernel .*\(4, 20, 20\).*q, k, v, o.*rule"):
-        mc.whole_kernels(layout)(params)
+        whole_kernels(params, layout=layout)
     rules = {"*/qkvo/*": "part in out"}
-    spec = mc.whole_kernels(layout, rules)(params)["attn"]["qkvo"]["kernel"]
+    spec = whole_kernels(params, layout=layout, rules=rules)["attn"]["qkvo"]["kernel"]
     assert spec.shapes == ((4, 20, 20),)

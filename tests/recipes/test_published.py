@@ -198,7 +198,7 @@ def test_how_far_five_steps_in_bfloat16_are_from_the_box(name):
 @pytest.mark.slow
 def test_muonclip_goes_another_way_by_default():
     """Per head, and with Nesterov; and each of the two alone is another way."""
-    whole = {"dimension_numbers": mc.whole_kernels(MODELS["MLA"].layout(HEADS))}
+    whole = {"granularity": mc.Granularity.kimi_k2()}
     ways = {
         "default": {},
         "whole kernels": whole,

@@ -395,7 +395,7 @@ def swapped(layout, a, b):
 
 
 WRONG = {
-    "Muon on whole projections": (PARTS_IN_FRONT, {"per_head": ()}),
+    "Muon on whole projections": (PARTS_IN_FRONT, {"granularity": mc.Granularity(heads="all")}),
     "keys for values": (
         PARTS_IN_FRONT._replace(layout=swapped(PARTS_IN_FRONT.layout, "k", "v")),
         {},

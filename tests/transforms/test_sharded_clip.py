@@ -297,7 +297,8 @@ def test_update_sizes_of_pieces_and_heads(kind):
     like = structs(Case(lambda s: layout, kernels), s, mesh_of(kind), jnp.bfloat16)
     updates = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_like(like, 0))
     updates = jax.device_put(updates, shardings_of(like))
-    routing = functools.partial(mc.muon_dimension_numbers, layout=layout, per_head=("q", "k", "o"))
+    values = mc.Granularity(heads={"v": "all"})
+    routing = functools.partial(mc.muon_dimension_numbers, layout=layout, granularity=values)
     tx = mc.scale_by_update_rms(lambda ins, outs: 100 * ins + outs, dimension_numbers=routing)
     compiled = quick_jit(lambda u: tx.update(u, tx.init(u))[0]).lower(updates).compile()
     assert collectives(compiled) == []
