@@ -163,7 +163,7 @@ def reasons(params: Any, rules: Rules | None, layout: Layouts | None) -> dict[Pa
     near, told = Neighbours(params), dict((rules or {}).items())
     decided = {
         *_deciding_rules(told, near.shapes, paths.absent(params)),
-        *({} if layout is None else _described(layout, params, None)),
+        *({} if layout is None else _described(layout, params, PER_HEAD)),
     }
     return {path: read(path, near).why for path in near.shapes if path not in decided}
 
