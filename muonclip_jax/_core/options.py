@@ -81,6 +81,17 @@ def check_text(name: str, value: Any, optional: bool = False) -> None:
         raise TypeError(f"{name} must be text{' or None' * optional}, got {value!r}.")
 
 
+def check_pattern(name: str, value: Any) -> None:
+    """Raises TypeError for what is no glob, no globs and no function of a path."""
+    several = [value] if isinstance(value, str) else value
+    is_globs = isinstance(several, list | tuple) and bool(several)
+    if not callable(value) and not (is_globs and all(isinstance(x, str) for x in several)):
+        raise TypeError(
+            f"{name} must be text, a glob over block paths, or several as a tuple, or a function "
+            f"of a path, got {value!r}."
+        )
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises ValueError for what is no whole number of at least so much."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

@@ -19,6 +19,7 @@ from muonclip_jax._diagnostics.layout_trials import (
     shared_pieces,
 )
 from muonclip_jax._layouts.blocks import Block, Layouts, blocks_with_logits
+from muonclip_jax._layouts.roles import Role
 from muonclip_jax._layouts.sown import pair
 from muonclip_jax._transforms.clip import Clip, ClipState
 
@@ -194,7 +195,7 @@ def _without_zeros(params: Any) -> Any:
 
 def _proved(block: Block) -> tuple[str, ...]:
     """The block's roles, but for those that no trial reaches."""
-    roles = [part.role for part in block.parts]
+    roles: dict[Role, None] = dict.fromkeys(part.role for part in block.parts)
     shared = shared_pieces(block)
     return tuple(
         role

@@ -156,7 +156,7 @@ class Layer:
         self, roles: Sequence[Role], heads: Sequence[int] | np.ndarray = (), either: bool = False
     ) -> str:
         """Layer, heads and pieces in words."""
-        parts = [self.part(role) for role in roles]
+        parts = [part for part in self.block.parts if part.role in roles]
         named = {f"{paths.show(part.kernel)} {part.shape}" for part in parts}
         key = "key " if {"v"} & set(roles) and self.block.kv_heads < self.block.heads else ""
         which = f", {key}head{'s' * (len(heads) > 1)} {_some(heads)}" if len(heads) else ""
@@ -220,6 +220,7 @@ def _clipped(layer: Layer) -> Iterator[Finding]:
             (queries, gamma),
             (keys, np.full_like(gamma, 0.25) if shared else group),
         )
+        if roles
     ]
     wrong = [trial for trial in sides if _off(layer, trial[2], trial[1]).any()]
     # Where what is shared meets its partner as it should, the pieces of each head are wrong.
@@ -228,7 +229,7 @@ def _clipped(layer: Layer) -> Iterator[Finding]:
         for role, others in shared_pieces(block).items()
         if role in shared
     )
-    for roles, factors, scaled in wrong or [(keys if met else [*queries, *keys], gamma, seen)]:
+    for roles, factors, scaled in wrong or [((met and keys) or [*queries, *keys], gamma, seen)]:
         heads = np.flatnonzero(_off(layer, scaled, factors))
         before, after = layer.maxima, layer.maxima_of(scaled)
         h = heads[0]
@@ -244,7 +245,8 @@ def _clipped(layer: Layer) -> Iterator[Finding]:
 
 
 def _roles(block: Block, side: Side) -> list[Role]:
-    return [part.role for part in block.parts if ROLES[part.role].side == side]
+    roles: dict[Role, None] = dict.fromkeys(part.role for part in block.parts)
+    return [role for role in roles if ROLES[role].side == side]
 
 
 def _reason(layer: Layer, ratio: np.ndarray, factors: np.ndarray, heads: np.ndarray) -> str:
@@ -267,6 +269,8 @@ def _behind_norm(layer: Layer) -> Iterator[Finding]:
     """Where a norm would undo a scale, signs: they change the logits of their own heads only."""
     block = layer.block
     for side, parts in (("query", block.queries), ("key", block.keys)):
+        if not parts:
+            continue
         count = parts[0].heads
         for chosen in _halves(count):
             seen = layer.see({part.role: np.where(chosen, -1, 1) for part in parts})
@@ -375,7 +379,7 @@ def _turned_together(layer: Layer, role: Role, others: Sequence[Role]) -> tuple[
 
 def shared_pieces(block: Block) -> dict[Role, list[Role]]:
     """Each piece that all heads share, and the pieces behind it, or that it meets in the logits."""
-    has: list[Role] = [part.role for part in block.parts]
+    has: list[Role] = list(dict.fromkeys(part.role for part in block.parts))
     found: dict[Role, list[Role]] = {}
     for role in has:
         if role in SHARED_KEY_ROLES:

@@ -55,7 +55,8 @@ class HeadReport(NamedTuple):
       gamma: The factor of the last clip, below 1 where it clipped, same shape; None without
         QK-Clip.
       query_norms: ‖W_q‖₂, same shape.
-      key_norms: ‖W_k‖₂, `[stack..., key heads]`.
+      key_norms: ‖W_k‖₂, `[stack..., key heads]`. None, as ranks and key_rms, where the layout has
+        queries alone.
       ranks: Effective rank (gamma 1) of W_q W_kᵀ, which the logits are made with,
         `[stack..., heads]`; at most head_features.
       key_participation_ratios: Participation ratio (of singular values) of the keys over tokens,
@@ -94,15 +95,15 @@ class HeadReport(NamedTuple):
     max_logits: jax.Array
     gamma: jax.Array | None
     query_norms: jax.Array
-    key_norms: jax.Array
-    ranks: jax.Array
+    key_norms: jax.Array | None
+    ranks: jax.Array | None
     key_participation_ratios: jax.Array | None
     above: jax.Array
     exploding: jax.Array
     dead: jax.Array
     ineffective: jax.Array
     query_rms: jax.Array
-    key_rms: jax.Array
+    key_rms: jax.Array | None
     collapsed: jax.Array
     frozen: jax.Array
 
@@ -224,7 +225,8 @@ def attention_report(
 
     W_q and W_k take the block's input to the head's queries and keys. Of MLA they are multiplied
     out, `W_q = q_down · [q_nope | q_rope]` and `W_k = [kv_down · k_nope | k_rope]`. Biases, norms
-    on latents, QK-norm and positions are left out. W_q W_kᵀ is never formed: with `W = Q R` by
+    on latents, adapters, QK-norm and positions are left out. Of several streams W_q and W_k are
+    those of all, one above the other. W_q W_kᵀ is never formed: with `W = Q R` by
     Householder, its singular values are those of `R_q R_kᵀ`, `[head_features, head_features]`.
 
     Cost, with f = head_features: for each query and key head a QR of `[in, f]` and an SVD of
@@ -309,8 +311,7 @@ class _Seen(NamedTuple):
 
 
 def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike) -> HeadReport:
-    read = (part for part in block.parts if part.role in _READ_ROLES)
-    numbers = _of_kernels({part.role: part.take(leaves[part.kernel]) for part in read})
+    numbers = _of_kernels(_pieces(block, leaves))
     maxima = reduce(
         jnp.maximum, (fit(block.name, block.shape, each, MAX_LOGITS) for each in seen.maxima)
     )
@@ -337,13 +338,25 @@ def _head_report(block: Block, leaves: Leaves, seen: _Seen, threshold: ArrayLike
     )
 
 
+def _pieces(block: Block, leaves: Leaves) -> dict[Role, jax.Array]:
+    """The kernels by role. Those of several streams are one above the other, as if a token were
+    the inputs of all, zero but for its own."""
+    found: dict[Role, jax.Array] = {}
+    for part in block.parts:
+        if part.role in _READ_ROLES and not part.is_vector:
+            kernel = part.take(leaves[part.kernel])
+            above = found.get(part.role)
+            found[part.role] = kernel if above is None else jnp.concatenate([above, kernel], -2)
+    return found
+
+
 class _KernelNumbers(NamedTuple):
     query_norms: jax.Array
-    key_norms: jax.Array
-    ranks: jax.Array
+    key_norms: jax.Array | None
+    ranks: jax.Array | None
     reach: jax.Array  # how large a logit inputs of RMS 1 can make
     query_rms: jax.Array
-    key_rms: jax.Array
+    key_rms: jax.Array | None
     collapsed: jax.Array
 
 
@@ -357,6 +370,8 @@ def _of_kernels(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
 
 
 def _of_layer(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
+    if not _meeting(pieces):
+        return _of_queries(pieces)
     sizes = [(_rms(pieces[query]), _rms(pieces[key])) for query, key in _meeting(pieces)]
     ratios = [q / jnp.repeat(k, len(q) // len(k), axis=0) for q, k in sizes]
     far = [(ratio < 1 / _COLLAPSED) | (ratio > _COLLAPSED) for ratio in ratios]
@@ -378,9 +393,20 @@ def _of_layer(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
     )
 
 
+def _of_queries(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
+    """Of queries whose keys are another layer's: what they make is not known."""
+    queries = [role for role in QUERY_ROLES if role in pieces]
+    r_q, scale_q = factored(_side(pieces, queries))
+    norms = spectral_norm(r_q) * scale_q[:, 0]
+    rms = reduce(jnp.minimum, (_rms(pieces[role]) for role in queries))
+    unknown = jnp.full_like(norms, jnp.inf)
+    return _KernelNumbers(norms, None, None, unknown, rms, None, jnp.zeros_like(norms, bool))
+
+
 def _meeting(pieces: Mapping[Role, jax.Array]) -> list[tuple[Role, Role]]:
     """The query pieces, each with the keys that it is multiplied with."""
-    return [(role, key) for role in QUERY_ROLES if role in pieces and (key := ROLES[role].partner)]
+    met = {role: ROLES[role].partner for role in QUERY_ROLES if role in pieces}
+    return [(role, key) for role, key in met.items() if key and key in pieces]
 
 
 def _rms(x: jax.Array) -> jax.Array:
@@ -399,17 +425,20 @@ def query_key_matrices(pieces: Mapping[Role, jax.Array]) -> tuple[jax.Array, jax
         W_k = [kv_down · k_nope | k_rope]            [heads, in, n + p], k_rope for every head
     """
 
+    queries, keys = zip(*_meeting(pieces), strict=True)
+    return _side(pieces, queries), _side(pieces, keys)
+
+
+def _side(pieces: Mapping[Role, jax.Array], names: Sequence[Role]) -> jax.Array:
+    """The maps from a block's input to its queries, or keys, with all their features."""
+
     def through(role: Role) -> jax.Array:
         down = ROLES[role].behind
         return _matmul(pieces[down], pieces[role]) if down and down in pieces else pieces[role]
 
-    def side(names: Sequence[Role]) -> jax.Array:
-        heads = max(len(pieces[role]) for role in names)
-        maps = [through(role) for role in names]
-        return jnp.concatenate([jnp.repeat(x, heads // len(x), axis=0) for x in maps], axis=-1)
-
-    queries, keys = zip(*_meeting(pieces), strict=True)
-    return side(queries), side(keys)
+    heads = max(len(pieces[role]) for role in names)
+    maps = [through(role) for role in names]
+    return jnp.concatenate([jnp.repeat(x, heads // len(x), axis=0) for x in maps], axis=-1)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -449,7 +478,8 @@ def _check_maxima(blocks: Sequence[Block], maxima: Mapping[str, list[jax.Array]]
 def _keys(block: Block, sown: list[jax.Array]) -> jax.Array | None:
     """`[stack..., key heads or heads, tokens, features]` of a block whose modules sowed any."""
     for keys in sown:
-        if keys.shape[:-2] not in (block.shape, (*block.stack, block.kv_heads)):
+        fits = keys.shape[:-2] in (block.shape, (*block.stack, block.kv_heads))
+        if block.keys and not fits:
             raise ValueError(
                 f"attention_report: {block.name} sowed keys of shape {keys.shape} (heads "
                 f"first), but its kernels have {block.kv_heads} key heads"

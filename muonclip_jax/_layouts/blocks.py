@@ -1,6 +1,6 @@
 """Layouts and the attention blocks that they find in a parameter tree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.masks import Frozen, read_frozen
-from muonclip_jax._core.options import check_count, check_flag, check_text
+from muonclip_jax._core.options import check_count, check_flag, check_pattern, check_text
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import checks, extras
+from muonclip_jax._layouts.adapters import inner, with_adapters
 from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
-from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, ROLES, Role
+from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, ROLES, SEVERAL_ROLES, Role
 from muonclip_jax._layouts.surroundings import (
     Shapes,
     bias_beside,
@@ -22,6 +23,9 @@ from muonclip_jax._layouts.surroundings import (
     qk_norms,
     unnamed_biases,
 )
+
+# Globs over block paths, or a function of one.
+BlockPattern = str | Sequence[str] | Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Layout:
         for a QK-norm, and queries, keys, positions and adapters without a role for further terms
         of the logits. QK-Clip and QuacK refuse both unless they are named here. (What leaves no
         trace in the parameters, such as a QK-norm without a learned scale, cannot be seen.)
-      block: Glob over block paths (`layers/*/self_attn`) restricting where to look; None
-        takes every module that has the query and key parameters.
+      block: Where to look: a glob over block paths (`layers/*/self_attn`), several of them, or a
+        function of a path (as text) that says whether; None takes every module that has the query
+        and key parameters.
       stack_axis: Where the axes of scanned or vmapped layers are in every parameter; MaxText and
         `nn.scan(variable_axes={"params": 1})` put them at 1.
       softmax: Whether its queries and keys meet in a softmax. Without one (linear attention) there
@@ -50,7 +55,7 @@ class Layout:
         values; Muon and `head_matrices` take its heads like all others.
 
     Raises:
-      ValueError: No piece for queries or none for keys, or two pieces with one role.
+      ValueError: No piece for queries, or two pieces with one role that is no stream's.
 
     Example:
       >>> from muonclip_jax.layouts import Layout, Piece
@@ -69,27 +74,48 @@ class Layout:
     pieces: tuple[Piece, ...]
     shared_keys: bool = False
     harmless: tuple[str, ...] = ()
-    block: str | None = None
+    block: BlockPattern | None = None
     stack_axis: int = 0
     softmax: bool = True
 
     def __post_init__(self):
         self._check_fields()
         object.__setattr__(self, "pieces", tuple(self.pieces))
+        if isinstance(self.block, list):
+            object.__setattr__(self, "block", tuple(self.block))
+        if self.pieces or self.block is None:
+            self._check_roles()
+
+    def _check_roles(self) -> None:
         roles = [piece.role for piece in self.pieces]
-        ignoring = not roles and self.block is not None
-        if not ignoring and not (set(roles) & set(QUERY_ROLES) and set(roles) & set(KEY_ROLES)):
+        if not set(roles) & set(QUERY_ROLES):
             raise ValueError(
-                f"{self}: pieces have the roles {roles}; there must be a Piece of {QUERY_ROLES} "
-                f"and one of {KEY_ROLES}. Attention whose keys (or queries) are frozen, or another "
-                "layer's, cannot be described yet; leave it out with layouts.ignore(block)."
+                f"{self}: pieces have the roles {roles}; there must be a Piece of {QUERY_ROLES}. "
+                "(Keys may be missing, where they are another layer's: queries then take all of a "
+                "clip. Keys alone do not tell how many query heads read them; leave such a block "
+                "out with layouts.ignore(block). What is frozen is described all the same, and "
+                "named by frozen=.)"
             )
-        if twice := [role for role in roles if roles.count(role) > 1]:
-            raise ValueError(f"{self}: two pieces have the role {twice[0]!r}; each has one.")
+        for role in dict.fromkeys(roles):
+            first, *others = (piece for piece in self.pieces if piece.role == role)
+            names = [piece.parameter for piece in (first, *others)]
+            if first.is_vector and ROLES[role].side != "gain":
+                raise ValueError(
+                    f"{self}: {first} has no axis 'in', so it is a bias, and no projection with "
+                    f"the role {role!r} stands before it. Correct its axes, or name the projection "
+                    "first."
+                )
+            if others and (role not in SEVERAL_ROLES or len(set(names)) < len(names)):
+                raise ValueError(
+                    f"{self}: two pieces have the role {role!r}, {' and '.join(names)}; each has "
+                    f"one, but {', '.join(SEVERAL_ROLES)} may have several, of different "
+                    "parameters: streams that attend to one another, further keys."
+                )
 
     def _check_fields(self) -> None:
         check_text("Layout: name", self.name)
-        check_text("Layout: block", self.block, optional=True)
+        if self.block is not None:
+            check_pattern("Layout: block", self.block)
         check_flag("Layout: shared_keys", self.shared_keys)
         check_flag("Layout: softmax", self.softmax)
         check_count("Layout: stack_axis", self.stack_axis, least=0)
@@ -100,7 +126,16 @@ class Layout:
 
     def takes(self, block: Path) -> bool:
         """Whether the `block` pattern admits the module at this path."""
-        return self.block is None or fnmatchcase(paths.show(module_path(block)), self.block)
+        name = paths.show(module_path(block))
+        match self.block:
+            case None:
+                return True
+            case str() as glob:
+                return fnmatchcase(name, glob)
+            case tuple() | list() as globs:
+                return any(fnmatchcase(name, glob) for glob in globs)
+            case predicate:
+                return bool(predicate(name))
 
     def places(self, shapes: Shapes) -> list[Path]:
         """The modules that hold a query or key parameter."""
@@ -133,7 +168,10 @@ class Layout:
                     "kernels of one attention block must be stacked alike. (Kernels with a head "
                     "axis need no heads=.)"
                 )
-        norms, others = self._around(block, parts, inside) if self.softmax else ((), ())
+        norms, others = (), ()
+        if self.softmax:
+            parts = tuple(with_adapters(block, part, parts, inside) for part in parts)
+            norms, others = self._around(block, parts, inside)
         own = [path for part in parts for path, _ in part.leaves]
         shapes = {path: inside[path] for path in (*own, *norms, *others)}
         found = Block(block, self, parts, shapes, norms, others)
@@ -146,25 +184,19 @@ class Layout:
         """QK-norms, and what else enters the logits without a role.
 
         Raises:
-          ValueError: A bias that no piece names, or an adapter.
+          ValueError: A bias that no piece names.
         """
         for bias in unnamed_biases(block, parts, inside):
             raise ValueError(
                 f"{paths.show(bias)} {inside[bias]} looks like a bias of queries or keys, and no "
                 f'piece names it: Piece(..., bias="{"/".join(bias[len(block) :])}").'
             )
-        for part, path in extras.adapters(block, parts, inside):
-            raise ValueError(
-                f"{paths.show(path)} {inside[path]} also takes part in {paths.show(part.kernel)}: "
-                "scaling the kernel alone would not scale what the projection gives. Merge "
-                "adapters (LoRA) into the kernel first, or leave the block out with the layout's "
-                "block= pattern."
-            )
+        read_only = inner(parts, inside)
         norms, others = (
             tuple(
                 path
                 for path in find(block, parts, inside, self.stack_axis)
-                if not self._is_harmless(path[len(block) :])
+                if not self._is_harmless(path[len(block) :]) and path not in read_only
             )
             for find in (qk_norms, extras.without_role)
         )
@@ -190,7 +222,7 @@ class Layout:
         return piece.fit(kernel, shapes[kernel], with_shape, stack_axis=self.stack_axis)
 
     def _bias(self, block: Path, piece: Piece, kernel: Path, shapes: Shapes) -> Path | None:
-        if piece.role == "o":  # its bias belongs to no head
+        if piece.role == "o" or piece.is_vector:  # of no head; or itself one
             return None
         if piece.bias is None:
             return bias_beside(kernel, shapes)
@@ -268,8 +300,8 @@ class Block:
 
     @property
     def kv_heads(self) -> int:
-        """Key heads."""
-        return self.keys[0].heads
+        """Key heads; as many as query heads where the layout has no keys."""
+        return self.keys[0].heads if self.keys else self.heads
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -295,7 +327,7 @@ class Block:
         return tuple(path for part in parts for path, _ in part.leaves if path in self.frozen)
 
     def part(self, role: Role) -> Part | None:
-        """The part with this role, if the layout has one."""
+        """The part with this role, if the layout has one; of several the first."""
         return next((part for part in self.parts if part.role == role), None)
 
     def multipliers(self, factors: Mapping[Role, jax.Array]) -> dict[Path, jax.Array]:

@@ -9,7 +9,12 @@ import numpy as np
 from muonclip_jax._core import paths
 from muonclip_jax._core.paths import Path, some
 from muonclip_jax._layouts import extras
-from muonclip_jax._layouts.roles import EQUAL_LENGTHS, EQUAL_LENGTHS_OF_LINEAR, EqualLengths
+from muonclip_jax._layouts.roles import (
+    EQUAL_LENGTHS,
+    EQUAL_LENGTHS_OF_LINEAR,
+    ROLES,
+    EqualLengths,
+)
 from muonclip_jax._layouts.surroundings import Shapes, norm_lengths
 
 if TYPE_CHECKING:
@@ -25,6 +30,7 @@ def check_block(block: "Block", around: Shapes) -> None:
       block: The block.
       around: The shapes of the whole model's parameters.
     """
+    _check_alike(block)
     if block.layout.softmax:
         _check_heads(block)
         _check_input(block, around)
@@ -34,7 +40,27 @@ def check_block(block: "Block", around: Shapes) -> None:
     _check_overlap(block)
 
 
+def _check_alike(block: "Block") -> None:
+    """Parts with one role have the same heads: queries of all streams meet the keys of all."""
+    for part in block.parts:
+        first = block.part(part.role)
+        if first and (part.heads, part.features) != (first.heads, first.features):
+            shared = part.heads == 1 and ROLES[part.role].side in ("query", "key")
+            fix = (
+                " What all heads share cannot take the factor of each: give it no piece, and where "
+                "no clip scales that side (keys with alpha=1, or untouched) name it in harmless=."
+            )
+            raise ValueError(
+                f"{block.name}: {paths.show(first.kernel)} {first.shape} has {first.heads} heads "
+                f"of {first.features} features and {paths.show(part.kernel)} {part.shape} "
+                f"{part.heads} of {part.features}; pieces with one role ({part.role}) must agree."
+                f"{fix if shared else ' Correct axes=, sizes= or select=.'}"
+            )
+
+
 def _check_heads(block: "Block") -> None:
+    if not block.keys:
+        return
     query, key = block.part("q_nope") or block.queries[0], block.keys[0]
     shown = [f"{paths.show(p.kernel)} {p.shape}" for p in (query, key)]
     if query.heads % key.heads or (query.heads != key.heads and not block.layout.shared_keys):

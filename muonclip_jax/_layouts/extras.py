@@ -22,9 +22,8 @@ _VALUES = {"v", "value", "values", "o", "out", "output", "gate", "gating", "g"}
 _POSITIONS = {"rel", "relative", "relpos", "pos", "position", "positional", "r"}
 _POSITIONS |= {"seg", "segment"}
 _EXTRA_KEYS = {"null", "mem", "memory", "memories", "persistent", "prefix", "sink", "extra", "bos"}
-_ADAPTERS = {"lora", "dora", "adapter", "adapters", "magnitude", "loha", "lokr"}
+ADAPTERS = {"lora", "dora", "adapter", "adapters", "magnitude", "loha", "lokr"}
 _INPUTS = {"embed", "embedding", "embeddings", "token", "tokens", "latents"}
-_WRAPPED = {"base", "basemodule", "baselayer", "inner", "wrapped", "module", "layer", "linear"}
 # Norms are known elsewhere, a convolution without bias keeps a factor, and an MLP is no attention.
 _NO_PART = {"norm", "ln", "layernorm", "rmsnorm", "cache", "cached", "conv", "dropout", "rng"}
 _NO_PART |= {"index", "mask", "mlp", "ffn", "ff", "moe", "experts", "router"}
@@ -53,7 +52,7 @@ def without_role(
     sides = [part for part in parts if part.role in QUERY_ROLES + KEY_ROLES]
     sizes = [(part.heads, n) for part in sides for n in (part.features, _features(part))]
     lengths = _Lengths(
-        {part.ins for part in sides},
+        {part.ins for part in sides if not part.is_vector},
         {n for _, n in sizes},
         set(sizes),
         {heads * n for heads, n in sizes},
@@ -70,41 +69,20 @@ def without_role(
             yield path
 
 
-def adapters(block: Path, parts: Sequence[Part], shapes: Shapes) -> Iterator[tuple[Part, Path]]:
-    """What else takes part in a projection to queries, keys or latents: anything but a bias in the
-    module of the kernel, and what a wrapper around this module adds (LoRA, DoRA)."""
-    known = {path for part in parts for path, _ in part.leaves}
-    kernels = {part.kernel for part in parts}
-    for part in parts:
-        if ROLES[part.role].side == "value":
-            continue
-        for end in range(len(part.kernel) - 1, len(block), -1):
-            module = part.kernel[:end]
-            if any(path[:end] == module for path in kernels - {part.kernel}):
-                break
-            own = end == len(part.kernel) - 1
-            wrapper = not own and "".join(paths.words(part.kernel[end])) in _WRAPPED
-            for path in shapes:
-                if path[:end] != module or path in known or path[-1] == "bias":
-                    continue
-                if own or wrapper or _ADAPTERS & _words(path[end:]):
-                    yield part, path
-
-
 def on_values_side(inside: Path) -> bool:
     """Whether a path inside a block is called as values, outputs and gates are."""
-    told = _words(inside)
+    told = words_in(inside)
     return bool(told & _VALUES) and not _of_queries_or_keys(told)
 
 
 def _enters_logits(inside: Path, shape: tuple[int, ...], lengths: _Lengths) -> bool:
     """By the path inside the block and the shape without stack axes."""
-    told = _words(inside)
+    told = words_in(inside)
     on_logits_side = _of_queries_or_keys(told)
     if told & _NO_PART or on_values_side(inside):
         return False
-    if told & _ADAPTERS:
-        return on_logits_side or bool(_ADAPTERS & _words(inside[:1]))
+    if told & ADAPTERS:
+        return on_logits_side or bool(ADAPTERS & words_in(inside[:1]))
     if not shape:
         return False
     last = shape[-1]
@@ -139,7 +117,8 @@ def _features(part: Part) -> int:
     return part.view.sizes["features"]
 
 
-def _words(inside: Path) -> set[str]:
+def words_in(inside: Path) -> set[str]:
+    """The words in all names of a path."""
     return {word for name in inside for word in paths.words(name)}
 
 
@@ -160,7 +139,7 @@ def _attention_inside(block: Path, parts: Sequence[Part], shapes: Shapes) -> Ite
         for end in range(len(block) + 1, len(path)):
             children.setdefault(path[:end], set()).add(path[end])
     for module, names in children.items():
-        told = _words(tuple(names))
+        told = words_in(tuple(names))
         apart = all(kernel[: len(module)] != module for kernel in kernels)
         if apart and any(map(_QUERY.match, told)) and any(map(_KEY.match, told)):
             yield module

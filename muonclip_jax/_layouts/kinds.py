@@ -8,21 +8,24 @@ import itertools
 import re
 from typing import Any
 
-from muonclip_jax._core.options import check_count, check_flag, check_text
-from muonclip_jax._layouts.blocks import Layout
+from muonclip_jax._core.options import check_count, check_flag, check_pattern, check_text
+from muonclip_jax._layouts.blocks import BlockPattern, Layout
 from muonclip_jax._layouts.pieces import Piece
 from muonclip_jax._layouts.roles import Role
+
+# One projection, or those of several streams.
+Projections = str | tuple[str, ...]
 
 
 def mha(
     *,
     heads: int | None = None,
-    query: str = "query",
-    key: str = "key",
-    value: str | None = "value",
-    out: str | None = "out",
+    query: Projections = "query",
+    key: Projections | None = "key",
+    value: Projections | None = "value",
+    out: Projections | None = "out",
     transposed: bool | None = None,
-    block: str | None = None,
+    block: BlockPattern | None = None,
 ) -> Layout:
     """Multi-head attention: every query head has a key head of its own.
 
@@ -32,13 +35,16 @@ def mha(
 
     Args:
       heads: Number of heads, for flat kernels only.
-      query: The query projection inside the block.
-      key: The key projection.
-      value: The value projection, or None to leave it to Muon's general routing.
-      out: The projection back from the heads, or None likewise.
+      query: The query projection inside the block; of several streams that attend to one another
+        all of them, as a tuple.
+      key: The key projection, or several; None where the keys are another layer's: the queries then
+        take all of a clip.
+      value: The value projection, or several, or None to leave it to Muon's general routing.
+      out: The projection back from the heads, likewise.
       transposed: Whether flat kernels are stored `[out, in]`, as `weight` in Equinox and PyTorch.
         None: they are `[in, out]`, and one called `weight` raises.
-      block: Glob over block paths, to take only some of the model's attention blocks.
+      block: Glob over block paths, several, or a function of a path, to take only some of the
+        model's attention blocks.
 
     Raises:
       ValueError: A number of heads that is no whole number of at least 1.
@@ -46,6 +52,7 @@ def mha(
     Example:
       >>> layout = mc.layouts.mha()  # Flax's own names
       >>> flat = mc.layouts.mha(heads=16, query="q_proj", key="k_proj", value="v_proj", out="o_proj")
+      >>> both = mc.layouts.mha(query=("q", "q_txt"), key=("k", "k_txt"), value=None, out=None)
       >>> mc.layouts.find_blocks(layout, params)[0].heads
       2
     """  # noqa: E501
@@ -58,12 +65,12 @@ def gqa(
     kv_heads: int | None = None,
     *,
     heads: int | None = None,
-    query: str = "query",
-    key: str = "key",
-    value: str | None = "value",
-    out: str | None = "out",
+    query: Projections = "query",
+    key: Projections | None = "key",
+    value: Projections | None = "value",
+    out: Projections | None = "out",
     transposed: bool | None = None,
-    block: str | None = None,
+    block: BlockPattern | None = None,
 ) -> Layout:
     """Grouped-query attention; with `kv_heads=1`, multi-query attention.
 
@@ -73,13 +80,16 @@ def gqa(
       kv_heads: Number of key heads (the groups). None reads it from the key kernel's head
         axis; flat kernels need it.
       heads: Number of query heads, for flat kernels `[stack..., in, heads*features]` only.
-      query: The query projection inside the block.
-      key: The key projection.
-      value: The value projection, or None to leave it to Muon's general routing.
-      out: The projection back from the heads, or None likewise.
+      query: The query projection inside the block; of several streams that attend to one another
+        all of them, as a tuple.
+      key: The key projection, or several; None where the keys are another layer's: the queries then
+        take all of a clip.
+      value: The value projection, or several, or None to leave it to Muon's general routing.
+      out: The projection back from the heads, likewise.
       transposed: Whether flat kernels are stored `[out, in]`, as `weight` in Equinox and PyTorch.
         None: they are `[in, out]`, and one called `weight` raises.
-      block: Glob over block paths, to take only some of the model's attention blocks.
+      block: Glob over block paths, several, or a function of a path, to take only some of the
+        model's attention blocks.
 
     Raises:
       ValueError: Counts that do not go together.
@@ -92,7 +102,7 @@ def gqa(
       (8, 2)
     """
     _check_counts("gqa", heads, kv_heads)
-    if heads and not kv_heads:
+    if heads and not kv_heads and key is not None:
         raise ValueError(
             f"layouts.gqa: flat kernels (heads={heads}) do not tell how many key heads there are; "
             "give kv_heads=."
@@ -113,7 +123,7 @@ def mla(
     query_norm: str | None = None,
     key_value_norm: str | None = None,
     transposed: bool | None = None,
-    block: str | None = None,
+    block: BlockPattern | None = None,
 ) -> Layout:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
@@ -136,7 +146,8 @@ def mla(
       key_value_norm: The norm on the key/value latent, likewise.
       transposed: Whether flat kernels are stored `[out, in]`, as `weight` in Equinox and PyTorch.
         None: they are `[in, out]`, and one called `weight` raises.
-      block: Glob over block paths, to take only some of the model's attention blocks.
+      block: Glob over block paths, several, or a function of a path, to take only some of the
+        model's attention blocks.
 
     Raises:
       ValueError: A size that is no whole number of at least 1 (`rope` of at least 0).
@@ -196,7 +207,7 @@ def fused_qkv(
     kernel: str = "qkv",
     axes: str | None = None,
     out: str | None = "out",
-    block: str | None = None,
+    block: BlockPattern | None = None,
 ) -> Layout:
     """One kernel for queries, keys and values.
 
@@ -222,7 +233,8 @@ def fused_qkv(
       out: The projection back from the heads, or None to leave it to Muon's general routing. Its
         axes are those of `kernel`, turned around: `[heads*features, out]`, where `kernel` is
         transposed `[out, heads*features]`, or `[heads, features, out]`.
-      block: Glob over block paths, to take only some of the model's attention blocks.
+      block: Glob over block paths, several, or a function of a path, to take only some of the
+        model's attention blocks.
 
     Raises:
       ValueError: Counts that do not go together, or axes without `part` and `heads`.
@@ -287,7 +299,7 @@ def linear_attention(
     value: str = "v_proj",
     gate: str | None = None,
     out: str | None = "o_proj",
-    block: str | None = None,
+    block: BlockPattern | None = None,
 ) -> Layout:
     """Linear attention: KDA of Kimi Linear (arXiv 2510.26692), Gated DeltaNet (arXiv 2412.06464).
 
@@ -304,7 +316,8 @@ def linear_attention(
       gate: The projection to the gate of the heads' output, or None to leave it to Muon's general
         routing. (Of a gate through a narrow latent, `g_a_proj` and `g_b_proj`, the second.)
       out: The projection back from the heads, or None likewise.
-      block: Glob over block paths, to take only some of the model's attention blocks.
+      block: Glob over block paths, several, or a function of a path, to take only some of the
+        model's attention blocks.
 
     Raises:
       ValueError: Numbers of heads that are no whole numbers of at least 1, or do not go together.
@@ -348,19 +361,19 @@ def _turned_around(axes: str) -> str:
     return "out (heads features)" if axes.endswith(" in") else "(heads features) out"
 
 
-def ignore(block: str) -> Layout:
+def ignore(block: BlockPattern) -> Layout:
     """Attention to be left alone: no clip, no QuacK, Muon by its general routing.
 
     For use beside other layouts, `[layouts.mha(block="decoder/*"), layouts.ignore("encoder/*")]`.
 
     Args:
-      block: Glob over block paths.
+      block: Glob over block paths, several, or a function of a path.
 
     Example:
       >>> mc.qk_clip([mc.layouts.mha(block="attn"), mc.layouts.ignore("other")]).init is not None
       True
     """
-    check_text("layouts.ignore: block", block)
+    check_pattern("layouts.ignore: block", block)
     return Layout("ignore", (), block=block)
 
 
@@ -378,20 +391,20 @@ def _both(name: str, names: Any, beside: str = "") -> tuple[str, str]:
 
 def _separate(
     kind: str,
-    query: str,
-    key: str,
-    value: str | None,
-    out: str | None,
+    query: Projections,
+    key: Projections | None,
+    value: Projections | None,
+    out: Projections | None,
     heads: int | None,
     kv_heads: int | None,
     transposed: bool | None,
 ) -> tuple[Piece, ...]:
-    """One projection each; flat when the query heads are told."""
-    for name, projection in (("query", query), ("key", key)):
-        check_text(f"layouts.{kind}: {name}", projection)
-    for name, projection in (("value", value), ("out", out)):
-        check_text(f"layouts.{kind}: {name}", projection, optional=True)
-    _check_weights(kind, transposed, *((query, key, value, out) if heads else ()))
+    """A projection each, or several; flat when the query heads are told."""
+    queries, keys, values, outs = (
+        _several(f"layouts.{kind}: {name}", given, optional=name != "query")
+        for name, given in (("query", query), ("key", key), ("value", value), ("out", out))
+    )
+    _check_weights(kind, transposed, *((*queries, *keys, *values, *outs) if heads else ()))
     if transposed and not heads:
         raise ValueError(
             f"layouts.{kind}: transposed=True is for flat kernels [heads*features, in]; give "
@@ -403,12 +416,24 @@ def _separate(
         axes, back = f"{features} in", f"out {features}"
     own = {"heads": heads} if heads else {}
     shared = {"heads": kv_heads} if kv_heads else {}
-    pieces = [Piece("q", query, axes, sizes=own), Piece("k", key, axes, sizes=shared)]
-    if value is not None:
-        pieces.append(Piece("v", value, axes, sizes=shared))
-    if out is not None:
-        pieces.append(Piece("o", out, back, sizes=own))
-    return tuple(pieces)
+    return (
+        *(Piece("q", name, axes, sizes=own) for name in queries),
+        *(Piece("k", name, axes, sizes=shared) for name in keys),
+        *(Piece("v", name, axes, sizes=shared) for name in values),
+        *(Piece("o", name, back, sizes=own) for name in outs),
+    )
+
+
+def _several(owner: str, given: Projections | None, optional: bool) -> tuple[str, ...]:
+    """One projection or several; none where that may be."""
+    if given is None and optional:
+        return ()
+    names = (given,) if isinstance(given, str) else given
+    right = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if not names or not right:
+        wanted = f"text, or several as a tuple{', or None' * optional}"
+        raise TypeError(f"{owner} must be {wanted}, got {given!r}.")
+    return tuple(names)
 
 
 def _check_weights(kind: str, transposed: bool | None, *parameters: str | None) -> None:

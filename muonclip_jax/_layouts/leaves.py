@@ -19,14 +19,14 @@ Leaves = dict[Path, jax.Array]
 
 
 def leaves_of(blocks: Sequence[Block], roles: Collection[Role], tree: Any) -> Leaves:
-    """Kernels, biases and gains of the parts with these roles, in a tree like the parameters.
+    """Kernels, biases, gains and adapters of the parts with these roles, in a tree like the params.
 
     Raises:
       ValueError: One is not there.
     """
     parts = [part for block in blocks for part in block.parts if part.role in roles]
     leaves = dict(paths.leaves(tree))
-    wanted = dict.fromkeys(path for part in parts for path in (part.kernel, part.bias) if path)
+    wanted = dict.fromkeys(path for part in parts for path, _ in part.leaves)
     for path in wanted:
         if path not in leaves:
             raise ValueError(

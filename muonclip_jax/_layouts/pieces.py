@@ -21,7 +21,7 @@ from muonclip_jax._core import axes as notation
 from muonclip_jax._core.axes import Axes, Cut, Names, View, is_stack
 from muonclip_jax._core.options import check_text
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.roles import EVERY_ROLE, GAIN_ROLES, Role
+from muonclip_jax._layouts.roles import EVERY_ROLE, ROLES, Role
 
 _SIZES = (
     "Check the layout's sizes (heads and kv_heads, which only flat kernels need; of mla nope, "
@@ -43,6 +43,7 @@ class Piece:
     | `[heads, in, features]`, named `w` | `Piece("q", "q_einsum/w", "heads in features")` |
     | `[3, heads, in, features]` | `..., "part heads in features", select={"part": 0})` |
     | `[in, heads*(nope + rope)]` | `Piece("q_nope", ..., "in (heads features)", sizes={"features": 192}, select={"features": (0, 128)})` |
+    | `[heads, features]`, added to the queries of every head | `Piece("q", "r_w_bias", "heads features")` |
     | groups of 4 queries, a key and a value | `..., "in (groups slot features)", sizes={"groups": 8, "slot": 6}, select={"slot": (0, 4)})` |
 
     Attributes:
@@ -52,7 +53,8 @@ class Piece:
         `kv_gain`, the scales of norms on the latents.
       parameter: Its path inside the attention block: `q_einsum/w`, or a module, `query`, for
         the `kernel` in it.
-      axes: Names of the parameter's axes, without stack axes. None: `in heads features` (of `o`,
+      axes: Names of the parameter's axes, without stack axes. A query or key without `in` is a bias
+        of its own, beside a projection with the same role. None: `in heads features` (of `o`,
         `heads features out`) when the features' axis is as long as `sizes["features"]`, else the
         same with `(heads features)`.
       sizes: Lengths of named axes: needed where one axis holds several, checked elsewhere.
@@ -112,7 +114,14 @@ class Piece:
     @property
     def _carried(self) -> str | None:
         """The axis that is carried through: the other side of a head's matrix."""
-        return "out" if self.role == "o" else None if self.role in GAIN_ROLES else "in"
+        return "out" if self.role == "o" else None if self.is_vector else "in"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it has no matrix: the gain of a norm, a bias that stands by itself."""
+        side = ROLES[self.role].side
+        told = self.axes and notation.names_of(notation.parse(str(self), self.axes))
+        return side == "gain" or bool(told and side in ("query", "key") and "in" not in told)
 
     def fit(
         self,
@@ -191,6 +200,7 @@ class Part:
       bias: The path of its bias, if it has one.
       view: The heads in the parameter.
       bias_view: The heads in the bias, as matrices of one row.
+      adapters: What else scales with the kernel, and the heads in it: LoRA's B, DoRA's magnitude.
 
     Example:
       >>> query = mc.layouts.find_blocks(layout, params)[0].part("q")
@@ -203,17 +213,23 @@ class Part:
     bias: Path | None
     view: View
     bias_view: View | None
+    adapters: tuple[tuple[Path, View], ...] = ()
 
     @property
     def leaves(self) -> tuple[tuple[Path, View], ...]:
-        """The kernel and, where there is one, the bias."""
+        """The kernel and, where there are any, the bias and the adapters."""
         bias = [(self.bias, self.bias_view)] if self.bias and self.bias_view else []
-        return ((self.kernel, self.view), *bias)
+        return ((self.kernel, self.view), *bias, *self.adapters)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's."""
         return self.view.shape
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it has no matrix: the gain of a norm, a bias that stands by itself."""
+        return not self.view.rows
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -56,6 +56,9 @@ ROLES: dict[Role, RoleFacts] = {
     "gate": RoleFacts("value"),
 }
 
+# Of which a block may have several parameters: streams that attend to one another.
+SEVERAL_ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate")
+
 EVERY_ROLE: tuple[Role, ...] = get_args(Role)
 
 

@@ -48,7 +48,8 @@ def qk_norms(
     """Scales of norms behind the projections: known by their names, or because they are as
     long as all heads, one head or a piece of one, where a norm in front of a projection is
     as long as its input."""
-    projections = [part for part in parts if part.role in QUERY_ROLES + KEY_ROLES]
+    sides = QUERY_ROLES + KEY_ROLES
+    projections = [part for part in parts if part.role in sides and not part.is_vector]
     depth = len(projections[0].stack)
     per_head = {(part.heads, part.view.sizes["features"]) for part in projections}
     inputs = {part.ins for part in projections}
@@ -58,7 +59,7 @@ def qk_norms(
     heads = {1, *(part.heads for part in projections)}
     latent = any(part.role == "k_nope" for part in projections)
     own_modules = {block, *(part.kernel[:-1] for part in projections)}
-    own = {path for part in parts for path in (part.kernel, part.bias)}
+    own = {path for part in parts for path, _ in part.leaves}
     for path, shape in shapes.items():
         module = path[:-1]
         if path[: len(block)] != block or path in own or len(shape) < depth:

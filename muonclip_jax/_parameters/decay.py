@@ -7,7 +7,6 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.masks import Mask, read_mask
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
-from muonclip_jax._layouts.roles import GAIN_ROLES
 from muonclip_jax._parameters import names, routing
 from muonclip_jax._parameters.matrices import MatrixSpec
 
@@ -56,7 +55,7 @@ def _vectors(layout: Layouts | None, params: Any) -> set[Path]:
     blocks = () if layout is None else find_blocks(layout, params)
     parts = [part for block in blocks for part in block.parts]
     biases = {part.bias for part in parts if part.bias is not None}
-    gains = {part.kernel for part in parts if part.role in GAIN_ROLES}
+    gains = {part.kernel for part in parts if part.is_vector}
     return biases | gains | {path for block in blocks for path in block.qk_norms}
 
 

@@ -17,7 +17,6 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, as_layouts, find_blocks
 from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import GAIN_ROLES
 from muonclip_jax._parameters import matrices
 from muonclip_jax._parameters.granularity import PER_HEAD, Granularity, check_fits
 from muonclip_jax._parameters.matrices import MatrixSpec, spec_of, spec_of_parts
@@ -358,7 +357,7 @@ def _described(
     parts: dict[Path, list[Part]] = {}
     vectors = [part.bias for part in every_part if part.bias]
     for part in every_part:
-        if part.role in GAIN_ROLES:
+        if part.is_vector:
             vectors.append(part.kernel)
         else:
             parts.setdefault(part.kernel, []).append(part)

@@ -110,6 +110,11 @@ def scale_by_quack(
     | | q_down, shared | max of: max over heads of q_nope · k_nope · kv_down; of q_rope · k_rope |
     | | kv_down, shared | max over heads of q_nope · k_nope · q_down |
 
+    Several pieces of one role (streams that attend to one another, a second key projection) count
+    as the largest of them, and take the same factor: a step ΔW_Q of one stream meets the keys of
+    all, so it moves a logit by at most `‖x‖‖x'‖‖ΔW_Q‖` times the largest ‖W_K‖. A bias that stands
+    by itself (`r_w_bias`) is one more input row of each.
+
     Without query compression q_down counts as 1. GQA is not in the paper; its keys are treated as
     the paper treats MLA's shared matrices, and with one query head per key head it is Algorithm 1.
     Values, outputs and gates are not touched.
@@ -207,7 +212,7 @@ def scale_by_quack(
     def measure(params, blocks: Sequence[Block], floor: ArrayLike, dtype: DTypeLike) -> PerBlock:
         if rule == "fixed":
             return {}
-        return _per_part(blocks, roles, lambda part: _norm(part, params, floor, dtype))
+        return _per_role(blocks, roles, lambda parts: _norm(parts, params, floor, dtype))
 
     def init(params: optax.Params) -> QuackState:
         if paths.holds_nothing(params):
@@ -303,6 +308,20 @@ def _read_blocks(
 
 def _check_roles(block: Block) -> None:
     given = {part.role for part in block.parts} & _PROJECTION_ROLES
+    for path in (path for part in block.parts for path, _ in part.adapters):
+        raise ValueError(
+            f"{paths.show(path)} {block.shapes[path]} is an adapter of a projection of "
+            f"{block.name}, whose norm is that of both together, and which starts at zero: QuacK "
+            "cannot follow it. Merge it into the kernel first, or leave the block out with the "
+            "layout's block= pattern; a clip scales it with its kernel."
+        )
+    if not block.keys:
+        raise ValueError(
+            f"{block.name}: the layout has queries alone, with the roles {sorted(given)}; QuacK "
+            "compares them with the keys that they meet, and these are another layer's or no "
+            "parameters. Add their pieces, or leave the block out with layouts.ignore(...) in "
+            "QuacK's layout; a clip takes it as it is."
+        )
     plain: set[Role] = {role for role in _PROJECTION_ROLES if not _has_latents(role)}
     latent = _PROJECTION_ROLES - plain
     wanted = latent - (_QUERY_LATENTS - given) if block.latent else plain
@@ -341,13 +360,17 @@ def _check_gains(blocks: Sequence[Block]) -> None:
             )
 
 
-def _per_part(
-    blocks: Sequence[Block], roles: Collection[Role], fn: Callable[[Part], jax.Array]
+def _per_role(
+    blocks: Sequence[Block], roles: Collection[Role], fn: Callable[[list[Part]], jax.Array]
 ) -> PerBlock:
-    return {
-        block.name: {part.role: fn(part) for part in block.parts if part.role in roles}
-        for block in blocks
-    }
+    found: PerBlock = {}
+    for block in blocks:
+        parts: dict[Role, list[Part]] = {}
+        for part in block.parts:
+            if part.role in roles:
+                parts.setdefault(part.role, []).append(part)
+        found[block.name] = {role: fn(several) for role, several in parts.items()}
+    return found
 
 
 def _constant(
@@ -356,11 +379,12 @@ def _constant(
     """τ everywhere, but for what a lower rate of queries and keys leaves alone."""
     as_it_is = _VALUE_LATENTS if rule == "fixed" else set()
 
-    def factor(part: Part) -> jax.Array:
+    def factor(parts: list[Part]) -> jax.Array:
+        part = parts[0]
         value = jnp.ones_like(tau) if part.role in as_it_is else tau
         return jnp.full((*part.stack, part.heads), value)
 
-    return _per_part(blocks, roles, factor)
+    return _per_role(blocks, roles, factor)
 
 
 def _dtype(params: Any, blocks: Sequence[Block]) -> DTypeLike:
@@ -385,13 +409,29 @@ def _check_measurable(own: Mapping[Path, jax.Array]) -> None:
 
 
 def _norm(
-    part: Part, params: Mapping[Path, jax.Array], floor: ArrayLike, dtype: DTypeLike
+    parts: Sequence[Part], params: Mapping[Path, jax.Array], floor: ArrayLike, dtype: DTypeLike
 ) -> jax.Array:
-    """The norm of each head, its bias being one more row; at least that of noise of RMS `floor`."""
-    arrays = [params[p].astype(dtype) for p in (part.kernel, part.bias) if p is not None]
-    size = jnp.sqrt(functools.reduce(operator.add, (part.sums(jnp.square(x)) for x in arrays)))
-    rows, columns = part.matrix
-    return jnp.maximum(size, floor * math.sqrt((rows + (part.bias is not None)) * columns))
+    """The norm of each head, its bias being one more row; at least that of noise of RMS `floor`.
+
+    Of several projections with one role the largest; biases that stand by themselves are one more
+    row of each.
+    """
+    projections = [part for part in parts if not part.is_vector] or parts[:1]
+    vectors = [part for part in parts if part not in projections]
+
+    def norm(part: Part) -> jax.Array:
+        leaves = [(part, part.kernel), (part, part.bias), *((one, one.kernel) for one in vectors)]
+        squares = [
+            one.sums(jnp.square(params[path].astype(dtype)))
+            for one, path in leaves
+            if path is not None
+        ]
+        size = jnp.sqrt(functools.reduce(operator.add, squares))
+        rows, columns = part.matrix
+        rows += (part.bias is not None) + len(vectors)
+        return jnp.maximum(size, floor * math.sqrt(rows * columns))
+
+    return functools.reduce(jnp.maximum, map(norm, projections))
 
 
 def _usable(norms: PerBlock, blocks: Sequence[Block]) -> PerBlock:
@@ -414,9 +454,9 @@ def _usable(norms: PerBlock, blocks: Sequence[Block]) -> PerBlock:
 
     return {
         block.name: {
-            part.role: check(norms[block.name][part.role], block, part)
-            for part in block.parts
-            if part.role in norms[block.name]
+            role: check(norm, block, part)
+            for role, norm in norms[block.name].items()
+            if (part := block.part(role))
         }
         for block in blocks
         if block.name in norms

@@ -136,20 +136,6 @@ def test_what_does_not_enter_the_logits_is_left_alone(extra):
     jax.eval_shape(maker(mc.layouts.mha()), params)
 
 
-class Adapted(nnx.Module):
-    def __init__(self, rngs):
-        base = lambda: nnx.Linear(8, 8, use_bias=False, rngs=rngs)  # noqa: E731
-        adapt = lambda: nnx.LoRA(8, 2, 8, base_module=base(), rngs=rngs)  # noqa: E731
-        self.q_proj, self.k_proj = adapt(), adapt()
-
-
-def test_lora_that_wraps_its_base():
-    params = {"attn": nnx.to_pure_dict(nnx.state(Adapted(nnx.Rngs(0)), nnx.Param))}
-    names = dict(query="q_proj/base_module", key="k_proj/base_module", value=None, out=None)
-    with pytest.raises(ValueError, match=r"attn/q_proj/lora_a \(8, 2\) also takes part in .*Merge"):
-        mc.apply_qk_clip(params, {("attn",): jnp.ones(2)}, mc.layouts.mha(heads=2, **names), 10.0)
-
-
 @pytest.mark.parametrize(
     ("query", "adapter"),
     [
@@ -185,13 +171,14 @@ def test_a_module_around_several_projections_is_no_wrapper(extra):
 @pytest.mark.parametrize(
     ("pieces", "roles"),
     [
-        ([Piece("q", "query")], "'q'"),
         ([Piece("k", "key"), Piece("v", "value")], "'k', 'v'"),
-        ([Piece("q_nope", "query"), Piece("kv_down", "key", "in features")], "'q_nope', 'kv_down'"),
+        ([Piece("k_nope", "key"), Piece("kv_down", "key", "in features")], "'k_nope', 'kv_down'"),
+        ([Piece("v", "value")], "'v'"),
     ],
 )
-def test_queries_or_keys_alone_are_no_layout(pieces, roles):
-    with pytest.raises(ValueError, match=rf"\[{roles}\].*frozen, or another layer's.*ignore"):
+def test_keys_alone_are_no_layout(pieces, roles):
+    """Nothing tells how many query heads read them. (Queries alone are one: test_streams.py.)"""
+    with pytest.raises(ValueError, match=rf"\[{roles}\].*must be a Piece of .*'q'.*ignore"):
         Layout("alone", tuple(pieces))
 
 

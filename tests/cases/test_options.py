@@ -31,6 +31,7 @@ COUNT = ["4", 1.5, 0, -1, True]
 WHOLE = ["whole number", "at least 1"]
 MAY_BE_NAME = ([3, ("a",)], ["text"])
 TEXT = ([None, 3], ["text"])
+MAY_BE_SEVERAL = ([3, (), ("a", 3)], ["text"])  # or a function, of which nothing can be told
 FLOATS = (["int32", "foo", 3], ["bfloat16, float16, float32, float64"])
 NUMBER_OR_SCHEDULE = (["1e-3", [1e-3], jnp.ones(2), -1.0, NAN, math.inf, True], ["number"])
 RATE = ([None, *NUMBER_OR_SCHEDULE[0]], ["number"])
@@ -95,10 +96,8 @@ DROPOUT = {
 TRANSPOSED = (["yes", 1, 1.5], FLAG[1])
 PROJECTION = {
     "transposed": TRANSPOSED,
-    "query": TEXT,
-    "key": TEXT,
-    "value": MAY_BE_NAME,
-    "out": MAY_BE_NAME,
+    "query": ([None, *MAY_BE_SEVERAL[0]], ["text"]),
+    **dict.fromkeys(("key", "value", "out"), MAY_BE_SEVERAL),
 }
 SIZES = {
     "sizes": ([{"heads": 0}, {"heads": "4"}, {"heads": 1.5}, 3], ["whole number", "at least 1"])
@@ -256,11 +255,16 @@ FUNCTIONS = {
         },
     ),
     "cans": (mc.schedules.cans, {}, {"safety": ([None, "1", 0.5, NAN], ["at least 1"])}),
-    "mha": (mc.layouts.mha, {}, {"heads": (COUNT, WHOLE), **PROJECTION, "block": MAY_BE_NAME}),
+    "mha": (mc.layouts.mha, {}, {"heads": (COUNT, WHOLE), **PROJECTION, "block": MAY_BE_SEVERAL}),
     "gqa": (
         mc.layouts.gqa,
         {},
-        {"kv_heads": (COUNT, WHOLE), "heads": (COUNT, WHOLE), **PROJECTION, "block": MAY_BE_NAME},
+        {
+            "kv_heads": (COUNT, WHOLE),
+            "heads": (COUNT, WHOLE),
+            **PROJECTION,
+            "block": MAY_BE_SEVERAL,
+        },
     ),
     "mla": (
         mc.layouts.mla,
@@ -272,7 +276,8 @@ FUNCTIONS = {
             "query": ([None, 3, ("a", 3), ("a", "b", "c")], ["text"]),
             "transposed": TRANSPOSED,
             "key_value": ([None, 3, "wkv", ("a", 3)], ["text"]),
-            **dict.fromkeys(("out", "query_norm", "key_value_norm", "block"), MAY_BE_NAME),
+            **dict.fromkeys(("out", "query_norm", "key_value_norm"), MAY_BE_NAME),
+            "block": MAY_BE_SEVERAL,
         },
     ),
     "fused_qkv": (
@@ -283,10 +288,11 @@ FUNCTIONS = {
             "kv_heads": (COUNT, WHOLE),
             "kernel": TEXT,
             "axes": ([3, "in features"], ["'part'", "'heads'"]),
-            **dict.fromkeys(("out", "block"), MAY_BE_NAME),
+            "out": MAY_BE_NAME,
+            "block": MAY_BE_SEVERAL,
         },
     ),
-    "ignore": (mc.layouts.ignore, {}, {"block": TEXT}),
+    "ignore": (mc.layouts.ignore, {}, {"block": ([None, *MAY_BE_SEVERAL[0]], ["text"])}),
     "Layout": (
         mc.Layout,
         {"name": "mine", "pieces": PIECES},
@@ -295,7 +301,7 @@ FUNCTIONS = {
             "pieces": ([None, "q", ("q",), PIECES[0], ()], ["Piece"]),
             "shared_keys": FLAG,
             "harmless": (["v_norm", (3,), 3, None], ["tuple", "text"]),
-            "block": MAY_BE_NAME,
+            "block": MAY_BE_SEVERAL,
             "stack_axis": ([None, "0", 0.5, -1, True], ["whole number", "at least 0"]),
         },
     ),

@@ -281,13 +281,38 @@ MISTAKES = [
     ),
     (
         "a role twice",
-        lambda: Layout("x", (Piece("q", "query"), Piece("q", "gate"), KEY)),
-        ["layouts.x", "role 'q'", "two pieces"],
+        lambda: Layout("x", (Piece("q", "query"), Piece("q", "query"), KEY)),
+        ["layouts.x", "role 'q'", "two pieces", "of different parameters"],
     ),
     (
-        "no key",
-        lambda: Layout("x", (Piece("q", "query"), Piece("v", "value"))),
-        ["layouts.x", "['q', 'v']", "'k_nope'"],
+        "a latent twice",
+        lambda: Layout("x", tuple(Piece("q_nope", name) for name in ("query", "key"))),
+        ["layouts.x", "role 'q_nope', query and key", "two pieces", "q, k, v, o, gate"],
+    ),
+    (
+        "no query",
+        lambda: Layout("x", (KEY, Piece("v", "value"))),
+        ["layouts.x", "['k', 'v']", "'q_nope'", "layouts.ignore"],
+    ),
+    (
+        "a bias for a projection",
+        lambda: Layout("x", (Piece("q", "query", "heads features"), KEY)),
+        ["layouts.x", "Piece('q', 'query', 'heads features') has no axis 'in'", "axes"],
+    ),
+    (
+        "streams with other heads",
+        lambda: find(
+            mc.layouts.mha(query=("query", "other"), value=None, out=None), other=kernel(8, 2, 6)
+        ),
+        ["layers/attn/query/kernel (8, 4, 6) has 4 heads", "(8, 2, 6) 2 of 6", "axes="],
+    ),
+    (
+        "a key that all heads share beside others",
+        lambda: find(
+            Layout("x", (Piece("q", "query"), KEY, Piece("k", "value", "heads in features"))),
+            value=kernel(1, 9, 6),
+        ),
+        ["layers/attn/value/kernel (1, 9, 6) 1 of 6", "What all heads share", "harmless="],
     ),
     ("a size of zero", lambda: Piece("q", "w", sizes={"heads": 0}), ["'w'", "heads", "got 0"]),
     (
@@ -302,8 +327,8 @@ MISTAKES = [
     ),
     (
         "neither in nor out",
-        lambda: Piece("q", "w", "heads features"),
-        ["Piece('q', 'w'", "axes='heads features'", "must have 'in'"],
+        lambda: Piece("v", "w", "heads features"),
+        ["Piece('v', 'w'", "axes='heads features'", "must have 'in'"],
     ),
     (
         "o without out",
