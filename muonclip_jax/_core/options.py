@@ -161,9 +161,9 @@ def check_not_frozen(name: str, tx: optax.GradientTransformation, weight_decay: 
     if may_decay and not any(_update_of_one(tx, step) for step in (*range(16), 10**3, 10**5)):
         raise ValueError(
             f"{name} gives no updates, and weight_decay={weight_decay} would still move these "
-            "parameters. To freeze them, keep them from the recipe: optax.partition({'train': "
-            "mc.muon(...), 'freeze': optax.set_to_zero()}, labels) around it. Or give "
-            "weight_decay=0, or a weight_decay_mask."
+            "parameters. To freeze them, name them in the recipe's frozen=, or keep them from the "
+            "recipe: optax.partition({'train': mc.muon(...), 'freeze': optax.set_to_zero()}, "
+            "labels) around it. Or give weight_decay=0, or a weight_decay_mask."
         )
 
 

@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 
 from muonclip_jax._core import paths
-from muonclip_jax._core.masks import Mask, check_mask
+from muonclip_jax._core.masks import Frozen, Mask, check_mask, read_frozen
 from muonclip_jax._core.meshes import mesh_of
 from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._core.tables import as_text
@@ -46,8 +46,8 @@ class ParameterRow:
 
     path: str
     shape: tuple[int, ...]
-    optimizer: str  # "muon" or "other"
-    matrices: tuple[MatrixKind, ...]  # () for the other optimizer
+    optimizer: str  # "muon", "other" or "frozen"
+    matrices: tuple[MatrixKind, ...]  # () for all but Muon
     attention: tuple[AttentionPiece, ...]  # () for what the layout does not name
     qk_norm: bool  # whether it belongs to a norm behind the queries or keys
     decays: bool  # whether weight decay reaches it
@@ -101,13 +101,14 @@ class Description(tuple[ParameterRow, ...]):
         return table
 
     def _parameters(self) -> Table:
-        muon, other = (
+        muon, other, frozen = (
             sum(math.prod(row.shape) for row in self if row.optimizer == name)
-            for name in ("muon", "other")
+            for name in ("muon", "other", "frozen")
         )
         refused = "; QK-Clip and QuacK refuse what is behind a QK-norm"
         table = Table(
             caption=f"{muon:,} parameters with muon, {other:,} with the other optimizer"
+            + f", {frozen:,} frozen" * bool(frozen)
             + refused * any(row.qk_norm for row in self),
             caption_justify="left",
         )
@@ -140,6 +141,7 @@ def describe(
     rules: routing.Rules | None = None,
     dimension_numbers: routing.DimensionNumbers | None = None,
     weight_decay_mask: Mask | None = None,
+    frozen: Frozen | None = None,
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
     shardings: Shardings | None = None,
     devices_per_matrix: DevicesPerMatrix | None = None,
@@ -153,6 +155,7 @@ def describe(
       rules: As given to the recipe.
       dimension_numbers: As given to the recipe.
       weight_decay_mask: As given to the recipe.
+      frozen: As given to the recipe.
       newton_schulz: As given to the recipe.
       shardings: As given to the recipe. Arrays on a mesh tell themselves here; on Auto meshes
         they cannot under `jax.jit`, and the recipe needs it.
@@ -176,6 +179,7 @@ def describe(
       mlp/kernel 1 × [8, 16]
     """
     check_mask("weight_decay_mask", weight_decay_mask)
+    still = read_frozen(frozen, params)
     check_newton_schulz(newton_schulz)
     check_devices_per_matrix(devices_per_matrix)
     numbers = routing.choose(dimension_numbers, layout, granularity, rules)
@@ -192,16 +196,17 @@ def describe(
     rows: list[ParameterRow] = []
     arrays: list[matrices.MatrixArray] = []
     for path, leaf in paths.leaves(params):
-        spec, shape = specs[path], np.shape(leaf)
+        spec, shape = None if path in still else specs[path], np.shape(leaf)
         kinds: tuple[MatrixKind, ...] = ()
         if spec is not None:
             kinds = spec.kinds
             way = way_to_matrices(spec.views, places[path])
             split = partial(matrices.split, spec=spec, way=way)
             arrays += jax.eval_shape(split, jax.ShapeDtypeStruct(shape, paths.dtype_of(leaf)))
-        optimizer = "other" if spec is None else "muon"
+        optimizer = "frozen" if path in still else "other" if spec is None else "muon"
         role = tuple(attention.get(path, ()))
-        facts = optimizer, kinds, role, path in norms, decay[path], why.get(path, "")
+        decaying = decay[path] and path not in still
+        facts = optimizer, kinds, role, path in norms, decaying, why.get(path, "")
         rows.append(ParameterRow(paths.show(path), shape, *facts))
     known = (sharding.mesh.abstract_mesh for sharding in places.values() if sharding)
     mesh = next(known, mesh_of(params))

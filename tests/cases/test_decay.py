@@ -353,13 +353,19 @@ FROZEN = {
 def test_what_is_frozen_by_the_other_optimizer_would_decay(other):
     with pytest.raises(ValueError) as caught:
         mc.muon(1.0, other=other)
-    for words in ("other gives no updates", "weight_decay=0.1", "optax.partition", "decay_mask"):
+    for words in (
+        "other gives no updates",
+        "weight_decay=0.1",
+        "frozen=",
+        "optax.partition",
+        "decay_mask",
+    ):
         assert words in str(caught.value)
     with pytest.raises(ValueError, match="other gives no updates"):
         optax.inject_hyperparams(mc.muon)(1.0, other=other).init(PARAMS)
     kept = {"weight_decay": 0.0}, {"weight_decay_mask": {"mlp": True, "embed": False}}
-    for options in kept:
-        found = decay_of(PARAMS, mc.muon(1.0, other=other, newton_schulz=HOW, **options))
+    for options in (*kept, {"other": optax.scale_by_adam(), "frozen": "embed/*"}):
+        found = decay_of(PARAMS, mc.muon(1.0, newton_schulz=HOW, **{"other": other, **options}))
         assert found["embed/embedding"] == 0
 
 

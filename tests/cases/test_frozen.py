@@ -223,6 +223,17 @@ def test_recipes_move_nothing_frozen(recipe):
         assert len(momenta) == 3 and not any({"query", "base"} & set(path) for path in momenta)
 
 
+def test_describe_says_what_is_frozen():
+    rows = mc.describe(plain(), MHA, frozen="attn/query/*")
+    told = {row.path.split("/")[1]: (row.optimizer, row.decays, len(row.matrices)) for row in rows}
+    assert told == {"query": ("frozen", False, 0)} | dict.fromkeys(
+        ("key", "value", "out"), ("muon", True, 1)
+    )
+    assert "288 parameters with muon, 0 with the other optimizer, 96 frozen" in " ".join(
+        str(rows).split()
+    )
+
+
 def test_the_report_says_which_heads_no_clip_holds():
     params = two_blocks()
     sown = {("attn",): MAXIMA, ("other",): MAXIMA}
