@@ -395,7 +395,7 @@ def _of_layer(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
 
 def _of_queries(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
     """Of queries whose keys are another layer's: what they make is not known."""
-    queries = [role for role in QUERY_ROLES if role in pieces]
+    queries: list[Role] = [role for role in QUERY_ROLES if role in pieces]
     r_q, scale_q = factored(_side(pieces, queries))
     norms = spectral_norm(r_q) * scale_q[:, 0]
     rms = reduce(jnp.minimum, (_rms(pieces[role]) for role in queries))
@@ -405,8 +405,11 @@ def _of_queries(pieces: Mapping[Role, jax.Array]) -> _KernelNumbers:
 
 def _meeting(pieces: Mapping[Role, jax.Array]) -> list[tuple[Role, Role]]:
     """The query pieces, each with the keys that it is multiplied with."""
-    met = {role: ROLES[role].partner for role in QUERY_ROLES if role in pieces}
-    return [(role, key) for role, key in met.items() if key and key in pieces]
+    return [
+        (role, key)
+        for role in QUERY_ROLES
+        if role in pieces and (key := ROLES[role].partner) and key in pieces
+    ]
 
 
 def _rms(x: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ class Layout:
             self._check_roles()
 
     def _check_roles(self) -> None:
-        roles = [piece.role for piece in self.pieces]
+        roles: list[Role] = [piece.role for piece in self.pieces]
         if not set(roles) & set(QUERY_ROLES):
             raise ValueError(
                 f"{self}: pieces have the roles {roles}; there must be a Piece of {QUERY_ROLES}. "
@@ -96,7 +96,8 @@ class Layout:
                 "out with layouts.ignore(block). What is frozen is described all the same, and "
                 "named by frozen=.)"
             )
-        for role in dict.fromkeys(roles):
+        unique: dict[Role, None] = dict.fromkeys(roles)
+        for role in unique:
             first, *others = (piece for piece in self.pieces if piece.role == role)
             names = [piece.parameter for piece in (first, *others)]
             if first.is_vector and ROLES[role].side != "gain":
@@ -126,16 +127,13 @@ class Layout:
 
     def takes(self, block: Path) -> bool:
         """Whether the `block` pattern admits the module at this path."""
+        if self.block is None:
+            return True
         name = paths.show(module_path(block))
-        match self.block:
-            case None:
-                return True
-            case str() as glob:
-                return fnmatchcase(name, glob)
-            case tuple() | list() as globs:
-                return any(fnmatchcase(name, glob) for glob in globs)
-            case predicate:
-                return bool(predicate(name))
+        if callable(self.block):
+            return bool(self.block(name))
+        globs = [self.block] if isinstance(self.block, str) else self.block
+        return any(fnmatchcase(name, glob) for glob in globs)
 
     def places(self, shapes: Shapes) -> list[Path]:
         """The modules that hold a query or key parameter."""

@@ -229,9 +229,8 @@ def test_describe_says_what_is_frozen():
     assert told == {"query": ("frozen", False, 0)} | dict.fromkeys(
         ("key", "value", "out"), ("muon", True, 1)
     )
-    assert "288 parameters with muon, 0 with the other optimizer, 96 frozen" in " ".join(
-        str(rows).split()
-    )
+    caption = "288 parameters with muon, 0 with the other optimizer, 96 frozen"
+    assert caption in " ".join(str(rows).split())
 
 
 def test_the_report_says_which_heads_no_clip_holds():
