@@ -1,8 +1,12 @@
 """NNX trainers that own their step: the model records its max logits, the optimizer reads them."""
 
 import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import einops
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,7 +14,7 @@ from flax import nnx
 
 from muonclip_jax._attention.flax import attention_fn
 from muonclip_jax._core import paths
-from muonclip_jax._core.recording import UNSEEN, MaxLogits
+from muonclip_jax._core.recording import UNSEEN, MaxLogits, record
 from muonclip_jax._core.sowing import MAX_LOGITS, RECORDED
 from muonclip_jax._layouts.blocks import Layouts, find_blocks, module_path
 from muonclip_jax.layouts import find_layout
@@ -19,13 +23,16 @@ Model = TypeVar("Model", bound=nnx.Module)
 Optimizer = TypeVar("Optimizer", bound=nnx.Optimizer)
 
 
-def record_max_logits(model: Model, layout: Layouts | None = None) -> Model:
+def record_max_logits(
+    model: Model, layout: Layouts | None = None, *, softmax: str | None = None
+) -> Model:
     """Makes a model keep its max logits as a variable, for `use_recorded_max_logits`.
 
     Each attention module gets a variable `mc.MaxLogits`, in which `sow_max_logits` and
     `attention_fn` take the maximum of what they are given until the next update. Flax's own
     attention modules need no more than this call: they get `attention_fn=mc.attention_fn`, unless
-    they have another than Flax's, and call it with `sow_weights=True`.
+    they have another than Flax's, and call it with `sow_weights=True`. Of attention that sows
+    nothing, Tunix's say, `softmax=` takes the maxima of what it gives to `jax.nn.softmax`.
 
     Only passes that are differentiated are recorded, so evaluation between two steps changes
     nothing. Everything that carries batch statistics carries the variable: `nnx.jit`, `nnx.scan`
@@ -38,6 +45,10 @@ def record_max_logits(model: Model, layout: Layouts | None = None) -> Model:
     Args:
       model: Changed in place.
       layout: The model's attention, as for `qk_clip`; None is `find_layout`'s.
+      softmax: How these modules lay out the logits that they give to `jax.nn.softmax`, and the
+        heads in them, as an einops reduction: `"b heads t s -> heads"`, or for grouped queries
+        `"b k g t s -> (k g)"`. While such a module is called, `jax.nn.softmax` is another function,
+        for all threads. Logits that were soft-capped before are seen as they are then.
 
     Returns:
       The model.
@@ -45,7 +56,7 @@ def record_max_logits(model: Model, layout: Layouts | None = None) -> Model:
     Raises:
       TypeError: No NNX module.
       ValueError: What `find_layout` and `find_blocks` raise; attention that is not in a module of
-        its own.
+        its own; in the forward pass, maxima of another shape than `[stack..., heads]`.
 
     Example:
         >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
@@ -74,7 +85,9 @@ def record_max_logits(model: Model, layout: Layouts | None = None) -> Model:
                 "optimizer.update(model, grads, max_logits=...)."
             )
         setattr(module, RECORDED, MaxLogits(jnp.full(block.shape, UNSEEN, jnp.float32)))
-        if isinstance(module, nnx.MultiHeadAttention):
+        if softmax is not None:
+            _become(module, _watched_attention(type(module), softmax))
+        elif isinstance(module, nnx.MultiHeadAttention):
             _become(module, _sowing_attention(type(module)))
             if module.attention_fn is nnx.dot_product_attention:
                 module.attention_fn = attention_fn
@@ -132,6 +145,49 @@ def _sowing_attention(kind: Any) -> type:
             return super().__call__(*inputs, **options | {"sow_weights": True})
 
     return kind if kind.__name__ == "SowingAttention" else SowingAttention
+
+
+@functools.cache
+def _watched_attention(kind: Any, axes: str) -> type:
+    """Its methods are watched one by one: under `nnx.remat` an inner one has another `self`, and
+    only that may be written."""
+    if kind.__name__ == "WatchedAttention":
+        kind = kind.__base__
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self, *args, **kwargs):
+            with _softmax_recorded_in(self, axes):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    methods = {
+        name: watched(method)
+        for base in reversed(kind.__mro__)
+        if issubclass(base, nnx.Module) and base is not nnx.Module
+        for name, method in vars(base).items()
+        if inspect.isfunction(method) and (name == "__call__" or not name.startswith("__"))
+    }
+    return type(kind)("WatchedAttention", (kind,), methods)
+
+
+@contextmanager
+def _softmax_recorded_in(module: nnx.Module, axes: str) -> Iterator[None]:
+    name, mark, now = "softmax", "unwatched", jax.nn.softmax
+    # Inside of another watched method this one's module alone is told.
+    original = getattr(now, mark, now)
+
+    def softmax(x, *args, **kwargs):
+        record(module, einops.reduce(x, axes, "max"))
+        return original(x, *args, **kwargs)
+
+    setattr(softmax, mark, original)
+    setattr(jax.nn, name, softmax)
+    try:
+        yield
+    finally:
+        setattr(jax.nn, name, now)
 
 
 @functools.cache

@@ -290,3 +290,27 @@ def test_wrong_wiring(error, mistake, words):
         mistake()
     for word in words:
         assert word in str(caught.value)
+
+
+class Silent(Attention):
+    """That sows nothing, as other people's: its logits go to the softmax, here in a method under
+    remat."""
+
+    def block(self, x):
+        logits = jnp.einsum("btnh,bsnh->bnts", self.query(x), self.key(x))
+        return x + jnp.einsum("bnts,bsd->btd", jax.nn.softmax(logits), x)
+
+    def __call__(self, x):
+        return nnx.remat(self.block.__func__)(self, x)
+
+
+def test_attention_that_sows_nothing_is_watched_at_its_softmax():
+    softmax = jax.nn.softmax
+    model = Model()
+    model.layers = nnx.List([Silent(nnx.Rngs(seed)) for seed in range(2)])
+    for _ in range(2):  # a second call changes nothing
+        mc.record_max_logits(model, LAYOUT, softmax="b heads t s -> heads")
+    optimizer = mc.use_recorded_max_logits(nnx.Optimizer(model, TX, wrt=nnx.Param))
+    trainers_step(model, optimizer, X)
+    assert_close(seen(optimizer), EXPECTED)
+    assert jax.nn.softmax is softmax
