@@ -3,6 +3,7 @@
 settings.py    the flags
 data.py        files → tokenizer → batches of tokens
 model.py       the decoder; training form and absorbed decode form
+experts.py     the decoder's mixture of experts: tokens through those they were sent to
 devices.py     what a run runs on: simulated devices, a mesh, several processes
 mesh.py        the mesh: batches, activations and results on it
 partition.py   the mesh: which axis of which parameter goes where

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from examples.mla.metrics import Row, column, peak, per_head, select
+from examples.mla.metrics import Row, busiest_expert, column, peak, per_head, select
 from muonclip_jax import plots
 
 POINTS = 500  # most points that a curve is drawn with
@@ -97,6 +97,19 @@ def participation_ratio(evals: Sequence[Row]) -> Figure:
             ratio = np.array([row["participation_ratio"][block] for row in evals], np.float64)
             axes.plot(column(evals, "step"), ratio, "o-", ms=4, color=color, label=block)
         axes.set(xlabel="step", ylabel="participation ratio")
+        axes.legend()
+    return figure
+
+
+def expert_load(steps: Sequence[Row]) -> Figure:
+    """What the busiest expert of each layer got over steps, in fair shares."""
+    modules = busiest_expert(steps)
+    with _axes(height=3.2) as (figure, axes):
+        for (module, load), color in zip(modules.items(), plots.shades(len(modules)), strict=True):
+            x, y = thin(column(steps, "step")), thin(running_mean(load))
+            axes.plot(x, y, color=color, label=module)
+        axes.axhline(1, color=FAINT, lw=0.8)
+        axes.set(xlabel="step", ylabel="load / fair share")
         axes.legend()
     return figure
 

@@ -7,6 +7,7 @@ Mesh axes:  fsdp  splits parameters and their optimizer state, and the batch
 Without a mesh (`jax.set_mesh`) these functions leave arrays as they are.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -38,6 +39,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
 def batch_spec(mesh: Mapping[str, int]) -> PartitionSpec:
     """The sharding of an array whose first axis is the batch."""
     return PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh))
+
+
+def batch_parts(mesh: Mapping[str, int]) -> int:
+    """How many parts of a batch a mesh of these axes has."""
+    return math.prod(mesh[name] for name in BATCH_AXES if name in mesh)
 
 
 def spread(batch: np.ndarray) -> jax.Array:

@@ -3,7 +3,8 @@
 Every row has an `event`: `start` (the settings; one more each time the run is resumed), `step`
 (one training step), `eval` (held-out loss and participation ratios) and `end` (the sample). Rows
 carry the step they were taken after.
-Maxima and clip factors are `{block: [heads]}`. A number that is not finite is null.
+Maxima and clip factors are `{block: [heads]}`, `expert_load` is `{module: [experts]}`. A number
+that is not finite is null.
 """
 
 import json
@@ -86,7 +87,7 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
 
 
 def per_head(rows: Sequence[Row], name: str) -> dict[str, np.ndarray]:
-    """Block → float64 `[rows, heads]` of the step rows' `max_logits` or `gamma`."""
+    """Block → float64 `[rows, heads]` of the step rows' `max_logits`, `gamma` or `expert_load`."""
     return {
         block: np.array([row[name][block] for row in rows], np.float64) for block in rows[0][name]
     }
@@ -127,6 +128,9 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("validation bits per byte", f"{bits_per_byte:.3f}"),
         ("largest max logit", f"{np.fmax.reduce(peak(steps)):.2f}"),
     ]
+    if has_experts(steps):
+        busiest = np.mean([load[-20:].mean() for load in busiest_expert(steps).values()])
+        found.append(("busiest expert, of a fair share, last 20 steps", f"{busiest:.2f}"))
     if clips(steps):
         gamma = np.concatenate([*per_head(steps, "gamma").values()], axis=1)
         found += [
@@ -148,6 +152,19 @@ def tokens_per_second(steps: Sequence[Row]) -> float:
 def clips(steps: Sequence[Row]) -> bool:
     """Whether the run's optimizer ends with QK-Clip."""
     return "gamma" in steps[0]
+
+
+def has_experts(steps: Sequence[Row]) -> bool:
+    """Whether the run's MLPs are mixtures of experts."""
+    return "expert_load" in steps[0]
+
+
+def busiest_expert(steps: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Module → float64 `[steps]`: how much the busiest expert got, where 1 is a fair share."""
+    return {
+        module: load.max(axis=1) * load.shape[1]
+        for module, load in per_head(steps, "expert_load").items()
+    }
 
 
 def peak(steps: Sequence[Row]) -> np.ndarray:

@@ -4,6 +4,7 @@ Axis names, used in every shape comment and einops pattern below:
 
     b  batch            t  query position   s  key position     d  model width
     h  heads            k  key heads (GQA)  g  queries per key head
+    e  experts          j  the experts that a token is sent to
     n  nope features    r  rope features    v  value features   f  any head features
     c  key/value latent
 
@@ -22,9 +23,14 @@ from einops import einsum, rearrange, repeat
 from flax import nnx
 
 import muonclip_jax as mc
+from examples.mla.experts import ACTIVE, mix
 from examples.mla.mesh import replicate, split_batch, whole_rows
 
 Cache = dict[str, jax.Array]
+
+# How far an expert's bias moves in a step, and where its load is read: DeepSeek-V3, section 4.2.
+BALANCE_RATE = 1e-3
+EXPERT_LOAD = "expert_load"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,10 @@ class ModelConfig:
     kv_rank: int = 48
     """Width of MLA's key/value latent, which decoding caches."""
     d_ff: int = 384
-    """Width inside the MLP."""
+    """Width inside the MLP; with experts, of the three together that a token goes through."""
+    experts: int = 0
+    """Experts of each MLP, of which a token goes to two, and to one more that all tokens share;
+    0 is one dense MLP."""
     max_length: int = 256
     """Longest sequence, for decoding's cache."""
     rope_base: float = 10_000.0
@@ -70,7 +79,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            least = 0 if name == "q_rank" else 1
+            least = 0 if name in ("q_rank", "experts") else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
         if not self.rope_base > 1:
@@ -83,6 +92,11 @@ class ModelConfig:
                 f"{self.heads} heads cannot share {self.kv_heads} key heads evenly; choose "
                 "kv_heads among the divisors of heads."
             )
+        if self.experts and (self.experts < ACTIVE or self.d_ff % (ACTIVE + 1)):
+            raise ValueError(
+                f"A token goes to {ACTIVE} experts and a shared one: experts must be 0 or at least "
+                f"{ACTIVE}, got {self.experts}, and {ACTIVE + 1} must divide d_ff, got {self.d_ff}."
+            )
         if self.qk_norm == "full" and self.attention == "mla":
             raise ValueError(
                 "qk_norm=full needs whole queries and keys, which MLA's decoding never forms; use "
@@ -92,6 +106,11 @@ class ModelConfig:
             raise ValueError("qk_norm=partial is for attention=mla; use qk_norm=full.")
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise ValueError(f"soft_cap must be above 0, got {self.soft_cap}.")
+
+    @property
+    def expert_width(self) -> int:
+        """Width inside one expert."""
+        return self.d_ff // (ACTIVE + 1)
 
     @property
     def scale(self) -> float:
@@ -297,13 +316,63 @@ class GroupedAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """`(silu(x W_gate) * x W_up) W_down` (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.gate = linear(config.d_model, config.d_ff, config, rngs)
-        self.up = linear(config.d_model, config.d_ff, config, rngs)
-        self.down = linear(config.d_ff, config.d_model, config, rngs)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int):
+        self.gate = linear(config.d_model, width, config, rngs)
+        self.up = linear(config.d_model, width, config, rngs)
+        self.down = linear(width, config.d_model, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Bias(nnx.Variable):
+    """What is added to the experts' scores when experts are chosen; no gradient moves it."""
+
+
+class ExpertKernels(nnx.Module):
+    """A kernel `[in, out]` for each expert: `e in out`."""
+
+    def __init__(self, ins: int, outs: int, config: ModelConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(batch_axis=(0,))
+        self.kernel = nnx.Param(init(rngs.params(), (config.experts, ins, outs), jnp.float32))
+
+
+class Experts(nnx.Module):
+    """A mixture of SwiGLU experts, as in DeepSeek-V3 (arXiv 2412.19437), Moonlight and Kimi K2.
+
+    A token goes to the two experts of the largest score, and to a shared one. Scores are sigmoids;
+    those of the two, divided by their sum, weigh what the experts give. No token is dropped. Loads
+    are balanced without a loss of their own (arXiv 2408.15664): experts are chosen by score plus a
+    bias, which `balance` raises for those that had less than their share.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width, experts = config.expert_width, config.experts
+        self.config = config
+        self.router = nnx.Linear(config.d_model, experts, use_bias=False, rngs=rngs)
+        self.bias = Bias(jnp.zeros(experts))
+        self.gate = ExpertKernels(config.d_model, width, config, rngs)
+        self.up = ExpertKernels(config.d_model, width, config, rngs)
+        self.down = ExpertKernels(width, config.d_model, config, rngs)
+        self.shared = SwiGLU(config, rngs, width)
+
+    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`b t d` → the experts that a token goes to `b t j`, and what each counts `b t j`."""
+        scores = jax.nn.sigmoid(self.router(x.astype(jnp.float32)))
+        _, chosen = jax.lax.top_k(scores + self.bias[...], ACTIVE)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        return chosen, weights / weights.sum(-1, keepdims=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        chosen, weights = self.route(x)
+        sent = jax.nn.one_hot(chosen, self.config.experts, dtype=jnp.float32)
+        mc.sow_signal(self, EXPERT_LOAD, sent.mean((0, 1, 2)))
+        kernels = [each.kernel[...].astype(x.dtype) for each in (self.gate, self.up, self.down)]
+        return self.shared(x) + mix(x, chosen, weights.astype(x.dtype), kernels)
+
+    def balance(self, load: jax.Array) -> None:
+        """Moves each expert's bias by one step of `BALANCE_RATE`, against its load `e`."""
+        self.bias[...] += BALANCE_RATE * jnp.sign(1 / self.config.experts - load)
 
 
 class Layer(nnx.Module):
@@ -312,7 +381,7 @@ class Layer(nnx.Module):
         self.attn_norm = rms_norm(config.d_model, config, rngs)
         self.attn = attention(config, rngs)
         self.mlp_norm = rms_norm(config.d_model, config, rngs)
-        self.mlp = SwiGLU(config, rngs)
+        self.mlp = Experts(config, rngs) if config.experts else SwiGLU(config, rngs, config.d_ff)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attn(self.attn_norm(x))
@@ -355,6 +424,12 @@ class Decoder(nnx.Module):
             keys.append(layer.attn.keys_and_values(layer.attn_norm(x))[0])
             x = layer(x)
         return keys
+
+    def balance(self, loads: dict[tuple[str, ...], jax.Array]) -> None:
+        """Moves the biases of all experts against what they got in a step, `{module: e}`."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, Experts):
+                layer.mlp.balance(loads["layers", str(i), "mlp"])
 
     def init_cache(self, batch: int) -> list[Cache]:
         return [layer.attn.init_cache(batch) for layer in self.layers]

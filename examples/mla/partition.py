@@ -12,8 +12,9 @@ from examples.mla.model import Decoder, ModelConfig
 
 def rules(config: ModelConfig) -> dict[str, tuple[tuple[str | None, int], ...]]:
     """For every matrix of the model, by module: the mesh axis that splits each of its axes
-    (kernels are [in, out]), and the largest number of parts."""
-    width, features = ("fsdp", config.d_model), ("tp", config.d_ff)
+    (kernels are [in, out]), and the largest number of parts. (Of experts see `spec`.)"""
+    width = ("fsdp", config.d_model)
+    features = ("tp", config.expert_width if config.experts else config.d_ff)
     q_latent, kv_latent = ("fsdp", config.q_rank), ("fsdp", config.kv_rank)
     grouped = config.attention == "gqa"
     heads, kv_heads = ("tp", config.heads), ("tp", config.kv_heads if grouped else config.heads)
@@ -31,6 +32,7 @@ def rules(config: ModelConfig) -> dict[str, tuple[tuple[str | None, int], ...]]:
         "gate": (width, features),
         "up": (width, features),
         "down": (features, width),
+        "router": (width, whole),
         "lm_head": (width, vocabulary),
     }
 
@@ -42,16 +44,23 @@ def spec(
 
     Args:
       path: Ends with the module and the parameter, as in `("layers", "0", "attn", "wo", "kernel")`.
-      ndim: Number of axes; only matrices are split.
+      ndim: Number of axes. Only matrices are split, and experts `[e, in, out]`: these over tp, each
+        over fsdp.
       config: The model's.
       mesh: Size of each mesh axis. An axis that it does not divide stays whole.
     """
-    if ndim != 2:
+    if ndim < 2:
         return PartitionSpec()
+    axes = rules(config)[path[-2]]
+    if ndim == 3:
+        axes = (
+            ("tp", config.experts),
+            *((None, 1) if name == "tp" else (name, parts) for name, parts in axes),
+        )
     return PartitionSpec(
         *(
             name if name is not None and name in mesh and parts % mesh[name] == 0 else None
-            for name, parts in rules(config)[path[-2]]
+            for name, parts in axes
         )
     )
 

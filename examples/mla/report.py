@@ -60,6 +60,7 @@ def run_page(rows: Sequence[Row]) -> str:
             section("Heads", picture(figures.heads(steps), HEADS)),
             section("Clip factors", clip_factors(steps)),
             section("Participation ratio", participation_ratio(select(rows, "eval"))),
+            *([section("Experts", experts(steps))] if metrics.has_experts(steps) else []),
             section("Sample", sample(select(rows, "end"))),
             section("Settings", table({**facts, **metrics.flat(settings)}.items())),
         ],
@@ -111,6 +112,17 @@ def participation_ratio(evals: Sequence[Row]) -> str:
     if not evals:
         return "<p>The run has had no validation yet.</p>"
     return picture(figures.participation_ratio(evals), PARTICIPATION_RATIO)
+
+
+EXPERTS = (
+    "Tokens that the busiest expert of each layer got in a step, over a fair share: 1 is balanced. "
+    "Running mean. No token is dropped."
+)
+
+
+def experts(steps: Sequence[Row]) -> str:
+    """How evenly the experts are used."""
+    return picture(figures.expert_load(steps), EXPERTS)
 
 
 def sample(ends: Sequence[Row]) -> str:

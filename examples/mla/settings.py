@@ -26,6 +26,10 @@ FREE_ON_RESUME = {
 }
 
 
+# What runs of earlier releases did, which had no such flag.
+ADDED = {"experts": 0}
+
+
 @dataclass(frozen=True)
 class Where:
     """The flags that decide where the defaults of all others come from."""
@@ -178,7 +182,7 @@ class Settings:
         """
         if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
             raise InputError("no settings of a run")
-        values = metrics.flat(saved)
+        values = ADDED | metrics.flat(saved)
         needed = {f.name for f in (*fields(cls), *fields(ModelConfig))} - {"model", "devices"}
         if missing := sorted(needed - values.keys()):
             raise InputError(f"settings without {', '.join(missing)}")

@@ -9,7 +9,7 @@ from flax import nnx
 
 import muonclip_jax as mc
 from examples.mla.mesh import replicate
-from examples.mla.model import Decoder, ModelConfig, attention_layout
+from examples.mla.model import EXPERT_LOAD, Decoder, ModelConfig, attention_layout
 from examples.mla.partition import keep_in_place, shardings
 from examples.mla.settings import Settings
 
@@ -91,8 +91,9 @@ def train_step(
     """Updates the model.
 
     Returns:
-      The step's numbers, without waiting for them: `loss`, `max_logits` `{block: [heads]}`, and
-      the other fields of the `QKClipState` when the optimizer clips.
+      The step's numbers, without waiting for them: `loss`, `max_logits` `{block: [heads]}`; the
+      other fields of the `QKClipState` when the optimizer clips; `expert_load`
+      `{module: [experts]}`, each expert's share of what was sent, when there are experts.
     """
 
     def loss_fn(model):
@@ -100,10 +101,15 @@ def train_step(
 
     (loss, intermediates), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
     optimizer.update(model, grads, max_logits=intermediates)
+    balance = {}
+    if model.config.experts:
+        loads = mc.read_signal(intermediates, EXPERT_LOAD)
+        model.balance(loads)
+        balance = {EXPERT_LOAD: {"/".join(path): load for path, load in loads.items()}}
     keep_in_place(model, optimizer)
     maxima = {"/".join(path): heads for path, heads in mc.read_max_logits(intermediates).items()}
     clip = mc.qk_clip_state(optimizer.opt_state)._asdict() if clips else {}
-    return replicate({**clip, "loss": loss, "max_logits": maxima})
+    return replicate({**clip, **balance, "loss": loss, "max_logits": maxima})
 
 
 @nnx.jit

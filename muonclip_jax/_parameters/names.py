@@ -148,6 +148,11 @@ def is_router(path: Path) -> bool:
     return bool(_ROUTER & said) and said <= _ROUTER | _BESIDE_ROUTER
 
 
+def is_called_router(path: Path) -> bool:
+    """Whether its name leaves no doubt of that, as `gate` does."""
+    return bool({"router", "routing"} & {*words(own(path))})
+
+
 def own(path: Path) -> str:
     """What a kernel is called: by its module, or by itself where no module holds it alone."""
     return holder(path) if leaf(path) in (*KERNELS, *WEIGHTS) else leaf(path)

@@ -213,7 +213,11 @@ class Neighbours:
 
     @cached_property
     def _routers(self) -> list[Path]:
-        return [p for p, shape in self.shapes.items() if len(shape) > 1 and names.is_router(p)]
+        every = [p for p, shape in self.shapes.items() if len(shape) > 1 and names.is_router(p)]
+        # Beside what is called a router, a gate is a part of an MLP.
+        called = [p for p in every if names.is_called_router(p)]
+        gates = {p for p in every for r in called if p not in called and p[: len(r) - 2] == r[:-2]}
+        return [path for path in every if path not in gates]
 
     @cached_property
     def _stacks(self) -> dict[Path, Stack]:

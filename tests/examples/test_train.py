@@ -211,6 +211,8 @@ WRONG_FLAGS = {
     "batch beyond the text": ({"batch_size": 500}, "too little validation text"),
     "rope": ({"rope": 3}, "3 rotary features is odd"),
     "heads": ({"heads": 0}, "heads must be at least 1, got 0"),
+    "one expert": ({"experts": 1, "d_ff": 24}, "experts must be 0 or at least 2, got 1, and 3 "),
+    "width of experts": ({"experts": 4}, "at least 2, got 4, and 3 must divide d_ff, got 16"),
     "QK-norm": (
         {"qk_norm": "full", "optimizer": "muon"},
         "qk_norm=full needs whole queries and keys",
