@@ -33,6 +33,7 @@ from muonclip_jax._parameters.routing import muon_dimension_numbers
 from muonclip_jax._trainers.linen import TrainState
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
 from muonclip_jax._transforms.clip import ClipState, clip_by_signal
+from muonclip_jax._transforms.elsewhere import from_optax_muon, from_torch_muon
 from muonclip_jax._transforms.muon import scale_by_muon
 from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
 from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
@@ -70,6 +71,8 @@ __all__ = [
     "AccumulateState",
     "accumulate_state",
     "upgrade_state",
+    "from_optax_muon",
+    "from_torch_muon",
     # recipes: the chains
     "muon",
     "muonclip",

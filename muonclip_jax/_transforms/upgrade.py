@@ -53,12 +53,12 @@ def upgrade_state(old: Any, like: optax.OptState) -> optax.OptState:
 def _upgrade(old: Any, like: Any, path: Path) -> Any:
     children, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: x is not like)
     if treedef == jax.tree.structure(0):
-        return _leaf(old, like, path)
+        return as_like(old, like, path)
     first = like[0] if isinstance(like, tuple) and like else None
     if isinstance(first, optax.TraceState | CorrectedTraceState) and _is_muon_state(old):
         trace = _upgrade(_child(old, "momentum", 1, path), first.trace, (*path, "momentum"))
         if isinstance(first, CorrectedTraceState):
-            step = _leaf(_child(old, "count", 0, path), first.step, (*path, "count"))
+            step = as_like(_child(old, "count", 0, path), first.step, (*path, "count"))
             return CorrectedTraceState(trace, step), *like[1:]
         return optax.TraceState(trace), *like[1:]
     if isinstance(like, AccumulateState) and like.maxima:
@@ -110,7 +110,12 @@ def _child(old: Any, name: str, index: int, path: Path) -> Any:
     )
 
 
-def _leaf(old: Any, like: Any, path: Path) -> jax.Array:
+def as_like(old: Any, like: Any, path: Path) -> jax.Array:
+    """An old array in the dtype and, where it has one, the sharding of a new one.
+
+    Raises:
+      ValueError: They have different shapes.
+    """
     if jnp.shape(old) != like.shape:
         raise ValueError(
             f"The old state has the shape {jnp.shape(old)} at {paths.show(path)}, and `like` "
