@@ -195,7 +195,10 @@ def check_fits(granularity: Granularity, blocks: Sequence[Block]) -> None:
     for block in blocks:
         for few in groups:
             found = [part for part in block.parts if part.role in few]
-            if len({part.kernel for part in found}) > 1:
+            inside: dict[paths.Path, set[Role]] = {}  # several streams have a kernel each
+            for part in found:
+                inside.setdefault(part.kernel, set()).add(part.role)
+            if any(roles != {part.role for part in found} for roles in inside.values()):
                 where = ", ".join(f"{p.role} in {paths.show(p.kernel)} {p.shape}" for p in found)
                 raise ValueError(
                     f"{granularity}: {' and '.join(few)} are to share a matrix and lie in "

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import muonclip_jax as mc
 from muonclip_jax._layouts.blocks import Layout
 from muonclip_jax._layouts.pieces import Piece
+from muonclip_jax._layouts.roles import Role
 
 WIDTH, F, OUT, HEADS, LAYERS = 10, 3, 7, 4, 2
 NOPE, ROPE, V, Q_RANK, KV_RANK = 4, 2, 3, 5, 6
@@ -188,6 +189,7 @@ class Storage(NamedTuple):
     stack_axis: int | None = None
 
 
+QKV: tuple[Role, ...] = ("q", "k", "v")
 NAMES = {"query": "q", "key": "k", "value": "v", "out": "o"}
 HEADED = separate("h i f -> i h f", "h f o -> h f o")
 FLAT = separate("h i f -> i (h f)", "h f o -> (h f) o")
@@ -497,3 +499,15 @@ def test_a_granularity_is_a_value():
     assert len({by_role, dataclasses.replace(by_role), mc.Granularity(), mc.Granularity(1)}) == 2
     assert repr(by_role).startswith("Granularity(heads={'o': 'all', 'q': 2}, together=")
     assert eval(repr(by_role), {"Granularity": mc.Granularity}) == by_role
+
+
+def test_streams_share_matrices_each_for_itself():
+    """Two fused kernels with queries, keys and values of one attention: a head's three in each."""
+    pieces = [
+        Piece(role, name, "part in heads features", select={"part": part})
+        for name in ("qkv", "qkv_txt")
+        for part, role in enumerate(QKV)
+    ]
+    params = {"attn": {name: {"kernel": jnp.ones((3, 10, 4, 3))} for name in ("qkv", "qkv_txt")}}
+    found = texts(params, Layout("streams", tuple(pieces)), mc.Granularity(together=(QKV,)))
+    assert [*found.values()] == [["q + k + v 4 × [10, 9]"]] * 2
