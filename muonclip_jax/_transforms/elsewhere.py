@@ -48,7 +48,7 @@ def from_optax_muon(old: Any, like: optax.OptState, *, beta: float) -> optax.Opt
 
     Example:
         >>> theirs = optax.contrib.muon(1e-3)
-        >>> kernels = {"up": jnp.ones((4, 8)), "bias": jnp.ones(8)}
+        >>> kernels = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
         >>> _, old = theirs.update(kernels, theirs.init(kernels), kernels)
         >>> state = mc.from_optax_muon(old, mc.muon(1e-3).init(kernels), beta=0.95)
         >>> jax.tree.structure(state) == jax.tree.structure(mc.muon(1e-3).init(kernels))
@@ -156,7 +156,7 @@ class _Source:
         return filled
 
     def _counted(self, keys: Any, leaf: Any) -> Any:
-        last = keys[-1] if keys else None
+        last: Any = keys[-1] if keys else None
         of_state = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "count"
         if of_state and jnp.ndim(leaf) == 0 and jnp.issubdtype(paths.dtype_of(leaf), jnp.integer):
             return as_like(self.step, leaf, ("count",))
