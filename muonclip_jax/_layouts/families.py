@@ -670,5 +670,14 @@ LINEAR: tuple[Linear | LinearFused, ...] = (
 """The same for modules with an `A_log`: the rate at which linear attention forgets."""
 
 
-INDEXER = (Piece("q", "wq_b", "in heads features"), Piece("k", "wk", "in features"))
-"""DeepSeek's indexer in MaxText, with a weight for each of its heads in `weights_proj`."""
+STORED: tuple[tuple[Piece, ...], ...] = (
+    # DeepSeek's indexer, which chooses what others attend to.
+    (Piece("q", "wq_b", "in heads features"), Piece("k", "wk", "in features")),
+    # DeepSeek V4: keys are values, and its output has a first projection for each group of heads.
+    (
+        Piece("q", "wq_b", "in heads features"),
+        Piece("k", "wkv", "in heads features"),
+        Piece("o", "o_a_proj", "groups features out"),
+    ),
+)
+"""Attention in MaxText of which only the storage is known, for Muon: nothing clips it."""

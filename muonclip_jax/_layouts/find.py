@@ -21,8 +21,8 @@ from muonclip_jax._layouts.blocks import Layout, Layouts, find_blocks, module_pa
 from muonclip_jax._layouts.checks import matrices_of
 from muonclip_jax._layouts.families import (
     FAMILIES,
-    INDEXER,
     LINEAR,
+    STORED,
     Ask,
     Family,
     Inside,
@@ -164,7 +164,7 @@ def projections(shapes: Shapes) -> dict[Path, list[Projection]]:
     are another layer's, and stored like those that have some.
     """
     modules = _modules(shapes)
-    stored = {path: list(_storages(path, inside)) for path, inside in modules.items()}
+    stored = {path: list(_storages(inside)) for path, inside in modules.items()}
     known = dict.fromkeys(itertools.chain.from_iterable(stored.values()))
     found: dict[Path, list[Projection]] = {}
     for path, inside in modules.items():
@@ -179,16 +179,8 @@ def projections(shapes: Shapes) -> dict[Path, list[Projection]]:
     return found
 
 
-def _storages(path: Path, inside: Inside) -> Iterator[Storage]:
+def _storages(inside: Inside) -> Iterator[Storage]:
     """All that a module can be, by the first family that can read it."""
-    if _is_indexer(path):
-        scores = inside.get("weights_proj/kernel", ())
-        for axis in (0, 1):
-            parts = fit(INDEXER, inside, axis) if holds(("wq_b", "wk"), inside) else None
-            queries = parts and (parts["q"].features, *scores[-1:])
-            if parts and queries == (parts["k"].features, parts["q"].heads):
-                yield INDEXER, axis
-        return
     if _is_linear(inside) and (layout := _read_linear(inside)) is not None:
         yield layout.pieces, layout.stack_axis
         return
@@ -199,6 +191,11 @@ def _storages(path: Path, inside: Inside) -> Iterator[Storage]:
                 (each.pieces, each.stack_axis) for each in layouts if isinstance(each, Layout)
             )
             return
+    for pieces, axis in itertools.product(STORED, (0, 1)):
+        if holds([piece.parameter for piece in pieces], inside):
+            parts = fit(pieces, inside, axis)
+            if parts and parts["q"].features == parts["k"].features:
+                yield pieces, axis
 
 
 def _queries_alone(inside: Inside, known: Iterable[Storage]) -> Iterator[Storage]:

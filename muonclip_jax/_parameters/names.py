@@ -27,6 +27,7 @@ _LAYERS = {"layer", "layers", "block", "blocks", "stack", "stacked", "scan", "sc
 _HEAD = {"head", "heads", "classifier"}
 _NO_HEAD = {"multi", "num", "n", "per", "talking", "self", "cross", "q", "k", "kv", "query", "key"}
 _NO_LOGITS = {"pre", "router", "gate"}
+_KNOWN_HEADS = {("seq", "relationship"), ("dense", "prediction")}  # of BERT and ELECTRA
 _PERHAPS_HEAD = {("output", "layer"), ("output", "projection"), ("output", "proj")}
 _ROUTER = {"router", "gate", "gating", "routing"}
 _BESIDE_ROUTER = {
@@ -41,7 +42,7 @@ _BESIDE_ROUTER = {
     "moe",
 }
 _UP = re.compile(
-    r"(\w+_)?(up|gate|gating|gate_up|w_?(i|1|3|in|up|gate)|wi_\d|f[cf]_?(1|in)|c_fc)"
+    r"(\w+_)?(up|gate|gating|gate_up|w_?(i|1|3|in|up|gate)|wi_\d|f[cf]_?(1|in)|c_fc|\w+_alpha)"
     r"(_(proj|projection|einsum|layer|dense))?"
 )
 _DOWN = re.compile(
@@ -212,6 +213,7 @@ def _is_attention(name: str) -> bool:
 def _is_head(said: tuple[str, ...]) -> bool:
     return (
         ("lm", "head") in pairwise(said)
+        or said in _KNOWN_HEADS
         or any(word == "lmhead" or word.startswith("unembed") for word in said)
         or bool(_HEAD & {*said[-1:]} and not _NO_HEAD & {*said})
         or (any(word.startswith("logit") for word in said) and not _NO_LOGITS & {*said})
