@@ -3,14 +3,13 @@
     make test-models                                # makes .venv-models, with the models
     .venv-models/bin/python -m benchmarks.coverage
 
-Each configuration that MaxText ships and each model of Tunix, Transformers (Flax) and gemma is made
-abstractly, without memory and without a compiler. What is read of its parameters without a rule and
-without a layout is compared with `benchmarks.known_models`, written from the models' sources. The
-same trees go through `optax.contrib.muon`. With `--trees FOLDER` the shapes are kept there, and
-those that are there are not made again.
+Each configuration that MaxText ships and each Flax model of Transformers is made abstractly:
+without memory and without a compiler. What is read of its parameters without a rule and without a
+layout is compared with `benchmarks.known_models`, written from the models' sources. The same trees
+go through `optax.contrib.muon`. With `--trees FOLDER` the shapes are kept there, and those that are
+there are not made again. (`tests/parameters/test_reading.py` has the models that are transcribed.)
 """
 
-import importlib
 import json
 import platform
 import sys
@@ -41,7 +40,7 @@ Shapes = dict[str, tuple[int, ...]]
 class Options:
     """Which models are read right without a rule and without a layout."""
 
-    libraries: tuple[str, ...] = ("maxtext", "tunix", "transformers", "gemma")
+    libraries: tuple[str, ...] = ("maxtext", "transformers")
     only: str | None = None
     """A word that a model's name must have."""
     trees: Path | None = None
@@ -122,25 +121,6 @@ def maxtext() -> Iterator[Made]:
         yield file.stem, block, lambda name=file.stem, options=options: make(name, **options)
 
 
-def tunix() -> Iterator[Made]:
-    """Every configuration that a model's `ModelConfig` has by name."""
-    stand_ins("metrax", "metrax.logging")
-    families = ("Llama3", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Gemma4")
-    for family in families:
-        module = importlib.import_module(f"tunix.models.{family.lower()}.model")
-        model, config = getattr(module, family), module.ModelConfig
-        for name in sorted(vars(config)):
-            if isinstance(vars(config)[name], classmethod) and not name.startswith("_"):
-                new = getattr(config, name)
-                yield (
-                    name,
-                    family.lower(),
-                    lambda model=model, new=new: nnx.eval_shape(
-                        lambda: model(new(), rngs=nnx.Rngs(0))
-                    ),
-                )
-
-
 def transformers() -> Iterator[Made]:
     """The Flax model of every architecture that has one, of its configuration's defaults but with
     two layers of each kind."""
@@ -163,27 +143,6 @@ def transformers() -> Iterator[Made]:
 
     for name, model in sorted(models.items()):
         yield name, name, lambda model=model: make(getattr(transformers, model))
-
-
-def gemma() -> Iterator[Made]:
-    """Every model of google-deepmind/gemma."""
-    stand_ins("tensorflow")
-    from flax import linen
-
-    own = linen.Module.param
-    from gemma import gm
-
-    names = [name for name in dir(gm.nn) if name.startswith("Gemma")]
-    models = {name: getattr(gm.nn, name) for name in names}
-    del sys.modules["tensorflow"]
-    linen.Module.param = own  # gemma replaces everybody's
-    tokens = jnp.ones((1, 4), jnp.int32)
-
-    def make(model: Any) -> Any:
-        return jax.eval_shape(lambda key: model().init(key, tokens), jax.random.key(0))["params"]
-
-    for name, model in models.items():
-        yield name, name.split("_")[0].lower(), lambda model=model: make(model)
 
 
 def shapes_of(params: Any) -> Shapes:
@@ -251,7 +210,7 @@ def misrouted_by_optax(params: Any, shapes: Shapes, table: known_models.Table) -
 
 def run(options: Options) -> Iterator[Judgement]:
     """Every model, judged."""
-    makers = dict(maxtext=maxtext, tunix=tunix, transformers=transformers, gemma=gemma)
+    makers = dict(maxtext=maxtext, transformers=transformers)
     for library in options.libraries:
         for name, architecture, make in makers[library]():
             if options.only and options.only not in name:

@@ -1,11 +1,10 @@
 """What each parameter of known models is, by hand: what `benchmarks.coverage` compares with.
 
-Written from the models' sources, not from what this library prints: MaxText 0.2.5 `layers/`,
-`models/`; Tunix 0.1.7 `models/*/model.py`; Transformers 4.57.1 `modeling_flax_*.py`; gemma 4.0.1
-`gm/nn/`. An entry is a glob, the axes of one layer's parameter as its forward pass contracts them,
-and what it is. A matrix has the rows `in` (of projections back from heads `features`), with them
-`window` axes, and the columns `features` or `out`. All other axes count matrices: each head that
-has an axis of its own is one.
+Written from the models' sources, not from what this library prints: MaxText 0.2.5 `layers/` and
+`models/`, Transformers 4.57.1 `modeling_flax_*.py`. An entry is a glob, the axes of one layer's
+parameter as its forward pass contracts them, and what it is. A matrix has the rows `in` (of
+projections back from heads `features`), with them `window` axes, and the columns `features` or
+`out`. All other axes count matrices: each head that has an axis of its own is one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,57 +83,6 @@ MAXTEXT = Table(
     stack_axis=1,
 )
 
-TUNIX = Table(
-    (
-        *VECTORS,
-        ("*/input_embedding", None, "embedding"),
-        ("*embedding*", None, "embedding"),
-        ("lm_head/w", None, "unembedding"),
-        ("*/[qkv]_proj/w", HEADS, "attention"),
-        ("*/o_proj/w", "heads features out", "attention"),
-        ("*/q_einsum/w", "heads in features", "attention"),
-        ("*/k_einsum/w", "heads in features", "attention"),
-        ("*/kv_einsum/w", "part heads in features", "attention"),
-        ("*/qkv_einsum/w", "part heads in features", "attention"),
-        ("*/attn_vec_einsum/w", "heads features out", "attention"),
-        # qwen3/model.py: MoELayer.
-        ("*/mlp/gate_proj", "experts in out", ""),
-        ("*/mlp/up_proj", "experts in out", ""),
-        ("*/mlp/down_proj", "experts in out", ""),
-        # gemma4/moe.py: MoERagged; einsum `ecf`.
-        ("*/gating_einsum", "experts part out in", ""),
-        ("*/linear", "experts in out", ""),
-        ("*/router_logits", "in out", ""),
-        ("*/kernel", "in out", ""),
-        ("*/w", "in out", ""),
-    ),
-    {},
-)
-
-GEMMA = Table(
-    (
-        *VECTORS,
-        ("*embedding*", None, "embedding"),
-        ("*/q_einsum/w", "heads in features", "attention"),
-        ("*/k_einsum/w", "heads in features", "attention"),
-        ("*/kv_einsum/w", "part heads in features", "attention"),
-        ("*/qkv_einsum/w", "part heads in features", "attention"),
-        ("*/attn_vec_einsum/w", "heads features out", "attention"),
-        # _modules.py: FeedForward with transpose_gating_einsum, `...F,NHF->...NH`.
-        ("*/mlp/gating_einsum", "part out in", ""),
-        ("*/mlp/linear", "in out", ""),
-        # vision/_vision_utils.py: Flax's attention and MLP.
-        ("*/query/kernel", HEADS, "attention"),
-        ("*/key/kernel", HEADS, "attention"),
-        ("*/value/kernel", HEADS, "attention"),
-        ("*/out/kernel", "heads features out", "attention"),
-        ("*/embedding/kernel", "window window in out", ""),
-        ("*/kernel", "in out", ""),
-        ("*/w", "in out", ""),
-    ),
-    {},
-)
-
 TRANSFORMERS = Table(
     (
         *VECTORS,
@@ -171,8 +119,6 @@ DENSE_MLP = Table(
 
 TABLES = {
     "maxtext": MAXTEXT,
-    "tunix": TUNIX,
-    "gemma": GEMMA,
     "transformers": TRANSFORMERS,
     "transformers/gpt_neo": DENSE_MLP,
 }
