@@ -2,11 +2,19 @@
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import pathlib
 
 # Before JAX starts: the CPU backend, whatever the machine has, unless a run says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a test's time is compiling, and without these optimizations of the machine code it takes a
+# third. Only for a jaxlib that knows the flags: others would stop the process. On the newest, tests
+# compile as users do.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    )
 
 import jax
 import pytest
