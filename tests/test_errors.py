@@ -345,9 +345,9 @@ MISTAKES = [
         ["attn/query/kernel", "(8, 4, 6)", "has 6 features", "(4, 8)"],
     ),
     (
-        "a layout without keys",
-        lambda: dataclasses.replace(mc.layouts.mha(), pieces=(mc.layouts.Piece("q", "query"),)),
-        ["roles ['q']", "'k_nope'", "layouts.ignore"],
+        "a layout without queries",
+        lambda: dataclasses.replace(mc.layouts.mha(), pieces=(mc.layouts.Piece("k", "key"),)),
+        ["roles ['k']", "'q_nope'", "layouts.ignore"],
     ),
     ("a fraction of a head", lambda: mc.layouts.mha(heads=4.0), ["heads", "whole number", "4.0"]),
     (
@@ -358,15 +358,15 @@ MISTAKES = [
     # --- routing
     (
         "unnamed matrix",
-        lambda: mc.muon(0.1).init({"moe": {"wi": jnp.ones((8, 9))}}),
-        ["moe/wi", "(8, 9)", "rules=", "None"],
+        lambda: mc.muon(0.1).init({"moe": {"mixer": jnp.ones((8, 9))}}),
+        ["moe/mixer", "(8, 9)", "rules=", "None"],
     ),
     (
         "convolution",
         lambda: mc.muon(0.1).init(
-            {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}
+            {"stem": {"kernel": jnp.ones((3, 5, 4, 8)), "bias": jnp.ones(8)}}
         ),
-        ["conv/kernel", "(3, 3, 4, 8)", "convolution", "MuonDimensionNumbers"],
+        ["stem/kernel", "(3, 5, 4, 8)", "convolution", "MuonDimensionNumbers"],
     ),
     (
         "vector under scale_by_muon",

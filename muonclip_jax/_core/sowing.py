@@ -158,13 +158,14 @@ def sow_signal(module: "linen.Module | nnx.Module", name: str, value: jax.Array)
     """
     _check_per_head(value, name)
     value = jnp.asarray(value, jnp.float32)
-    recorded = name == MAX_LOGITS and RECORDED in vars(module)
-    if recorded:
-        from muonclip_jax._core.recording import record
+    stopped = jax.lax.stop_gradient(value)
+    stored = sow(module, name, stopped, init_fn=lambda: -jnp.inf, reduce_fn=jnp.maximum)
+    if name != MAX_LOGITS or RECORDED not in vars(module):
+        return stored
+    from muonclip_jax._core.recording import record
 
-        record(cast("nnx.Module", module), value)
-    value = jax.lax.stop_gradient(value)
-    return sow(module, name, value, init_fn=lambda: -jnp.inf, reduce_fn=jnp.maximum) or recorded
+    record(cast("nnx.Module", module), value)
+    return True
 
 
 def read_signal(intermediates: Mapping[Any, Any], name: str) -> dict[paths.Path, jax.Array]:

@@ -1,8 +1,15 @@
 """Tables for people, printed by rich."""
 
 import shutil
+from collections.abc import Iterable
 
 from rich.console import Console, RenderableType
+from rich.text import Text
+
+
+def plain(cells: Iterable[str]) -> list[Text]:
+    """Cells that show what they say: rich takes `[in, out]` and names such as `a[/b]` for markup."""
+    return [Text(cell) for cell in cells]
 
 
 def as_text(renderable: RenderableType) -> str:

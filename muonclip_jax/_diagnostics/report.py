@@ -18,7 +18,7 @@ from muonclip_jax._core.masks import Frozen, check_frozen
 from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import sown
-from muonclip_jax._core.tables import as_text
+from muonclip_jax._core.tables import as_text, plain
 from muonclip_jax._diagnostics.activations import KEYS, read_activations
 from muonclip_jax._diagnostics.measures import (
     effective_rank,
@@ -196,7 +196,7 @@ class AttentionReport:
         table.add_column("look at", overflow="fold")
         for layer, heads in rows:
             ranges = (_range(getattr(heads, quantity.field)) for quantity in shown)
-            table.add_row(layer, *ranges, _flags(heads))
+            table.add_row(*plain((layer, *ranges, _flags(heads))))
         return table
 
     def __str__(self) -> str:

@@ -18,7 +18,7 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.masks import Frozen, Mask, check_mask, read_frozen
 from muonclip_jax._core.meshes import mesh_of
 from muonclip_jax._core.shardings import Shardings, shardings_of
-from muonclip_jax._core.tables import as_text
+from muonclip_jax._core.tables import as_text, plain
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
 from muonclip_jax._parameters import matrices, routing
@@ -114,19 +114,19 @@ class Description(tuple[ParameterRow, ...]):
         )
         headers = ["parameter", "shape", "optimizer", "matrices [in, out]", "decays", "attention"]
         told = any(row.why for row in self)
-        for header in headers + ["read as"] * told:
+        for header in plain(headers + ["read as"] * told):
             table.add_column(header, overflow="fold")
         for path, row in _alike(self):
             attention = [f"{piece.role} ×{piece.heads}" for piece in row.attention]
-            table.add_row(
+            cells = [
                 path,
                 str(row.shape),
                 row.optimizer,
                 "\n".join(map(str, row.matrices)),
                 "yes" if row.decays else "",
                 ", ".join(attention + ["QK-norm"] * row.qk_norm),
-                *([row.why] * told),
-            )
+            ]
+            table.add_row(*plain(cells + [row.why] * told))
         return table
 
     def __str__(self) -> str:

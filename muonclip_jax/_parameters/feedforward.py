@@ -71,7 +71,8 @@ def mlp(path: Path, near: Neighbours) -> Reading | None:
         return None
     turned = axes.index("out") < axes.index("in")
     seen = near.show(gain for length, gain in widths.items() if length in own)
-    return Reading(pattern(axes, stack), f"{'[out, in]' if turned else '[in, out]'}: beside {seen}")
+    witness = f"beside {seen}" if seen else "called as T5 and MaxText call it"
+    return Reading(pattern(axes, stack), f"{'[out, in]' if turned else '[in, out]'}: {witness}")
 
 
 def _mixtures(path: Path, near: Neighbours) -> Iterator[Mixture]:
@@ -118,4 +119,4 @@ def _side(path: Path, near: Neighbours) -> str | None:
     if names.is_router(path):
         return "up"
     gemma = (*path[:-1], "gating_einsum")
-    return "down" if path[-1] == "linear" and gemma in near.shapes else names.side(path)
+    return "down" if path[-1:] == ("linear",) and gemma in near.shapes else names.side(path)

@@ -54,7 +54,7 @@ def record_max_logits(
       The model.
 
     Raises:
-      TypeError: No NNX module.
+      TypeError: No NNX module, or a `softmax` that is no reduction.
       ValueError: What `find_layout` and `find_blocks` raise; attention that is not in a module of
         its own; in the forward pass, maxima of another shape than `[stack..., heads]`.
 
@@ -73,6 +73,11 @@ def record_max_logits(
             f"record_max_logits needs an nnx.Module, found {type(model).__name__}. In Linen the "
             "maxima are the intermediates of model.apply: give them to "
             "mc.TrainState.apply_gradients(grads=..., max_logits=...)."
+        )
+    if softmax is not None and not (isinstance(softmax, str) and "->" in softmax):
+        raise TypeError(
+            "record_max_logits: softmax must be text, an einops reduction of the logits to their "
+            f'heads such as "b heads t s -> heads", got {softmax!r}.'
         )
     params = nnx.state(model, nnx.Param)
     modules = {paths.parse(path): module for path, module in nnx.iter_modules(model)}

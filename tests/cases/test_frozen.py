@@ -233,7 +233,8 @@ def test_describe_says_what_is_frozen():
     assert caption in " ".join(str(rows).split())
 
 
-def test_the_report_says_which_heads_no_clip_holds():
+def test_the_report_says_which_heads_no_clip_holds(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     params = two_blocks()
     sown = {("attn",): MAXIMA, ("other",): MAXIMA}
     layout = mc.find_layout(params)

@@ -42,6 +42,7 @@ SCHEDULE = ([None, "jordan", mc.schedules.jordan], ["Schedule"])
 METHOD = ([None, "foo", 3], ['"auto"', '"standard"', '"gram"'])
 DIMENSION_NUMBERS = ([3, {"a": 3}, 0.5], ["pattern", "MuonDimensionNumbers", "None"])
 MASK = ([True, "kernel", 1, {"a": 1}], ["True", "weight_decay_mask"])
+FROZEN = ([3, 0.5, {"a": 3}, ("a", 3)], ["frozen", "True"])
 DEVICES = ([0, "2", 1.5, {(8, 4): 0}, {8: 2}], WHOLE)
 SHARDINGS = ([3, "data", {"a": 3}], ["NamedSharding", "PartitionSpec"])
 GRANULARITY = (["all", ("q",), 3, None], ["Granularity"])
@@ -63,7 +64,10 @@ ROUTING = {
 }
 ON_A_MESH = {"shardings": SHARDINGS, "devices_per_matrix": DEVICES}
 MUON = {"momentum": MOMENTUM, "nesterov": FLAG, "newton_schulz": NEWTON_SCHULZ, "mu_dtype": FLOATS}
-DIRECTION = {"other": TRANSFORMATION, "update_rms": UPDATE_RMS, **MUON, **ROUTING, **ON_A_MESH}
+DIRECTION = {
+    "other": TRANSFORMATION, "update_rms": UPDATE_RMS, "frozen": FROZEN,
+    **MUON, **ROUTING, **ON_A_MESH,
+}  # fmt: skip
 DECAY = {"weight_decay": RATE, "weight_decay_mask": MASK}
 RECIPE = {"learning_rate": RATE, "other_learning_rate": NUMBER_OR_SCHEDULE, **DIRECTION, **DECAY}
 CLIP = {
@@ -73,12 +77,13 @@ CLIP = {
     "axis_name": AXES,
     "heads_axis_name": AXES,
 }
-QK_CLIP = {**CLIP, "alpha": ALPHA, "shared_keys": SHARED_KEYS}
+QK_CLIP = {**CLIP, "alpha": ALPHA, "shared_keys": SHARED_KEYS, "frozen": FROZEN}
 QUACK = {
     "layout": LAYOUT_WANTED,
     "relative_learning_rate": ([*NUMBER, 0.0, -1.0, NAN, math.inf], ["above 0"]),
     "rule": ([None, "mla", 3], ['"paper"', '"latent_norm"']),
     "floor": ([*NUMBER, -1.0, NAN, math.inf], ["at least 0"]),
+    "frozen": FROZEN,
 }
 ATTENTION = {
     "is_causal": FLAG,
@@ -190,6 +195,7 @@ FUNCTIONS = {
             **ON_A_MESH,
             "weight_decay_mask": MASK,
             "newton_schulz": NEWTON_SCHULZ,
+            "frozen": FROZEN,
         },
     ),
     "muon_dimension_numbers": (
@@ -292,6 +298,16 @@ FUNCTIONS = {
             "block": MAY_BE_SEVERAL,
         },
     ),
+    "linear_attention": (
+        mc.layouts.linear_attention,
+        {"heads": 4},
+        {
+            **dict.fromkeys(("heads", "value_heads"), (COUNT, WHOLE)),
+            **dict.fromkeys(("query", "key", "value"), TEXT),
+            **dict.fromkeys(("gate", "out"), ([3], ["text"])),
+            "block": MAY_BE_SEVERAL,
+        },
+    ),
     "ignore": (mc.layouts.ignore, {}, {"block": ([None, *MAY_BE_SEVERAL[0]], ["text"])}),
     "Layout": (
         mc.Layout,
@@ -303,6 +319,7 @@ FUNCTIONS = {
             "harmless": (["v_norm", (3,), 3, None], ["tuple", "text"]),
             "block": MAY_BE_SEVERAL,
             "stack_axis": ([None, "0", 0.5, -1, True], ["whole number", "at least 0"]),
+            "softmax": FLAG,
         },
     ),
     "Piece": (
@@ -372,7 +389,7 @@ FUNCTIONS = {
     "attention_report": (
         mc.attention_report,
         {"params": PARAMS, "opt_state": STATE, "intermediates": SOWN, "layout": LAYOUT},
-        {"layout": LAYOUT_WANTED, "threshold": THRESHOLD},
+        {"layout": LAYOUT_WANTED, "threshold": THRESHOLD, "frozen": FROZEN},
     ),
     "head_matrices": (
         mc.head_matrices,
@@ -437,6 +454,8 @@ WITHOUT_OPTIONS = {
     *("read_signal", "read_activations", "sow_signal", "sow_activations"),  # as those of max_logits
     *("find_layout", "upgrade_state"),  # take trees
     *("Block", "Part", "LayoutProof"),  # are made by find_blocks and check_layout
+    *("from_optax_muon", "from_torch_muon"),  # take states, test_elsewhere.py
+    *("MaxLogits", "TrainState", "record_max_logits", "use_recorded_max_logits"),  # tests/trainers
     "check_layout",  # takes a model, and has tests of what is wrong with one
 }
 # What a function is applied to, and what Flax's modules give.

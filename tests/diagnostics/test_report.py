@@ -349,7 +349,7 @@ def test_table_has_a_line_a_layer_and_names_heads_to_look_at(monkeypatch):
 def test_scalars_for_a_logger():
     report = mc.attention_report(PARAMS, after_a_step(), SOWN, LAYOUT, threshold=10.0)
     scalars = report.scalars()
-    assert len(scalars) == 3 * 13 and all(type(value) is float for value in scalars.values())
+    assert len(scalars) == 3 * 14 and all(type(value) is float for value in scalars.values())
     assert scalars["max_logit/rest/1"] == 40 and scalars["gamma/rest/1"] == 0.25
     assert scalars["above/rest/1"] == 2
     assert scalars["exploding/rest/1"] == scalars["dead/first"] == 0

@@ -55,6 +55,13 @@ def test_rows_say_what_happens_to_every_parameter():
     assert {row.optimizer for row in rows.values()} == {"muon", "other"}
 
 
+def test_brackets_are_shown_as_they_are(monkeypatch):
+    """Neither `[in, out]` nor a name with brackets is markup to the table."""
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = str(mc.describe({"a[/b]": {"wi": jnp.ones((8, 9))}}))
+    assert "a[/b]/wi" in shown and "matrices [in, out]" in shown and "[in, out]: called" in shown
+
+
 def test_a_program_reads_plain_data():
     rows = mc.describe(PARAMS, LAYOUT)
     plain = json.loads(json.dumps(rows.asdicts()))
