@@ -8,7 +8,7 @@ from rich.text import Text
 
 
 def plain(cells: Iterable[str]) -> list[Text]:
-    """Cells that show what they say: rich takes `[in, out]` and names such as `a[/b]` for markup."""
+    """Cells that show what they say: to rich `[in, out]` and names such as `a[/b]` are markup."""
     return [Text(cell) for cell in cells]
 
 

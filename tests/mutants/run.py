@@ -93,7 +93,7 @@ def _child(break_: Break) -> bool:
 
 
 def survivors(breaks: list[Break], workers: int, longest: float) -> list[Break]:
-    """The breaks that no test catches. One with which a test runs past so many seconds is caught."""
+    """The breaks that no test catches. One by which a test takes longer is caught."""
     waiting = collections.deque(breaks)
     running: dict[int, tuple[Break, float]] = {}
     alive, done = [], 0
