@@ -242,7 +242,8 @@ def shared_layers():
     return params, layouts, {(layer, "attn"): MAXIMA for layer in params}
 
 
-def test_layers_that_share_keys():
+def test_layers_that_share_keys(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     params, layouts, sown = shared_layers()
     tx = mc.accumulate(mc.qk_clip(layouts, 10.0), every=1)
     zeros = jax.tree.map(jnp.zeros_like, params)
