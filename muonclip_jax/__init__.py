@@ -45,6 +45,7 @@ from muonclip_jax.recipes import kimi_muonclip, muon, muon_direction, muonclip, 
 from muonclip_jax.schedules import Schedule
 
 if TYPE_CHECKING:  # these import NNX, which takes as long as this package: who uses them waits
+    from muonclip_jax._trainers.maxtext import use_in_maxtext
     from muonclip_jax._trainers.nnx import MaxLogits, record_max_logits, use_recorded_max_logits
 
 __all__ = [
@@ -102,6 +103,7 @@ __all__ = [
     # trainers that own their step
     "record_max_logits",
     "use_recorded_max_logits",
+    "use_in_maxtext",
     "MaxLogits",
     "TrainState",
     # read-only: heads
@@ -129,6 +131,10 @@ def __getattr__(name: str):
         from muonclip_jax._trainers import nnx
 
         return getattr(nnx, name)
+    if name == "use_in_maxtext":
+        from muonclip_jax._trainers.maxtext import use_in_maxtext
+
+        return use_in_maxtext
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
