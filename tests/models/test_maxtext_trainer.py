@@ -78,8 +78,10 @@ def run(folder: pathlib.Path, **options) -> tuple[dict[int, float], dict]:
     return losses, json.loads(seen.read_text())
 
 
-@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
-@pytest.mark.parametrize("options", [GQA, MLA], ids=["gqa", "mla"])
+# Half a minute each, so each choice once; the other two pairs passed when this was written.
+@pytest.mark.parametrize(
+    ("options", "scan_layers"), [(GQA, True), (MLA, False)], ids=["gqa-scanned", "mla-unscanned"]
+)
 def test_trains_clips_and_resumes(tmp_path, options, scan_layers):
     losses, seen = run(tmp_path, scan_layers=scan_layers, **options)
     assert list(losses) == list(range(STEPS)) and losses[STEPS - 1] < losses[0]
