@@ -456,6 +456,7 @@ WITHOUT_OPTIONS = {
     *("Block", "Part", "LayoutProof"),  # are made by find_blocks and check_layout
     *("from_optax_muon", "from_torch_muon"),  # take states, test_elsewhere.py
     *("MaxLogits", "TrainState", "record_max_logits", "use_recorded_max_logits"),  # tests/trainers
+    "use_in_maxtext",  # changes MaxText, tests/models
     "check_layout",  # takes a model, and has tests of what is wrong with one
 }
 # What a function is applied to, and what Flax's modules give.
