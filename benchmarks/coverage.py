@@ -53,7 +53,8 @@ class Judgement:
 
     Attributes:
       architecture: The code that makes it: MaxText's decoder block, a package's module.
-      error: Why it could not be made, or what `describe` raised.
+      error: Why it could not be made or judged, or what `describe` raised.
+      unmade: Whether it could not be made, or `known_models` says nothing of it.
       wrong: Parameters that are read, and not as the source has them.
       layout: "found", "asks" for the number of heads, or what `find_layout` raised.
       clips: Attention blocks that the layout has, and whether a QK-norm makes clips refuse them.
@@ -225,11 +226,12 @@ def run(options: Options) -> Iterator[Judgement]:
                     if kept:
                         kept.parent.mkdir(parents=True, exist_ok=True)
                         kept.write_text(json.dumps(shapes))
-            except Exception as error:  # of others' code: reported as it is
+                one = judge(library, name, architecture, shapes)
+            except Exception as error:  # of others' code, or not in our table: reported as it is
                 said = f"{type(error).__name__}: {str(error)[:200]}"
                 yield Judgement(library, name, architecture, error=said, unmade=True)
                 continue
-            yield judge(library, name, architecture, shapes)
+            yield one
 
 
 def summary(found: list[Judgement]) -> dict[str, Any]:
@@ -267,8 +269,8 @@ def main(options: Options) -> None:
     found = []
     for one in run(options):
         found.append(one)
-        said = "right" if one.right else "not made" if one.unmade else "not right"
-        rich.print(f"{one.library:12} {one.name:28} {one.architecture:18} {said:9} {one.layout}")
+        said = "right" if one.right else "not judged" if one.unmade else "not right"
+        rich.print(f"{one.library:12} {one.name:28} {one.architecture:18} {said:10} {one.layout}")
     record = summary(found)
     table = Table()
     for header in ("", *record["libraries"]):
