@@ -89,8 +89,19 @@ def test_qk_norm():
     check_qk_norm(make(use_qk_norm=True), "layer_0/attn/_key_norm/scale")
 
 
-def test_low_rank_adapters_are_refused():
+def test_low_rank_adapters_scale_with_their_kernels():
     model = LoRA(rank=2, model=transformer())
-    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
-    with pytest.raises(ValueError, match=r"q_einsum/\w+/lora/a .* Merge adapters"):
-        mc.qk_clip(GEMMA).init(params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    maxima = {
+        block.path: jnp.full(block.shape, 1.0).at[0].set(400.0)
+        for block in mc.layouts.find_blocks(GEMMA, params)
+    }
+    after = mc.apply_qk_clip(params, maxima, GEMMA, 100.0)["layer_0"]["attn"]["q_einsum"]
+    kernel = after["w"][:, 0, 0]  # [heads, in, features]
+    (adapter,) = (after[name]["lora"] for name in after if name != "w")
+    assert kernel[0] < 1 and (kernel[1:] == 1).all()
+    assert (adapter["a"] == 1).all()
+    heads = adapter["b"].ndim - 2  # [rank, heads, features]
+    scaled = jnp.moveaxis(adapter["b"], heads, 0).reshape(len(kernel), -1)
+    assert jnp.allclose(scaled, kernel[:, None])

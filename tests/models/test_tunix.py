@@ -25,7 +25,8 @@ from tests.models.families import GEMMA
 
 # A bare package in place of tunix/__init__.py, which imports far more than the models.
 tunix = types.ModuleType("tunix")
-tunix.__path__ = list(require("tunix").submodule_search_locations)
+tunix.__spec__ = require("tunix")
+tunix.__path__ = list(tunix.__spec__.submodule_search_locations)
 sys.modules.setdefault("tunix", tunix)
 
 from tunix.models.gemma import model as gemma  # noqa: E402
