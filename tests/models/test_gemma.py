@@ -4,7 +4,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import linen
 from optax.contrib import MuonDimensionNumbers
 
