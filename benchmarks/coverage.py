@@ -12,8 +12,6 @@ there are not made again. (`tests/parameters/test_reading.py` has the models tha
 
 import json
 import platform
-import sys
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -79,22 +77,8 @@ class Judgement:
 Made = tuple[str, str, Callable[[], Any]]  # name, architecture, how its parameters are made
 
 
-def stand_ins(*names: str) -> None:
-    """Empty modules for what the models' packages name and do not need."""
-
-    class StandIn(types.ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-    for name in names:
-        sys.modules.setdefault(name, StandIn(name))
-
-
 def maxtext() -> Iterator[Made]:
     """Every configuration in `maxtext/configs/models`."""
-    stand_ins("sympy", "xprof", "xprof.cli", "xprof.cli.tools")
     import maxtext
     import yaml
     from flax import linen

@@ -1,7 +1,6 @@
 """Masks: how a user says which parameters, by a tree of bools or by paths."""
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -54,12 +53,7 @@ def read_mask(name: str, mask: Mask, params: Any) -> dict[Path, bool]:
                 "jax.tree.map(lambda p: p.ndim > 1, params)."
             )
         found[path] = entries[entry]
-    every_path = [*shapes, *paths.absent(params)]
-    if (stray := paths.first_stray(entries, every_path)) is not None:
-        raise ValueError(
-            f"{name} has an entry for {paths.show(stray)}, which is no parameter; "
-            f"remove it or correct it. There are: {paths.some(every_path)}."
-        )
+    paths.check_no_stray(name, entries, [*shapes, *paths.absent(params)])
     return found
 
 
@@ -87,10 +81,9 @@ def read_frozen(frozen: Frozen | None, params: Any) -> frozenset[Path]:
     for glob in globs:
         matching = [path for path in every_path if fnmatchcase(paths.show(path), glob)]
         if not matching:
-            nearest = get_close_matches(glob, map(paths.show, every_path), n=8, cutoff=0)
             raise ValueError(
                 f"frozen={glob!r} matches no parameter; remove it or correct it. Nearest are: "
-                f"{', '.join(nearest)}."
+                f"{paths.nearest(glob, map(paths.show, every_path))}."
             )
         found.update(matching)
     return frozenset(found)

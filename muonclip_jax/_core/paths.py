@@ -7,7 +7,8 @@ wrapper holds its one array (NNX's Variables, Flax's boxes, named arrays) is no 
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from optax import MaskedNode
 
 Path = tuple[str, ...]
 IsLeaf = Callable[[Any], bool] | None
+
+_SHOWN = 8  # paths in a message
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -52,11 +55,16 @@ def show(path: Path) -> str:
     return "/".join(path) if path else "<root>"
 
 
-def some(found: Iterable[Path], shown: int = 8) -> str:
+def some(found: Iterable[Path], none: str = "none") -> str:
     """The first of these paths, for messages."""
     every = list(found)
-    more = f" and {len(every) - shown} more" if len(every) > shown else ""
-    return (", ".join(map(show, every[:shown])) or "none") + more
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return (", ".join(map(show, every[:_SHOWN])) or none) + more
+
+
+def nearest(glob: str, names: Iterable[str]) -> str:
+    """Those of these names that are most like a glob that matches none, for messages."""
+    return ", ".join(get_close_matches(glob, names, n=_SHOWN, cutoff=0))
 
 
 def leaves(tree: Any, is_leaf: IsLeaf = None) -> Iterator[tuple[Path, Any]]:
@@ -82,10 +90,15 @@ def entry_for(path: Path, entries: Mapping[Path, Any]) -> Path | None:
     return next((prefix for prefix in prefixes if prefix in entries), None)
 
 
-def first_stray(entries: Iterable[Path], every_path: Iterable[Path]) -> Path | None:
-    """The first entry of a prefix tree that is for none of the paths."""
+def check_no_stray(name: str, entries: Iterable[Path], every_path: Sequence[Path]) -> None:
+    """Raises ValueError if an entry of a prefix tree, a user's option, is for none of the paths."""
     known = {path[:depth] for path in every_path for depth in range(len(path) + 1)}
-    return next((entry for entry in entries if entry not in known), None)
+    for stray in entries:
+        if stray not in known:
+            raise ValueError(
+                f"{name} has an entry for {show(stray)}, which is no parameter; "
+                f"remove it or correct it. There are: {some(every_path)}."
+            )
 
 
 def shapes(tree: Any) -> dict[Path, tuple[int, ...]]:

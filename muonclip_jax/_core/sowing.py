@@ -104,12 +104,6 @@ def sown(intermediates: Any) -> Iterator[tuple[paths.Path, Any]]:
     )
 
 
-def names(found: list[paths.Path], shown: int = 8) -> str:
-    """What was sown instead, for messages."""
-    more = f" and {len(found) - shown} more" if len(found) > shown else ""
-    return (", ".join(map(paths.show, found[:shown])) or "nothing") + more
-
-
 def nothing_given(owner: str, signal: str, blocks: list[str]) -> str:
     """The message of a clip whose update got no signal: where it comes from, with Flax and
     without, and what hands it over where a trainer owns the step."""
@@ -209,7 +203,8 @@ def read_signal(intermediates: Mapping[Any, Any], name: str) -> dict[paths.Path,
         )
         raise ValueError(
             f"No value named {name!r} in the intermediates; found "
-            f"{names([path for path, _ in found])}. Did the blocks sow? {how}{WAS_IT_COLLECTED}"
+            f"{paths.some((path for path, _ in found), none='nothing')}. Did the blocks sow? "
+            f"{how}{WAS_IT_COLLECTED}"
         )
     return values
 

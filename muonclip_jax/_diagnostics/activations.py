@@ -102,9 +102,9 @@ def read_activations(intermediates: Any, name: str = KEYS) -> dict[paths.Path, j
     }
     if not blocks:
         raise ValueError(
-            f"No value named {name!r} in the intermediates; found {sowing.names(list(found))}. "
-            f"Did the blocks sow? Call sow_activations(self, {name}=...) in each. "
-            + sowing.WAS_IT_COLLECTED
+            f"No value named {name!r} in the intermediates; found "
+            f"{paths.some(found, none='nothing')}. Did the blocks sow? Call "
+            f"sow_activations(self, {name}=...) in each. " + sowing.WAS_IT_COLLECTED
         )
     return blocks
 

@@ -413,7 +413,7 @@ def blocks_with_logits(layout: Layouts, params: Any) -> tuple[Block, ...]:
     blocks = tuple(block for block in found if block.layout.softmax)
     if found and not blocks:
         raise ValueError(
-            f"{checks.some(block.path for block in found)}: the layout has linear attention only, "
+            f"{paths.some(block.path for block in found)}: the layout has linear attention only, "
             "which has no max logits: there is nothing to clip and nothing for QuacK to hold. Use "
             "mc.muon, or add the layout of the blocks that have a softmax."
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from muonclip_jax._core import paths
-from muonclip_jax._core.paths import Path, some
+from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import extras
 from muonclip_jax._layouts.roles import (
     EQUAL_LENGTHS,
@@ -172,7 +172,7 @@ def matrices_of(shapes: Shapes) -> str:
     matrices = [
         path for path, shape in shapes.items() if len(shape) >= 2 and path[-1:] != ("bias",)
     ]
-    return some(matrices)
+    return paths.some(matrices)
 
 
 def inside_of(block: Path, shapes: Shapes) -> str:

@@ -164,18 +164,25 @@ def projections(shapes: Shapes) -> dict[Path, list[Projection]]:
     are another layer's, and stored like those that have some.
     """
     modules = _modules(shapes)
-    stored = {path: list(_storages(inside)) for path, inside in modules.items()}
+    keys = {path: tuple(inside.items()) for path, inside in modules.items()}
+    alike = {keys[path]: inside for path, inside in modules.items()}  # layers are read once
+    stored = {key: list(_storages(inside)) for key, inside in alike.items()}
     known = dict.fromkeys(itertools.chain.from_iterable(stored.values()))
+    kernels = {
+        key: [
+            (part.kernel, _projection(part, stack_axis))
+            for pieces, stack_axis in stored[key] or _queries_alone(inside, known)
+            for part in (fit(pieces, inside, stack_axis) or {}).values()
+            if part.role not in GAIN_ROLES
+        ]
+        for key, inside in alike.items()
+    }
     found: dict[Path, list[Projection]] = {}
-    for path, inside in modules.items():
-        for pieces, stack_axis in stored[path] or _queries_alone(inside, known):
-            for part in (fit(pieces, inside, stack_axis) or {}).values():
-                if part.role in GAIN_ROLES:
-                    continue
-                kernel = (*path, *part.kernel)
-                one = _projection(part, stack_axis)
-                if one not in found.setdefault(kernel, []):
-                    found[kernel].append(one)
+    for path, key in keys.items():
+        for kernel, one in kernels[key]:
+            readings = found.setdefault((*path, *kernel), [])
+            if one not in readings:
+                readings.append(one)
     return found
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from muonclip_jax._core import paths
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.find import Projection, Stack
 from muonclip_jax._parameters import names
 from muonclip_jax._parameters.convolutions import Unsure, convolution
@@ -130,8 +129,8 @@ def _in_words(lines: Mapping[str, list[str]], rules: Mapping[str, str], near: Ne
     told = [f"{', '.join(e)}{': each' * (len(e) > 1)} {finding}." for finding, e in lines.items()]
     if near.masked:
         told.append(
-            f"Some parameters are masked ({some(near.masked)}), and what tells may be among them: "
-            "work out the routing from the whole tree "
+            f"Some parameters are masked ({paths.some(near.masked)}), and what tells may be among "
+            "them: work out the routing from the whole tree "
             "(dimension_numbers=mc.muon_dimension_numbers(params)), or give rules=."
         )
     told.append(

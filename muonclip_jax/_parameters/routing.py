@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -15,7 +14,6 @@ from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.options import is_function
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts, as_layouts, find_blocks
-from muonclip_jax._layouts.checks import some
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._parameters import matrices
 from muonclip_jax._parameters.granularity import PER_HEAD, Granularity, check_fits
@@ -264,12 +262,7 @@ def resolve(dimension_numbers: DimensionNumbers, params: Any) -> dict[Path, Matr
             )
         resolved[path] = spec_of(path, shape, entries[entry])
     # What is masked, or None, may be named.
-    every_path = [*shapes, *paths.absent(params)]
-    if (stray := paths.first_stray(entries, every_path)) is not None:
-        raise ValueError(
-            f"dimension_numbers has an entry for {paths.show(stray)}, which is no parameter; "
-            f"remove it or correct it. There are: {some(every_path)}."
-        )
+    paths.check_no_stray("dimension_numbers", entries, [*shapes, *paths.absent(params)])
     return resolved
 
 
@@ -319,11 +312,10 @@ def _deciding_rules(
         named = [p for p in named if axes is None or p not in shapes or len(shapes[p]) == axes]
         matching = [path for path in named if path in shapes]
         if not named:
-            known = {f"{paths.show(path)} {shape}": path for path, shape in shapes.items()}
-            nearest = get_close_matches(glob, known, n=8, cutoff=0)
+            known = (f"{paths.show(path)} {shape}" for path, shape in shapes.items())
             raise ValueError(
                 f"The routing rule {pattern!r} matches no parameter; remove it or correct it. "
-                f"Nearest are: {', '.join(nearest)}."
+                f"Nearest are: {paths.nearest(glob, known)}."
             )
         if matching and all(path in taken for path in matching):
             earlier = ", ".join(repr(rule) for rule in dict.fromkeys(map(taken.get, matching)))

@@ -12,7 +12,6 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.options import check_count, check_number
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts.checks import some
 from muonclip_jax._transforms.momentum import CorrectedTraceState
 from muonclip_jax._transforms.upgrade import as_like
 
@@ -150,8 +149,9 @@ class _Source:
         left = {*self.momentum, *self.mu} - self.used
         if left:
             raise ValueError(
-                f"The old state has momentum of {some(sorted(left))}, which this optimizer does "
-                "not keep; give `like` of the same parameters, with an Adam as the other optimizer."
+                f"The old state has momentum of {paths.some(sorted(left))}, which this optimizer "
+                "does not keep; give `like` of the same parameters, with an Adam as the other "
+                "optimizer."
             )
         return filled
 
@@ -184,8 +184,8 @@ class _Source:
         wanted = [path for path, _ in paths.leaves(tree)]
         if lacking := [path for path in wanted if path not in values]:
             raise ValueError(
-                f"The old state has not {what} of {some(lacking)}; it has them of "
-                f"{some(list(values)) if values else 'nothing'}. Each parameter must go to the "
+                f"The old state has not {what} of {paths.some(lacking)}; it has them of "
+                f"{paths.some(values, none='nothing')}. Each parameter must go to the "
                 "same optimizer as before: give this one dimension_numbers= or rules= that say so "
                 "(optax.contrib.muon without dimension numbers takes all of two axes, embeddings "
                 "too, and no others)."

@@ -26,15 +26,14 @@ from tests.models.checks import (
     cross_entropy,
     moved,
     require,
-    stand_ins,
 )
 
 CONFIG = pathlib.Path(require("maxtext").origin).parent / "configs" / "base.yml"
-with stand_ins("sympy", "xprof", "xprof.cli", "xprof.cli.tools"):  # 180 MB that nothing here uses
-    from maxtext.configs import pyconfig
-    from maxtext.layers.attention_op import AttentionOp
-    from maxtext.models import models
-    from maxtext.utils import maxtext_utils, qk_clip_utils
+
+from maxtext.configs import pyconfig  # noqa: E402
+from maxtext.layers.attention_op import AttentionOp  # noqa: E402
+from maxtext.models import models  # noqa: E402
+from maxtext.utils import maxtext_utils, qk_clip_utils  # noqa: E402
 
 NOPE, ROPE, V = 8, 4, 8
 MLA = layouts.mla(NOPE, ROPE, V, out="out", query_norm="q_norm", key_value_norm="kv_norm")
