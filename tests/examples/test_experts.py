@@ -2,16 +2,19 @@
 
 import dataclasses
 import pathlib
+import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
-from examples.mla import experts, figures, metrics, partition, report, settings, steps
+from examples.mla import experts, figures, metrics, partition, report, settings, steps, train
 from examples.mla.mesh import make_mesh
 from examples.mla.model import EXPERT_LOAD, Decoder, Experts, ModelConfig
 
@@ -180,3 +183,32 @@ def test_the_report_shows_the_busiest_expert_in_fair_shares():
     (line, _) = figures.expert_load(metrics.select(rows, "step")).axes[0].lines
     np.testing.assert_allclose(line.get_ydata(), 1.6)
     assert "<img " in report.experts(metrics.select(rows, "step"))
+
+
+def run_of(folder):
+    """What a run measured, without what the clock says; and all that it saved last."""
+    rows = metrics.read(folder)
+    clock = ("seconds", "compiled")
+    told = [{k: v for k, v in row.items() if k not in clock} for row in rows]
+    saved = ocp.CheckpointManager(folder / "checkpoints").restore(
+        6, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+    )["state"]
+    return [row for row in told if row["event"] != "start"], saved
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_mixture_of_experts_resumes_bit_for_bit(flags, tmp_path):
+    """Its biases are no parameters, and no optimizer keeps them: the checkpoint has to."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert train.main(flags(first, experts=4, d_ff=15)) == 0
+    shutil.copytree(first, again)
+    shutil.rmtree(again / "checkpoints" / "6")
+    assert train.main(["--resume", "--run-dir", str(again)]) == 0
+    (rows, saved), (expected, state) = run_of(again), run_of(first)
+    steps_of = metrics.select(rows, "step")
+    assert [row["step"] for row in steps_of] == [1, 2, 3, 4, 5, 6]
+    assert any(row["heads_clipped"] for row in steps_of[3:])  # by MuonClip, behind the restart
+    assert rows == expected
+    chex.assert_trees_all_equal(saved, state)
+    biases = [x for path, x in jax.tree.leaves_with_path(saved) if "'bias'" in str(path)]
+    assert biases and all(x.any() for x in biases)
