@@ -27,7 +27,7 @@ class MaxLogits(nnx.Variable[jax.Array]):
     """
 
 
-def record(module: nnx.Module, maxima: jax.Array) -> None:
+def record(module: nnx.Module, maxima: jax.Array, owner: nnx.Module | None = None) -> None:
     """Takes maxima into a module's variable, if this pass is differentiated.
 
     Evaluation and sampling change nothing: what is not differentiated trains nothing.
@@ -35,23 +35,25 @@ def record(module: nnx.Module, maxima: jax.Array) -> None:
     Args:
       module: One that has the variable.
       maxima: `[..., heads]`; leading axes that the variable does not have are reduced.
+      owner: The module that holds the parameters, where it is another one.
 
     Raises:
       ValueError: Other heads, or another stack, than the variable's.
     """
+    owner = module if owner is None else owner
     variable = getattr(module, RECORDED)
     before = variable.get_value()
     extra = maxima.ndim - before.ndim
     if extra < 0 or maxima.shape[extra:] != before.shape:
         raise ValueError(
-            f"{type(module).__name__} gave max_logits of shape {maxima.shape}, and its variable "
+            f"{type(owner).__name__} gave max_logits of shape {maxima.shape}, and its variable "
             f"mc.MaxLogits has {before.shape}. Where layers are stacked, nnx.scan and nnx.vmap "
             "must split it as they split the kernels, over axis 0: "
             "nnx.StateAxes({mc.MaxLogits: 0, ...}). Else correct the layout of record_max_logits."
         )
     maxima = maxima.max(tuple(range(extra)))
     # One of these is differentiated if the step trains this module: a measured maximum is not.
-    others = jax.tree.leaves(nnx.state(module, nnx.Param))
+    others = jax.tree.leaves(nnx.state(owner, nnx.Param))
     after = _recorded(before, maxima.astype(before.dtype), others)
     variable.set_value(jax.lax.stop_gradient(after))
 

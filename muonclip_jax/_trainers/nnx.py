@@ -11,13 +11,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.core.scope import in_filter, union_filters
+from flax.nnx.bridge import ToNNX
 
 from muonclip_jax._attention.flax import attention_fn
 from muonclip_jax._core import paths
 from muonclip_jax._core.recording import UNSEEN, MaxLogits, record
-from muonclip_jax._core.sowing import MAX_LOGITS, RECORDED
+from muonclip_jax._core.sowing import COLLECTION, MAX_LOGITS, RECORDED, read_signal, sown
 from muonclip_jax._layouts.blocks import Layouts, find_blocks, module_path
 from muonclip_jax.layouts import find_layout
+
+# Where an `nnx.bridge.ToNNX` keeps its attention's variables: it gives Linen nothing called so.
+IN_LINEN = "to_nnx__recorded"
 
 Model = TypeVar("Model", bound=nnx.Module)
 Optimizer = TypeVar("Optimizer", bound=nnx.Optimizer)
@@ -32,7 +37,9 @@ def record_max_logits(
     `attention_fn` take the maximum of what they are given until the next update. Flax's own
     attention modules need no more than this call: they get `attention_fn=mc.attention_fn`, unless
     they have another than Flax's, and call it with `sow_weights=True`. Of attention that sows
-    nothing, Tunix's say, `softmax=` takes the maxima of what it gives to `jax.nn.softmax`.
+    nothing, Tunix's say, `softmax=` takes the maxima of what it gives to `jax.nn.softmax`. In a
+    Linen module (`nnx.bridge.ToNNX`, initialised) attention sows as in Linen: `mc.sow_max_logits`,
+    or `attention_fn=mc.attention_fn` called with `sow_weights=True`.
 
     Only passes that are differentiated are recorded, so evaluation between two steps changes
     nothing. Everything that carries batch statistics carries the variable: `nnx.jit`, `nnx.scan`
@@ -56,7 +63,8 @@ def record_max_logits(
     Raises:
       TypeError: No NNX module, or a `softmax` that is no reduction.
       ValueError: What `find_layout` and `find_blocks` raise; attention that is not in a module of
-        its own; in the forward pass, maxima of another shape than `[stack..., heads]`.
+        its own; `softmax=` for a Linen module; in the forward pass, maxima of another shape than
+        `[stack..., heads]`.
 
     Example:
         >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
@@ -82,7 +90,14 @@ def record_max_logits(
     params = nnx.state(model, nnx.Param)
     modules = {paths.parse(path): module for path, module in nnx.iter_modules(model)}
     for block in find_blocks(layout or find_layout(params), params):
-        module = modules.get(module_path(block.path))
+        path = module_path(block.path)
+        module = modules.get(path)
+        above = (path[:n] for n in range(len(path) + 1))
+        around = next((p for p in above if isinstance(modules.get(p), ToNNX)), None)
+        if around is not None:
+            if softmax is not None:
+                raise ValueError(_unwatched(block.name, around))
+            module = _place_in_linen(modules[around], path[len(around) :])
         if module is None:
             raise ValueError(
                 f"{block.name} is not a module of its own in {type(model).__name__}, so nothing "
@@ -135,6 +150,61 @@ def use_recorded_max_logits(optimizer: Optimizer) -> Optimizer:
         )
     _become(optimizer, _reading_optimizer(type(optimizer)))
     return optimizer
+
+
+def _place_in_linen(wrapper: ToNNX, path: paths.Path) -> nnx.Module:
+    """Where the variable goes of the attention at this path of a Linen module. The wrapper gets
+    what records there."""
+    if IN_LINEN not in vars(wrapper):
+        nnx.pop(wrapper, nnx.Intermediate)  # what the pass that initialised it sowed
+        setattr(wrapper, IN_LINEN, _Places())
+        _become(wrapper, _recording_linen(type(wrapper)))
+    place = getattr(wrapper, IN_LINEN)
+    for name in path:
+        if name not in vars(place):
+            setattr(place, name, _Places())
+        place = getattr(place, name)
+    return place
+
+
+class _Places(nnx.Module):
+    """A module of Linen that holds attention, or is it: where its variable is kept."""
+
+
+@functools.cache
+def _recording_linen(kind: Any) -> type:
+    class RecordingLinen(kind):
+        """A Linen module inside NNX, of which what it sows is recorded."""
+
+        def __call__(self, *inputs, mutable=None, **options):
+            mutable = False if mutable is None else mutable
+            collecting = union_filters(mutable, COLLECTION)
+            out = super().__call__(*inputs, mutable=collecting, **options)
+            asked = in_filter(mutable, COLLECTION)
+            given = (nnx.state if asked else nnx.pop)(self, nnx.Intermediate)
+            if any(path[-1] == MAX_LOGITS for path, _ in sown(given)):
+                for path, maxima in read_signal(given, MAX_LOGITS).items():
+                    if place := _nearest_place(getattr(self, IN_LINEN), path):
+                        record(place, maxima, owner=self)
+            return out
+
+    return RecordingLinen
+
+
+def _nearest_place(place: nnx.Module, path: paths.Path) -> nnx.Module | None:
+    """That of the innermost attention at a path of sown maxima or above it, if there is one."""
+    inside = vars(place).get(path[0]) if path else None
+    found = None if inside is None else _nearest_place(inside, path[1:])
+    return place if found is None and RECORDED in vars(place) else found
+
+
+def _unwatched(name: str, around: paths.Path) -> str:
+    return (
+        f"record_max_logits: softmax= watches modules of NNX, and {name} is in a Linen module "
+        f"({paths.show(around)} is an nnx.bridge.ToNNX). Leave softmax out and let it sow, as in "
+        "Linen: mc.sow_max_logits(self, maxima), or attention_fn=mc.attention_fn, called with "
+        "sow_weights=True."
+    )
 
 
 def _become(thing: Any, kind: type) -> None:
@@ -216,7 +286,11 @@ def _reading_optimizer(kind: Any) -> type:
 def _recorded(model: nnx.Module) -> dict[paths.Path, MaxLogits]:
     """The variables, by the path of their module."""
     modules = {paths.parse(path): vars(module) for path, module in nnx.iter_modules(model)}
-    recorded = {path: held[RECORDED] for path, held in modules.items() if RECORDED in held}
+    recorded = {
+        tuple(name for name in path if name != IN_LINEN): held[RECORDED]
+        for path, held in modules.items()
+        if RECORDED in held
+    }
     if not recorded:
         raise ValueError(
             f"{type(model).__name__} records no max logits: call mc.record_max_logits(model) "

@@ -28,10 +28,10 @@ class Attention(nn.Module):
         return logits.sum()
 
 
-def reference(params):
+def reference(params, x=X):
     """The maxima in float64."""
     kernels = (np.float64(params[name]["kernel"][...]) for name in ("query", "key"))
-    q, k = (np.einsum("btd,dnh->btnh", np.float64(X), kernel) for kernel in kernels)
+    q, k = (np.einsum("btd,dnh->btnh", np.float64(x), kernel) for kernel in kernels)
     return np.einsum("btnh,bsnh->bnts", q, k).max((0, 2, 3))
 
 
@@ -110,3 +110,94 @@ def test_linen_inside_nnx():
     seen = mc.qk_clip_state(optimizer.opt_state).max_logits["<root>"]
     np.testing.assert_allclose(seen, expected, rtol=1e-5)
     assert not nnx.state(model, nnx.Intermediate), "nothing stays for the next step"
+
+
+class Two(nn.Module):
+    """Attention deeper inside, and a layer that mixes nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        first = Attention(name="first")(nn.LayerNorm(use_scale=False, use_bias=False)(x))
+        return first + Attention(name="second")(x)
+
+
+class Holder(nnx.Module):
+    def __init__(self, linen):
+        self.inner = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(X)
+
+    def __call__(self, x, **options):
+        return self.inner(x, **options)
+
+
+def normalized(x):
+    x = np.float64(x)
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+# Name of the attention → what it gets.
+INSIDE = {
+    "alone": (Attention, {"": X}),
+    "two": (Two, {"first": normalized(X), "second": X}),
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+@pytest.mark.parametrize("options", [{}, {"mutable": ["intermediates"]}], ids=["plain", "asked"])
+@pytest.mark.versions
+def test_linen_inside_nnx_records(kind, options):
+    """For a trainer that owns its step. Who asks for what was sown still gets it."""
+    linen, inputs = INSIDE[kind]
+    model = Holder(linen())
+    expected = {
+        "/".join(filter(None, ("inner", name))): reference(
+            {side: dict_of(model.inner, name)[side] for side in ("query", "key")}, x
+        )
+        for name, x in inputs.items()
+    }
+    for _ in range(2):  # a second call changes nothing
+        mc.record_max_logits(model, LAYOUT)
+    optimizer = mc.use_recorded_max_logits(nnx.Optimizer(model, TX, wrt=nnx.Param))
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            out = model(X, **options)
+            return out, nnx.pop(model, nnx.Intermediate)
+
+        model(100 * X)  # evaluation
+        grads, sown = nnx.grad(loss, has_aux=True)(model)
+        optimizer.update(model, grads)
+        return sown
+
+    sown = step(model, optimizer)
+    seen = mc.qk_clip_state(optimizer.opt_state).max_logits
+    assert seen.keys() == expected.keys()
+    for name, maxima in expected.items():
+        np.testing.assert_allclose(seen[name], maxima, rtol=1e-5)
+    if options:
+        told = {"/".join(path): x for path, x in mc.read_max_logits(sown).items()}
+        assert told.keys() == expected.keys()
+    else:
+        assert not sown
+    waiting = jax.tree.leaves(nnx.state(model, mc.MaxLogits))
+    assert len(waiting) == len(expected) and all((x == np.inf).all() for x in waiting)
+
+
+def dict_of(wrapper, name):
+    return getattr(wrapper, name) if name else vars(wrapper)
+
+
+def test_maxima_of_what_the_layout_leaves_out_go_nowhere():
+    model = Holder(Two())
+    plain = model(X)
+    mc.record_max_logits(model, mc.layouts.mha(block="inner/second", value=None, out=None))
+    assert nnx.grad(lambda model: model(X))(model) is not None
+    np.testing.assert_array_equal(model(X), plain)
+    (recorded,) = jax.tree.leaves(nnx.state(model, mc.MaxLogits))
+    np.testing.assert_allclose(recorded, reference(model.inner.second), rtol=1e-5)
+
+
+@pytest.mark.bad_input
+def test_the_softmax_of_a_linen_module_is_not_watched():
+    with pytest.raises(ValueError, match=r"inner/first is in a Linen .*attention_fn=mc.attention"):
+        mc.record_max_logits(Holder(Two()), LAYOUT, softmax="b heads t s -> heads")
