@@ -1,6 +1,6 @@
 """Layouts and the attention blocks that they find in a parameter tree."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +15,14 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts import checks, extras
 from muonclip_jax._layouts.adapters import inner, with_adapters
 from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
-from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, ROLES, SEVERAL_ROLES, Role
+from muonclip_jax._layouts.roles import (
+    KEY_ROLES,
+    LOGIT_ROLES,
+    QUERY_ROLES,
+    ROLES,
+    SEVERAL_ROLES,
+    Role,
+)
 from muonclip_jax._layouts.surroundings import (
     Shapes,
     bias_beside,
@@ -256,6 +263,8 @@ class Block:
       qk_norms: Scales of norms that stand behind its projections.
       without_role: Parameters that enter its logits and that no part describes.
       frozen: Those of its parameters that nothing moves.
+      is_frozen: Whether nothing trains of what is acted on: of what makes the logits, or of what
+        the factors of `clip_by_signal` scale.
 
     Example:
       >>> block = mc.layouts.find_blocks(layout, params)[0]
@@ -270,6 +279,7 @@ class Block:
     qk_norms: tuple[Path, ...] = ()
     without_role: tuple[Path, ...] = ()
     frozen: tuple[Path, ...] = ()
+    is_frozen: bool = False
 
     @property
     def name(self) -> str:
@@ -310,12 +320,6 @@ class Block:
     def latent(self) -> bool:
         """Whether this is multi-head latent attention."""
         return self.part("k_nope") is not None
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether nothing trains of all that makes the logits."""
-        before = (part for part in self.parts if ROLES[part.role].side != "value")
-        return all(path in self.frozen for part in before for path, _ in part.leaves)
 
     def held(self, role: Role) -> tuple[Path, ...]:
         """The frozen parameters of the parts with this role. Where there are any, none of these
@@ -458,17 +462,35 @@ def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
     return tuple(blocks.values())
 
 
-def with_frozen(blocks: Sequence[Block], frozen: Frozen | None, params: Any) -> tuple[Block, ...]:
+def with_frozen(
+    blocks: Sequence[Block],
+    frozen: Frozen | None,
+    params: Any,
+    acts_on: Callable[[Block], Collection[Role]] = lambda _: LOGIT_ROLES,
+) -> tuple[Block, ...]:
     """The blocks, each with those of its parameters that `frozen` names.
+
+    Args:
+      blocks: The blocks.
+      frozen: The user's option.
+      params: The parameters.
+      acts_on: Of a block of which nothing is known to be frozen, the roles that are acted on. It is
+        frozen where all of these are.
 
     Raises:
       TypeError, ValueError: What `read_frozen` raises.
     """
     found = read_frozen(frozen, params)
-    return tuple(
-        replace(block, frozen=tuple(path for path in block.shapes if path in found))
-        for block in blocks
-    )
+    if not found:
+        return tuple(blocks)
+
+    def marked(block: Block) -> Block:
+        roles = acts_on(block)
+        own = [path for part in block.parts if part.role in roles for path, _ in part.leaves]
+        still = tuple(path for path in block.shapes if path in found)
+        return replace(block, frozen=still, is_frozen=bool(own) and found.issuperset(own))
+
+    return tuple(map(marked, blocks))
 
 
 def as_layouts(layout: Layouts) -> tuple[Layout, ...]:

@@ -73,6 +73,10 @@ KEY_ROLES = _with("key", per_head=True)
 SHARED_KEY_ROLES = _with("key", per_head=False)
 LATENT_ROLES = _with("latent", per_head=False)
 GAIN_ROLES = _with("gain", per_head=False)
+# All that makes the logits: what is before the softmax.
+LOGIT_ROLES: tuple[Role, ...] = tuple(
+    role for role, facts in ROLES.items() if facts.side != "value"
+)
 
 
 def family(role: Role) -> set[str]:

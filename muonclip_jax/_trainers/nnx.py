@@ -89,15 +89,16 @@ def record_max_logits(
         )
     params = nnx.state(model, nnx.Param)
     modules = {paths.parse(path): module for path, module in nnx.iter_modules(model)}
+    of_linen = {path: module for path, module in modules.items() if isinstance(module, ToNNX)}
     for block in find_blocks(layout or find_layout(params), params):
         path = module_path(block.path)
         module = modules.get(path)
         above = (path[:n] for n in range(len(path) + 1))
-        around = next((p for p in above if isinstance(modules.get(p), ToNNX)), None)
+        around = next((p for p in above if p in of_linen), None)
         if around is not None:
             if softmax is not None:
                 raise ValueError(_unwatched(block.name, around))
-            module = _place_in_linen(modules[around], path[len(around) :])
+            module = _place_in_linen(of_linen[around], path[len(around) :])
         if module is None:
             raise ValueError(
                 f"{block.name} is not a module of its own in {type(model).__name__}, so nothing "

@@ -35,7 +35,7 @@ from muonclip_jax._layouts.blocks import (
 from muonclip_jax._layouts.checks import refuse_what_escapes
 from muonclip_jax._layouts.leaves import Leaves, change_leaves, leaves_of
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import EVERY_ROLE, ROLES, Role
+from muonclip_jax._layouts.roles import EVERY_ROLE, LOGIT_ROLES, Role
 from muonclip_jax._layouts.sown import fit, names, observe, pair
 
 # After so many clips in a row without effect something is wrong with the wiring.
@@ -83,6 +83,7 @@ def clip_by_signal(
     signal: str,
     factors: Callable[[Block, jax.Array], Mapping[Role, jax.Array]],
     scope: Scope = "head",
+    frozen: Frozen | None = None,
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -103,8 +104,13 @@ def clip_by_signal(
       signal: The name under which the signal is sown, and of the update's argument.
       factors: From an attention block and γ `[stack..., heads]` to what the weights of each role
         are multiplied by, `[stack..., heads of that role]`; roles that it leaves out keep their
-        weights. `block.stack`, `block.heads` and `block.kv_heads` tell the shapes.
+        weights. `block.stack`, `block.heads` and `block.kv_heads` tell the shapes, and
+        `block.held(role)` the frozen parameters of a role.
       scope: `"head"` clips each head by its own factor, `"layer"` all of a layer by the smallest.
+      frozen: What nothing moves, in the forms that `qk_clip` takes. A block is left out, and its
+        signal not asked for, where all that `factors` scales is frozen. Where some of it trains,
+        only `factors` knows what that takes of γ: a role is held as soon as one of its kernels or
+        biases is frozen, and `factors` must leave it out.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, the axes of the data, see `qk_clip`.
       heads_axis_name: Inside `jax.shard_map`, the axes of the heads, see `qk_clip`.
 
@@ -114,7 +120,7 @@ def clip_by_signal(
     Raises:
       TypeError: An option of the wrong type.
       ValueError: As `qk_clip`; when applied, a role or a shape of `factors` that a block does not
-        have.
+        have, or a role that is held.
 
     Example:
         >>> tx = mc.clip_by_signal(
@@ -129,7 +135,10 @@ def clip_by_signal(
         raise ValueError(f"signal must be a name for an argument, got {signal!r}.")
     if not callable(factors):
         raise TypeError(f"factors must be a function of a block and gamma, got {factors!r}.")
-    clip = Clip("clip_by_signal", layout, signal, factors, scope, axis_name, heads_axis_name)
+    clip = Clip(
+        *("clip_by_signal", layout, signal, factors, scope, axis_name, heads_axis_name, frozen),
+        acts_on="factors",
+    )
     clip.check(threshold)
     return clip.transformation(ClipState, threshold)
 
@@ -144,6 +153,8 @@ class Clip:
       factors: Takes the further number arguments behind the block and γ.
       frozen: Parameters that it must not move. Blocks that are frozen whole are left out; of others
         the factors must know.
+      acts_on: What is frozen in a block that is frozen whole: all that makes its logits, or all
+        that the factors scale where nothing is frozen.
     """
 
     owner: str
@@ -154,6 +165,7 @@ class Clip:
     axis_name: AxisName
     heads_axis_name: AxisName
     frozen: Frozen | None = None
+    acts_on: Literal["logits", "factors"] = "logits"
 
     def check(self, threshold: ArrayLike) -> None:
         """Raises what `clip_by_signal` raises when built."""
@@ -238,20 +250,18 @@ class Clip:
     ) -> tuple[tuple[Block, ...], list[Block], list[Block], Leaves]:
         """All blocks; those that are not frozen; these with no parts but those that are clipped;
         the leaves of such parts."""
-        every = with_frozen(blocks_with_logits(self.layout, params), self.frozen, params)
+        scaled = functools.partial(self._scaled, arguments)
+        acts_on = scaled if self.acts_on == "factors" else lambda _: LOGIT_ROLES
+        found = blocks_with_logits(self.layout, params)
+        every = with_frozen(found, self.frozen, params, acts_on)
         blocks = [block for block in every if not block.is_frozen]
-        number = jax.ShapeDtypeStruct((), jnp.float32)
         touched: list[Block] = []
         before_softmax: list[Block] = []
         for block in blocks:
-            gamma = jax.ShapeDtypeStruct(block.shape, jnp.float32)
-            abstract = jax.eval_shape(
-                functools.partial(self.factors, block), gamma, *(number for _ in arguments)
-            )
-            _check_factors(self.owner, block, abstract)
-            parts = tuple(part for part in block.parts if part.role in abstract)
+            roles = scaled(block)
+            parts = tuple(part for part in block.parts if part.role in roles)
             touched.append(replace(block, parts=parts))
-            if any(ROLES[role].side != "value" for role in abstract):
+            if not roles.isdisjoint(LOGIT_ROLES):
                 before_softmax.append(block)
         refuse_what_escapes(before_softmax, params)
         own = leaves_of(touched, EVERY_ROLE, params)
@@ -265,6 +275,15 @@ class Clip:
                     "block= pattern."
                 )
         return every, blocks, touched, own
+
+    def _scaled(self, arguments: Sequence[ArrayLike], block: Block) -> frozenset[Role]:
+        """The roles of a block that the factors scale."""
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        gamma = jax.ShapeDtypeStruct(block.shape, jnp.float32)
+        rule = functools.partial(self.factors, block)
+        abstract = jax.eval_shape(rule, gamma, *(number for _ in arguments))
+        _check_factors(self.owner, block, abstract)
+        return frozenset(abstract)
 
     def _pair(self, blocks: Sequence[Block], params: Any, given: Any) -> dict[str, list[jax.Array]]:
         """What was sown in each block. Every value must find its block, unless the layout leaves
@@ -408,6 +427,14 @@ def _check_factors(owner: str, block: Block, abstract: Any) -> None:
                 f"must be [stack..., heads] = {wanted}. With fewer key heads than query heads, "
                 "reduce gamma over each group: "
                 "gamma.reshape(*block.stack, block.kv_heads, -1).min(-1)."
+            )
+        if held := block.held(role):
+            shown = ", ".join(f"{paths.show(path)} {block.shapes[path]}" for path in held)
+            raise ValueError(
+                f"{owner}: factors scales {role!r} of {block.name}, and frozen= holds {shown} of "
+                f"it. Where block.held({role!r}) is not empty, let it leave this role out and give "
+                "gamma to what trains; or leave the block out of the clip with "
+                f"layouts.ignore({block.name!r})."
             )
 
 

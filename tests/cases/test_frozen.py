@@ -175,14 +175,104 @@ def test_quantized_weights_may_be_frozen():
     ],
     ids=["glob", "labels", "stray", "other", "one bool"],
 )
-@pytest.mark.parametrize("link", [mc.qk_clip, mc.scale_by_quack, mc.attention_report])
+@pytest.mark.parametrize(
+    "link", [mc.qk_clip, mc.scale_by_quack, mc.attention_report, mc.clip_by_signal]
+)
 def test_what_is_no_mask_for_these_parameters(link, frozen, error, told):
     params = plain()
     act = {
         mc.attention_report: lambda: link(params, None, SOWN, MHA, frozen=frozen),
+        mc.clip_by_signal: lambda: by_output(all_on_o, frozen=frozen).init(params),
     }.get(link, lambda: link(MHA, frozen=frozen).init(params))
     with pytest.raises(error, match=told):
         act()
+
+
+# --- a clip by another signal
+def all_on_o(block, gamma):
+    return {"o": gamma}
+
+
+def halves(block, gamma):
+    """Values and outputs by the half each, or what trains of them by all."""
+    trains = [role for role in ("v", "o") if not block.held(role)]
+    return {role: gamma ** (1 / len(trains)) for role in trains}
+
+
+def by_output(factors, **options):
+    return mc.clip_by_signal(MHA, 10.0, signal="max_output", factors=factors, **options)
+
+
+def clipped_by_output(params, factors, frozen, sown=SOWN):
+    """The parameters after a step of nothing but the clip, and its state."""
+    tx = by_output(factors, frozen=frozen)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(zeros, tx.init(params), params, max_output=sown)
+    return optax.apply_updates(params, updates), state
+
+
+def of_each_head(params):
+    """W_v W_o of every head, float64, `[heads, in, out]`."""
+    value, out = (np.float64(params["attn"][name]["kernel"]) for name in ("value", "out"))
+    return np.einsum("inf,nfo->nio", value, out)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "clipped"),
+    [
+        (None, ["value", "out"]),
+        ("attn/out/*", ["value"]),
+        ("attn/value/kernel", ["out"]),
+        # All that makes the logits, which this clip does not touch.
+        (["attn/query/*", "attn/key/*"], ["value", "out"]),
+        ({"attn": {"query": True, "key": True, "value": False, "out": True}}, ["value"]),
+    ],
+    ids=["nothing", "out", "value", "logits", "mask"],
+)
+def test_what_trains_takes_all_of_gamma_of_any_signal(frozen, clipped):
+    params = plain()
+    after, _ = clipped_by_output(params, halves, frozen)
+    assert moved(params, after) == {f"attn/{name}/kernel" for name in clipped}
+    now, then = map(of_each_head, (after, params))
+    # Rounded roots of γ, and updates as large as the weights.
+    np.testing.assert_allclose(now, then * GAMMA[:, None, None], rtol=1e-5, atol=1e-5)
+
+
+ONLY_AN_O = {"attn": {"query": False, "key": False, "value": False, "out": True}, "other": False}
+
+
+@pytest.mark.parametrize("frozen", ["attn/out/*", lambda params: ONLY_AN_O], ids=["glob", "mask"])
+def test_a_block_is_left_out_of_which_nothing_trains_that_the_factors_scale(frozen):
+    """Its queries and keys train all the same. Quantized weights may be frozen here too."""
+    params = two_blocks()
+    params["attn"]["out"]["kernel"] = jnp.ones((HEADS, F, 8), jnp.int8)
+    for sown in ({("attn",): MAXIMA, ("other",): MAXIMA}, {("other",): MAXIMA}):
+        after, state = clipped_by_output(params, all_on_o, frozen, sown)
+        assert moved(params, after) == {"other/out/kernel"}
+        assert list(state.gamma) == list(state.maxima) == ["other"]
+        assert int(state.heads_clipped) == 3
+
+
+def test_nothing_is_left_that_the_factors_scale():
+    params, zeros = plain(), jax.tree.map(jnp.zeros_like, plain())
+    tx = mc.accumulate(by_output(all_on_o, frozen="*/out/*"), every=2)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert not moved(zeros, updates)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("roles", "frozen", "words"),
+    [
+        (("v", "o"), "*/out/*", ["'o'", "attn/out/kernel (4, 3, 8)"]),
+        (("q", "o"), "*/query/bias", ["'q'", "attn/query/bias (4, 3)"]),
+    ],
+)
+def test_factors_that_scale_what_is_frozen_raise(roles, frozen, words):
+    with pytest.raises(ValueError, match="clip_by_signal: factors scales") as caught:
+        by_output(lambda _, gamma: dict.fromkeys(roles, gamma), frozen=frozen).init(with_bias())
+    for told in (*words, "frozen=", "block.held(", "layouts.ignore('attn')"):
+        assert told in str(caught.value)
 
 
 # --- QuacK, recipes, report

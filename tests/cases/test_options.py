@@ -174,6 +174,7 @@ FUNCTIONS = {
         {"layout": LAYOUT, "threshold": 1.0, "signal": "s", "factors": lambda block, gamma: {}},
         {
             **CLIP,
+            "frozen": FROZEN,
             "signal": ([None, 3, "not a name"], ["name"]),
             "factors": ([None, {"o": 1}], ["function"]),
         },
