@@ -182,16 +182,18 @@ def describe(
     still = read_frozen(frozen, params)
     check_newton_schulz(newton_schulz)
     check_devices_per_matrix(devices_per_matrix)
-    numbers = routing.choose(dimension_numbers, layout, granularity, rules)
-    specs = routing.resolve(numbers, params)
-    decay = decays(weight_decay_mask, params, numbers, layout)
+    if dimension_numbers is None:
+        specs, why = routing.work_out(params, rules, layout, granularity)
+    else:
+        numbers = routing.choose(dimension_numbers, layout, granularity, rules)
+        specs, why = routing.resolve(numbers, params), {}
+    decay = decays(weight_decay_mask, params, routing.Resolved(specs), layout)
     blocks = () if layout is None else find_blocks(layout, params)
     norms = {path for block in blocks for path in block.qk_norms}
     attention: dict[paths.Path, list[AttentionPiece]] = {}
     for part in (part for block in blocks for part in block.parts):
         for path, _ in part.leaves:
             attention.setdefault(path, []).append(AttentionPiece(part.role, part.heads))
-    why = {} if dimension_numbers is not None else routing.reasons(params, rules, layout)
     places = shardings_of(params, shardings)
     rows: list[ParameterRow] = []
     arrays: list[matrices.MatrixArray] = []

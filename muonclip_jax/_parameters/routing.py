@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
@@ -142,6 +142,14 @@ def muon_dimension_numbers(
       >>> specs["mlp"]["kernel"]
       MatrixSpec(mlp/kernel (64, 256): 1 × [64, 256])
     """  # noqa: E501
+    specs, _ = work_out(params, rules, layout, granularity)
+    return paths.map_with_path(lambda path, _: specs[path], params)
+
+
+def work_out(
+    params: Any, rules: Rules | None, layout: Layouts | None, granularity: Granularity
+) -> "Routing":
+    """`muon_dimension_numbers`, by path, and what told it."""
     _check_options(layout, granularity, rules)
     if layout is None and granularity != PER_HEAD:
         raise ValueError(f"{granularity} needs layout=, which tells where the heads are.")
@@ -151,18 +159,20 @@ def muon_dimension_numbers(
     described = {} if layout is None else _described(layout, params, granularity)
     deciding = _deciding_rules(told, near.shapes, paths.absent(params))
     ruled = {path: told[pattern] for path, pattern in deciding.items()}
-    routes = _routes(near, ruled, described)
-    return paths.map_with_path(lambda path, _: routes[path], params)
+    return _routes(near, ruled, described)
 
 
-def reasons(params: Any, rules: Rules | None, layout: Layouts | None) -> dict[Path, str]:
-    """What told how each parameter is read that neither a rule nor the layout decides, in words."""
-    near, told = Neighbours(params), dict((rules or {}).items())
-    decided = {
-        *_deciding_rules(told, near.shapes, paths.absent(params)),
-        *({} if layout is None else _described(layout, params, PER_HEAD)),
-    }
-    return {path: read(path, near).why for path in near.shapes if path not in decided}
+class Routing(NamedTuple):
+    """How the parameters are read.
+
+    Attributes:
+      specs: Every parameter's matrices; None: it is not for Muon.
+      reasons: Of those that neither a rule nor the layout decides, what told it, in words; empty
+        where the parameter's own name and shape do.
+    """
+
+    specs: dict[Path, MatrixSpec | None]
+    reasons: dict[Path, str]
 
 
 def choose(
@@ -282,7 +292,7 @@ def resolve_matrices(
     if dimension_numbers is None:
         near = Neighbours(params)
         matrices_by_shape = {path: MATRIX for path, shape in near.shapes.items() if len(shape) == 2}
-        found = _routes(near, matrices_by_shape, {})
+        found = _routes(near, matrices_by_shape, {}).specs
     else:
         found = resolve(dimension_numbers, params)
     resolved = {path: spec for path, spec in found.items() if spec is not None}
@@ -361,21 +371,24 @@ def _routes(
     near: Neighbours,
     ruled: Mapping[Path, How],
     described: Mapping[Path, Callable[[], MatrixSpec | None]],
-) -> dict[Path, MatrixSpec | None]:
+) -> Routing:
     """Rules, then the layout, then names and shapes.
 
     Raises:
       ValueError: Parameters that none of these decides, all of them.
     """
-    found: dict[Path, MatrixSpec | None] = {}
+    found = Routing({}, {})
     unclear: dict[Path, Unclear] = {}
     for path, shape in near.shapes.items():
         if path in described and path not in ruled:
-            found[path] = described[path]()
+            found.specs[path] = described[path]()
             continue
         try:
-            how = ruled[path] if path in ruled else read(path, near).matrices
-            found[path] = spec_of(path, shape, how)
+            if path in ruled:
+                how = ruled[path]
+            else:
+                how, found.reasons[path] = read(path, near)
+            found.specs[path] = spec_of(path, shape, how)
         except Unclear as why:
             unclear[path] = why
     check_all_clear(unclear, near)
