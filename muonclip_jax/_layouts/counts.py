@@ -42,6 +42,12 @@ def seen(family: Family, inside: Inside, shapes: Shapes, ask: Ask) -> int | None
     return size if fits else None
 
 
+def question(queries: int, keys: int) -> str:
+    """The call that tells how many heads there are, by their features."""
+    grouped = ", kv_heads=..." if queries != keys else ""
+    return f"find_layout(params, heads=...{grouped})"
+
+
 def told(
     asked: Mapping[Path, tuple[Family, Ask]],
     modules: Mapping[Path, Inside],
@@ -72,10 +78,9 @@ def told(
             f"how many heads each has. Fill in the numbers: [{', '.join(lines)}]."
         )
     if heads is None and kv_heads is None:
-        grouped = ", kv_heads=..." if queries != keys else ""
         raise ValueError(
             f"find_layout: {shown}, and nothing in the parameters tells how many heads there are. "
-            f"Give find_layout(params, heads=...{grouped})."
+            f"Give {question(queries, keys)}."
         )
     given = [(n, count) for n, count in ((queries, heads), (keys, kv_heads)) if count is not None]
     size = given[0][0] // given[0][1]

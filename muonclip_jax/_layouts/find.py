@@ -120,6 +120,26 @@ def find_layout(params: Any, heads: int | None = None, kv_heads: int | None = No
     return layouts[0] if len(layouts) == 1 else layouts
 
 
+def line_for(kernels: Iterable[Path], shapes: Shapes) -> dict[Path, str]:
+    """For each kernel, which holds several projections of attention, the layout that splits it, as
+    Python: `find_layout`'s where it is of a known model, with the numbers that have to be told."""
+    modules = _modules(shapes)
+    lines: dict[Path, str] = {}
+    for kernel in kernels:
+        around = (modules[kernel[:end]] for end in reversed(range(len(kernel))))
+        known = (_call(inside, shapes) for inside in around)
+        lines[kernel] = next(filter(None, known), suggest.fused_qkv(kernel[-2]))
+    return lines
+
+
+def _call(inside: Inside, shapes: Shapes) -> str:
+    """The call of `find_layout` that reads a module; "" where it is of no known model."""
+    answer = _read_linear(inside) if _is_linear(inside) else _read(inside, shapes)[1]
+    if isinstance(answer, Ask):
+        return f"mc.{counts.question(answer.queries, answer.keys)}"
+    return "" if answer is None else "mc.find_layout(params)"
+
+
 Storage = tuple[tuple[Piece, ...], int]
 """The pieces of a module's attention, and where its stack axes are."""
 

@@ -54,13 +54,18 @@ def nearest(inside: Inside) -> str:
     if fused := [name for name in _projections(inside) if "qkv" in name or len(_sides(name)) == 3]:
         return (
             "In which order a fused kernel holds queries, keys and values no shape tells; see its "
-            f"axes in mc.layouts.fused_qkv(heads=..., kernel={fused[0]!r}, axes=..., out=...)."
+            f"axes in {fused_qkv(fused[0])}."
         )
     return (
         "Name its projections: mc.layouts.mha(query=..., key=..., value=..., out=...), "
         "mc.layouts.gqa(...), mc.layouts.mla(nope, rope, v, ...), or mc.layouts.Layout(name, "
         "pieces=(mc.layouts.Piece(...), ...))."
     )
+
+
+def fused_qkv(kernel: str) -> str:
+    """The layout of a fused kernel of which only the name is known."""
+    return f"mc.layouts.fused_qkv(heads=..., kernel={kernel!r}, axes=..., out=...)"
 
 
 def spelling(inside: Inside) -> Separate | None:

@@ -20,6 +20,7 @@ from muonclip_jax._core.meshes import mesh_of
 from muonclip_jax._core.shardings import Shardings, shardings_of
 from muonclip_jax._core.tables import as_text, plain
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
+from muonclip_jax._layouts.find import line_for
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
 from muonclip_jax._parameters import matrices, routing
 from muonclip_jax._parameters.decay import decays
@@ -52,11 +53,13 @@ class ParameterRow:
     qk_norm: bool  # whether it belongs to a norm behind the queries or keys
     decays: bool  # whether weight decay reaches it
     why: str  # what told how it is read; "" where a rule, the layout or its own name did
+    hint: str  # the layout that would split what it holds as one matrix; "" where nothing would
 
 
 class Description(tuple[ParameterRow, ...]):
     """The rows of `describe`: prints as a table, in which layers that are alike share a line, and
-    `rich` renders it as one. On a mesh a second table tells which device orthogonalizes what.
+    `rich` renders it as one. Below it stand the layouts that would split what is one matrix without
+    them. On a mesh a second table tells which device orthogonalizes what.
 
     `rows.asdicts()` are dicts, lists, strings and numbers only, for a program or `json.dumps`.
 
@@ -106,17 +109,29 @@ class Description(tuple[ParameterRow, ...]):
             for name in ("muon", "other", "frozen")
         )
         refused = "; QK-Clip and QuacK refuse what is behind a QK-norm"
+        alike = list(_alike(self))
+        hints = [
+            f"\n{path} holds several projections of attention as one matrix; "
+            f"layout={row.hint} splits it into heads"
+            for path, row in alike
+            if row.hint
+        ]
         table = Table(
-            caption=f"{muon:,} parameters with muon, {other:,} with the other optimizer"
-            + f", {frozen:,} frozen" * bool(frozen)
-            + refused * any(row.qk_norm for row in self),
+            caption=plain(
+                [
+                    f"{muon:,} parameters with muon, {other:,} with the other optimizer"
+                    + f", {frozen:,} frozen" * bool(frozen)
+                    + refused * any(row.qk_norm for row in self)
+                    + "".join(hints)
+                ]
+            )[0],
             caption_justify="left",
         )
         headers = ["parameter", "shape", "optimizer", "matrices [in, out]", "decays", "attention"]
         told = any(row.why for row in self)
         for header in plain(headers + ["read as"] * told):
             table.add_column(header, overflow="fold")
-        for path, row in _alike(self):
+        for path, row in alike:
             attention = [f"{piece.role} ×{piece.heads}" for piece in row.attention]
             cells = [
                 path,
@@ -183,10 +198,10 @@ def describe(
     check_newton_schulz(newton_schulz)
     check_devices_per_matrix(devices_per_matrix)
     if dimension_numbers is None:
-        specs, why = routing.work_out(params, rules, layout, granularity)
+        specs, readings = routing.work_out(params, rules, layout, granularity)
     else:
         numbers = routing.choose(dimension_numbers, layout, granularity, rules)
-        specs, why = routing.resolve(numbers, params), {}
+        specs, readings = routing.resolve(numbers, params), {}
     decay = decays(weight_decay_mask, params, routing.Resolved(specs), layout)
     blocks = () if layout is None else find_blocks(layout, params)
     norms = {path for block in blocks for path in block.qk_norms}
@@ -194,6 +209,8 @@ def describe(
     for part in (part for block in blocks for part in block.parts):
         for path, _ in part.leaves:
             attention.setdefault(path, []).append(AttentionPiece(part.role, part.heads))
+    fused = [path for path, reading in readings.items() if reading.fused and layout is None]
+    hints = line_for(fused, paths.shapes(params)) if fused else {}
     places = shardings_of(params, shardings)
     rows: list[ParameterRow] = []
     arrays: list[matrices.MatrixArray] = []
@@ -208,7 +225,9 @@ def describe(
         optimizer = "frozen" if path in still else "other" if spec is None else "muon"
         role = tuple(attention.get(path, ()))
         decaying = decay[path] and path not in still
-        facts = optimizer, kinds, role, path in norms, decaying, why.get(path, "")
+        why = readings[path].why if path in readings else ""
+        hint = hints.get(path, "") if path not in still else ""
+        facts = optimizer, kinds, role, path in norms, decaying, why, hint
         rows.append(ParameterRow(paths.show(path), shape, *facts))
     known = (sharding.mesh.abstract_mesh for sharding in places.values() if sharding)
     mesh = next(known, mesh_of(params))

@@ -120,6 +120,15 @@ def is_in_attention(path: Path) -> bool:
     return any(map(_is_attention, path)) or bool(_PROJECTIONS & {*words(holder(path))})
 
 
+def is_fused(path: Path) -> bool:
+    """Whether its module is called as what holds several projections of attention: `qkv`, `Wqkv`,
+    `query_key_value`, `c_attn`, or within attention `in_proj`."""
+    said = words(holder(path))
+    whole = any("qkv" in word for word in said) or {"query", "key", "value"} <= {*said}
+    inside = any(map(_is_attention, path[:-2]))
+    return whole or said == ("c", "attn") or (said == ("in", "proj") and inside)
+
+
 def head(path: Path) -> Path | None:
     """The outermost module, or parameter, that is called as an unembedding, with the number that
     follows where it is a list; None: there is none, or it is within attention."""

@@ -25,10 +25,12 @@ class Reading(NamedTuple):
     Attributes:
       matrices: The pattern of its matrices; None: it is not for Muon.
       why: What told that, in words; empty where its own name and shape do.
+      fused: Whether a matrix holds several projections of attention, by its name.
     """
 
     matrices: MatrixPattern | None
     why: str = ""
+    fused: bool = False
 
 
 def pattern(axes: Sequence[str], stack: Stack, matrix: str = "in out") -> MatrixPattern:

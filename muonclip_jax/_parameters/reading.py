@@ -52,12 +52,12 @@ def read(path: Path, near: Neighbours) -> Reading:
     if not kernel:
         raise _unnamed(path, shape)
     if len(shape) > 2:
-        return Reading(_stack_of_kernels(path, near))
+        return Reading(_stack_of_kernels(path, near), fused=names.is_fused(path))
     if names.is_norm(names.holder(path)) and near.bias(path) is None:
         raise Unclear(
             "is a matrix ('in out'), or the gain of a norm in stacked layers (None)", "in out"
         )
-    return Reading(_one_kernel(path, near))
+    return Reading(_one_kernel(path, near), fused=names.is_fused(path))
 
 
 def _read_by_neighbours(path: Path, near: Neighbours) -> Reading | None:
@@ -98,10 +98,10 @@ def _projection(path: Path, known: list[Projection], near: Neighbours) -> Readin
             f"beside {near.show([bias])}",
         )
     axes = ["in" if i == ins else "out" if i == outs else f"axis{i}" for i in range(len(shape))]
-    told = ["attention's heads"] * (len(shape) > 2 + len(stack.lengths)) + ["[out, in]"] * (
-        outs < ins
-    )
-    return Reading(pattern(axes, Stack()), ", ".join(told))
+    headed = len(shape) > 2 + len(stack.lengths)
+    told = ["attention's heads"] * headed + ["[out, in]"] * (outs < ins)
+    fused = names.is_fused(path) and not headed
+    return Reading(pattern(axes, Stack()), ", ".join(told), fused)
 
 
 def check_all_clear(unclear: Mapping[Path, Unclear], near: Neighbours) -> None:

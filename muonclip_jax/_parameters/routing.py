@@ -18,7 +18,7 @@ from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._parameters import matrices
 from muonclip_jax._parameters.granularity import PER_HEAD, Granularity, check_fits
 from muonclip_jax._parameters.matrices import MatrixSpec, spec_of, spec_of_parts
-from muonclip_jax._parameters.neighbours import MATRIX, Neighbours
+from muonclip_jax._parameters.neighbours import MATRIX, Neighbours, Reading
 from muonclip_jax._parameters.reading import Unclear, check_all_clear, read
 
 # A tree of patterns (None: not for Muon), or a function from parameters to one.
@@ -167,12 +167,11 @@ class Routing(NamedTuple):
 
     Attributes:
       specs: Every parameter's matrices; None: it is not for Muon.
-      reasons: Of those that neither a rule nor the layout decides, what told it, in words; empty
-        where the parameter's own name and shape do.
+      readings: Those that neither a rule nor the layout decides, and what told them.
     """
 
     specs: dict[Path, MatrixSpec | None]
-    reasons: dict[Path, str]
+    readings: dict[Path, Reading]
 
 
 def choose(
@@ -384,10 +383,9 @@ def _routes(
             found.specs[path] = described[path]()
             continue
         try:
-            if path in ruled:
-                how = ruled[path]
-            else:
-                how, found.reasons[path] = read(path, near)
+            if path not in ruled:
+                found.readings[path] = read(path, near)
+            how = ruled[path] if path in ruled else found.readings[path].matrices
             found.specs[path] = spec_of(path, shape, how)
         except Unclear as why:
             unclear[path] = why

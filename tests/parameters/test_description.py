@@ -112,3 +112,77 @@ def test_tells_what_the_recipe_will_do():
     numbers = mc.muon_dimension_numbers
     with pytest.raises(TypeError, match="granularity= are for the default routing"):
         mc.describe(PARAMS, LAYOUT, granularity=all_heads, dimension_numbers=numbers)
+
+
+# --- fused kernels that no layout splits
+def gpt2(layers=3):
+    one = {"attn": {"c_attn": {"kernel": (16, 48)}, "c_proj": {"kernel": (16, 16)}}}
+    return shapes({f"h_{i}": one for i in range(layers)})
+
+
+FUSED = {
+    "GPT-2": ({"c_attn": (16, 48), "c_proj": (16, 16)}, "mc.find_layout(params, heads=...)"),
+    "GPT-NeoX": (
+        {"query_key_value": (16, 48), "dense": (16, 16)},
+        "mc.find_layout(params, heads=...)",
+    ),
+    "grouped": (
+        {"qkv_proj": (16, 32), "o_proj": (16, 16)},
+        "mc.find_layout(params, heads=..., kv_heads=...)",
+    ),
+    "heads by norms": (
+        {"qkv_proj": (16, 32), "o_proj": (16, 16), "q_norm": (4,), "k_norm": (4,)},
+        "mc.find_layout(params)",
+    ),
+    "PyTorch's names": (
+        {"in_proj": (16, 48), "out_proj": (16, 16)},
+        "mc.layouts.fused_qkv(heads=..., kernel='in_proj', axes=..., out=...)",
+    ),
+    "heads of their own": ({"qkv_proj": (16, 3, 4, 4), "out": (4, 4, 16)}, ""),
+    "separate": ({"q_proj": (16, 16), "k_proj": (16, 16), "v_proj": (16, 16)}, ""),
+}
+
+
+def model(projections, module="attn"):
+    leaf = lambda shape: {"kernel" if len(shape) > 1 else "scale": shape}  # noqa: E731
+    return shapes({module: {name: leaf(shape) for name, shape in projections.items()}})
+
+
+def hints(rows):
+    return {row.path: row.hint for row in rows if row.hint}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_kernel_without_a_layout_has_the_line_that_splits_it(name):
+    projections, line = FUSED[name]
+    found = hints(mc.describe(model(projections)))
+    assert found == ({f"attn/{next(iter(projections))}/kernel": line} if line else {})
+
+
+def test_the_line_splits_it():
+    params = gpt2()
+    rows = mc.describe(params, mc.find_layout(params, heads=4))
+    assert [str(m) for m in rows[0].matrices] == ["q 4 × [16, 4]", "k 4 × [16, 4]", "v 4 × [16, 4]"]
+    assert not hints(rows)
+
+
+def test_who_has_decided_gets_no_hint():
+    """By a rule, by dimension numbers, by a layout that leaves it out, by freezing; nor has what is
+    called so outside of attention."""
+    params, glob = gpt2(1), "*/c_attn/*"
+    assert hints(mc.describe(params))
+    assert not hints(mc.describe(params, rules={glob: "in out"}))
+    assert not hints(mc.describe(params, frozen=glob))
+    assert not hints(mc.describe(params, dimension_numbers=mc.muon_dimension_numbers))
+    other = model({"query": (16, 4, 4), "key": (16, 4, 4), "value": (16, 4, 4), "out": (4, 4, 16)})
+    leaves_out = [mc.layouts.mha(), mc.layouts.ignore("h_0/attn")]
+    assert not hints(mc.describe(params | other, leaves_out))
+    assert not hints(mc.describe(model({"in_proj": (16, 48), "out_proj": (16, 16)}, "mixer")))
+
+
+def test_layers_that_are_alike_share_a_hint(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = " ".join(str(mc.describe(gpt2())).split())
+    told = "h_{0..2}/attn/c_attn/kernel holds several projections of attention as one matrix; "
+    assert shown.count("several projections") == 1
+    assert f"{told}layout=mc.find_layout(params, heads=...) splits it into heads" in shown
