@@ -448,11 +448,19 @@ def test_readings_that_differ_are(shape):
         mc.apply_qk_clip(params, {("attn",): jnp.full(shape, 40.0)}, mc.layouts.mha(), 10.0)
 
 
-def test_an_ignored_attention_inside_another():
+@pytest.mark.parametrize(
+    ("layout", "inner"),
+    [
+        ([mc.layouts.mha(block="attn"), mc.layouts.ignore("attn/inner")], "inner"),
+        ([mc.layouts.mha(block="attn"), mc.layouts.ignore("attn/inner")], "inner/core"),
+        (mc.layouts.mha(block="attn"), "inner"),
+    ],
+    ids=["ignored", "sown deeper inside", "outside the pattern"],
+)
+def test_an_ignored_attention_inside_another(layout, inner):
     full = jax.tree.map(lambda x: jnp.ones(x.shape), attention())["attn"]
     params = {"attn": {**full, "inner": full}}
-    layout = [mc.layouts.mha(block="attn"), mc.layouts.ignore("attn/inner")]
-    sown = {"attn": {"max_logits": jnp.full(2, 1.0), "inner": {"max_logits": jnp.full(2, 500.0)}}}
+    sown = {("attn",): jnp.full(2, 1.0), ("attn", *inner.split("/")): jnp.full(2, 500.0)}
     tx = mc.qk_clip(layout, 100.0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(zeros, tx.init(params), params, max_logits=sown)
@@ -496,6 +504,45 @@ def test_nnx_attention_inside_linen_sows():
     assert "intermediates" not in model.init(jax.random.key(0), X, 1)
     plain = model.apply({"params": params}, X, 1)  # nothing collects
     assert plain.shape == X.shape
+
+
+class OwnAttention(nnx.Module):
+    """That sows by itself."""
+
+    def __init__(self, rngs):
+        self.query, self.key = (nnx.LinearGeneral(8, (2, 4), rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        key = self.key(x)
+        out, maxima = mc.dot_product_attention(self.query(x), key, key)
+        mc.sow_max_logits(self, maxima)
+        return out
+
+
+class BridgedDeeper(nn.Module):
+    """In a Linen module of its own, in layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = x + bridge.to_linen(OwnAttention, name=f"attn_{i}")(x).sum((-1, -2))[..., None]
+        return x
+
+
+@pytest.mark.versions
+def test_own_nnx_attention_inside_linen_sows_layer_by_layer():
+    model = BridgedDeeper()
+    params = model.init(jax.random.key(0), X)["params"]
+    apply = lambda params: model.apply({"params": params}, X, mutable=["intermediates"])[1]  # noqa: E731
+    sown = mc.read_max_logits(apply(params))
+    assert list(sown) == [("attn_0",), ("attn_1",)]
+    kernels = (np.float64(params["attn_0"][side]["kernel"]) for side in ("query", "key"))
+    q, k = (np.einsum("bti,ihf->bthf", np.float64(X), kernel) for kernel in kernels)
+    logits = np.einsum("bthf,bshf->bhts", q, k) / 2  # 1/sqrt(4)
+    np.testing.assert_allclose(sown["attn_0",], logits.max((0, 2, 3)), rtol=1e-5)
+    half = float(sown["attn_0",].min()) / 2
+    clipped = mc.apply_qk_clip(params, sown, mc.layouts.mha(value=None, out=None), half)
+    np.testing.assert_allclose(mc.read_max_logits(apply(clipped))["attn_0",], half, rtol=1e-5)
 
 
 @pytest.mark.versions

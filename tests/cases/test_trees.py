@@ -355,6 +355,84 @@ def test_whole_numbers_in_what_is_sown():
     assert list(keys) == [("layers", "0")]
 
 
+def numbered_attention():
+    shapes = {"query": (8, 2, 4), "key": (8, 2, 4), "value": (8, 2, 4), "out": (2, 4, 8)}
+    return {name: {"kernel": weights(*shape)} for name, shape in shapes.items()}
+
+
+class Numbered(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        layer = lambda: nnx.MultiHeadAttention(2, 8, decode=False, use_bias=False, rngs=rngs)  # noqa: E731
+        self.layers = nnx.List([layer(), layer()])
+
+
+# Parameters of two layers, by numbers.
+NUMBERED = {
+    "dict": lambda: {"layers": {0: numbered_attention(), 1: numbered_attention()}},
+    "list": lambda: {"layers": [numbered_attention(), numbered_attention()]},
+    "NNX state": lambda: nnx.state(Numbered(), nnx.Param),
+    "NNX pure": lambda: nnx.to_pure_dict(nnx.state(Numbered(), nnx.Param)),
+}
+ABOVE, BELOW = np.float32([40, 40]), np.float32([1, 1])
+# What was sown in them: the first is above the threshold.
+SOWN_BY_NUMBER = {
+    "paths": {("layers", 0): ABOVE, ("layers", 1): BELOW},
+    "dict": {"layers": {0: {"max_logits": ABOVE}, 1: {"max_logits": BELOW}}},
+    "list": {"layers": [{"max_logits": (ABOVE,)}, {"max_logits": (BELOW,)}]},
+}
+
+
+def assert_first_is_halved(after, before):
+    """By √(10 / 40): the queries and keys of the first layer, and nothing else."""
+    then = dict(paths.leaves(before))
+    for path, now in paths.leaves(after):
+        clipped = path[1] == "0" and path[2] in ("query", "key")
+        factor = 0.5 if clipped else 1.0
+        np.testing.assert_allclose(now, factor * then[path], rtol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("sown", SOWN_BY_NUMBER)
+@pytest.mark.parametrize("kind", NUMBERED)
+def test_layers_by_whole_numbers_are_clipped(kind, sown):
+    params, given, layout = NUMBERED[kind](), SOWN_BY_NUMBER[sown], mc.layouts.mha()
+    assert_first_is_halved(mc.apply_qk_clip(params, given, layout, 10.0), params)
+    tx = mc.accumulate(mc.qk_clip(layout, 10.0), every=1)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(zeros, tx.init(params), params, max_logits=given)
+    assert_first_is_halved(jax.tree.map(jnp.add, params, updates), params)
+    seen = mc.qk_clip_state(state).max_logits
+    assert list(seen) == ["layers/0", "layers/1"]
+    report = mc.attention_report(params, state, given, layout, threshold=10.0)
+    assert report.blocks["layers/0"].above.all() and not report.blocks["layers/1"].above.any()
+
+
+@pytest.mark.parametrize("kind", NUMBERED)
+def test_layers_by_whole_numbers_are_described_and_named(kind, monkeypatch):
+    """As by text: in `describe`, in rules, in `block=` and in `frozen=`."""
+    monkeypatch.setenv("COLUMNS", "200")
+    params, only = NUMBERED[kind](), mc.layouts.mha(block="layers/1")
+    rows = mc.describe(
+        params,
+        [only, mc.layouts.ignore("layers/0")],
+        rules={"layers/0/out/*": None},
+        frozen="layers/0/value/*",
+    )
+    told = {row.path: (row.optimizer, *map(str, row.matrices)) for row in rows}
+    assert told["layers/0/out/kernel"] == ("other",)
+    assert told["layers/0/value/kernel"] == ("frozen",)
+    assert told["layers/0/query/kernel"] == ("muon", "2 × [8, 4]")
+    assert told["layers/1/query/kernel"] == ("muon", "q 2 × [8, 4]")
+    assert "layers/{0..1}/query/kernel" in str(mc.describe(params, mc.layouts.mha()))
+    after = mc.apply_qk_clip(params, {("layers", 1): ABOVE}, only, 10.0, frozen="layers/1/key/*")
+    (block,) = mc.layouts.find_blocks(only, after)
+    now, then = (
+        dict(paths.leaves(tree))["layers", "1", "query", "kernel"] for tree in (after, params)
+    )
+    assert block.name == "layers/1"
+    np.testing.assert_allclose(now, then / 4, rtol=1e-6)
+
+
 # One array, and numbers
 
 
