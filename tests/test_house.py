@@ -12,7 +12,7 @@ import muonclip_jax as mc
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "muonclip_jax"
-LINES_OF_CODE = 10_080  # of the package, without docstrings, comments and empty lines
+LINES_OF_CODE = 10_600  # of the package, without docstrings, comments and empty lines
 PRIVATE_PER_THOUSAND = 22
 LONGEST = 60  # lines of code in a function, without its docstring
 IGNORES = 10  # of the type checker, in the package and the examples
@@ -99,7 +99,7 @@ def test_the_type_checker_is_rarely_silenced_and_never_without_a_reason():
 def test_public_functions_show_every_argument():
     hidden = [
         name
-        for module in (mc, mc.layouts, mc.schedules, mc.plots)
+        for module in (mc, mc.layouts, mc.schedules, mc.linalg, mc.plots)
         for name in module.__all__
         if inspect.isfunction(thing := getattr(module, name)) and name not in PASS_THROUGH
         if {p.kind for p in inspect.signature(thing).parameters.values()}

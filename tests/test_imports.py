@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "muonclip_jax"
 ORDER = [
     "_core",
     "_orthogonalize",
+    "_linalg",
     "_spread",
     "_attention",
     "_layouts",
@@ -18,6 +19,7 @@ ORDER = [
     "_transforms",
     "layouts",
     "schedules",
+    "linalg",
     "recipes",
     "_trainers",
     "_diagnostics",

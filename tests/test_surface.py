@@ -23,7 +23,10 @@ import pytest
 import muonclip_jax as mc
 
 FILE = pathlib.Path(__file__).parent / "surface.txt"
-MODULES = ["muonclip_jax", *(f"muonclip_jax.{name}" for name in ("layouts", "schedules", "plots"))]
+MODULES = [
+    "muonclip_jax",
+    *(f"muonclip_jax.{name}" for name in ("layouts", "schedules", "linalg", "plots")),
+]
 
 
 def show_default(value: Any) -> str:

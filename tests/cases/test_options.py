@@ -117,6 +117,21 @@ PACKED = {
 }
 SINKS = {"sinks": ([jnp.ones(2, int), jnp.ones(5), jnp.ones((2, 2))], ["sinks"])}
 
+SQUARE = jnp.eye(2)
+LINALG_LOWER = (["1e-3", [1e-3], 0.0, 1.0, NAN], ["between 0 and 1"])
+MATRIX_ARRAYS = ([jnp.ones((2, 2), int), jnp.ones((2, 2), complex)], FLOATS[1])
+OF_ROOT = {
+    "x": MATRIX_ARRAYS,
+    "by": ([None, "svd", 3, mc.NewtonSchulz()], ['"newton_schulz"', '"eigh"']),
+    "lower": LINALG_LOWER,
+}
+OF_SIGN = {
+    "x": MATRIX_ARRAYS,
+    "by": ([None, "eigh", 3, mc.schedules.jordan()], ['"newton_schulz"', '"svd"', "NewtonSchulz"]),
+    "lower": LINALG_LOWER,
+}
+BOUND = ([None, "1", [1.0], -1.0, NAN, math.inf], ["finite", "at least 0"])
+
 
 # function: (it, what it needs, the options with their wrong values and the words that tell better)
 FUNCTIONS = {
@@ -407,6 +422,48 @@ FUNCTIONS = {
         {"x": jnp.ones((2, 3))},
         {"gamma": ([*NUMBER, 0.0, -1.0, NAN], ["above 0"])},
     ),
+    "msign": (mc.linalg.msign, {"x": SQUARE}, OF_SIGN),
+    "mclip": (
+        mc.linalg.mclip,
+        {"x": SQUARE},
+        {
+            **OF_SIGN,
+            "low": ([*BOUND[0], 2.0], ["low"]),  # above `high`
+            "high": BOUND,
+            "form": ([None, "both", 3], ['"polar"', '"nested"', '"squared"']),
+        },
+    ),
+    "matrix_sqrt": (mc.linalg.matrix_sqrt, {"x": SQUARE}, OF_ROOT),
+    "inverse_sqrt": (mc.linalg.inverse_sqrt, {"x": SQUARE}, OF_ROOT),
+    "inverse_root": (
+        mc.linalg.inverse_root,
+        {"x": SQUARE, "p": 3},
+        {**OF_ROOT, "p": (COUNT, WHOLE)},
+    ),
+    "mcsgn": (
+        mc.linalg.mcsgn,
+        {"x": SQUARE},
+        {"x": MATRIX_ARRAYS, "by": ([None, "svd", 3], ['"newton"', '"newton_schulz"'])},
+    ),
+    "solve_sylvester": (
+        mc.linalg.solve_sylvester,
+        {"a": SQUARE, "b": SQUARE, "c": SQUARE},
+        {
+            **dict.fromkeys("ab", ([jnp.ones((2, 2), int), jnp.ones((2, 3)), jnp.eye(3)], [])),
+            "c": ([jnp.ones((2, 3)), jnp.ones((2, 2), jnp.bfloat16)], []),
+            "symmetric": FLAG,
+        },
+    ),
+    "inverse_low_rank_triangular": (
+        mc.linalg.inverse_low_rank_triangular,
+        {"diagonal": jnp.ones(3), "q": jnp.ones((3, 1)), "k": jnp.ones((3, 1))},
+        {
+            "diagonal": ([jnp.ones(2), jnp.ones(3, jnp.bfloat16)], []),
+            **dict.fromkeys(
+                "qk", ([jnp.ones((2, 1)), jnp.ones((3, 2)), jnp.ones((3, 1), int)], [])
+            ),
+        },
+    ),
 }
 
 
@@ -469,7 +526,7 @@ NO_OPTIONS = {
 
 
 def public_functions():
-    for module in (mc, mc.layouts, mc.schedules):
+    for module in (mc, mc.layouts, mc.schedules, mc.linalg):
         for name in module.__all__:
             if callable(fn := getattr(module, name)) and not hasattr(fn, "__origin__"):
                 yield name, fn
