@@ -205,11 +205,18 @@ def test_fixed_is_a_lower_rate_of_queries_and_keys_and_measures_nothing():
         chex.assert_trees_all_close({role: list(x) for role, x in factors.items()}, by_hand)
 
 
-def test_while_the_weights_stay_the_factors_are_tau():
-    init, update = compiled(MHA)
-    (params,) = models(attention, 1)
+@pytest.mark.parametrize(
+    ("layout", "make", "options"),
+    [(MHA, attention, {}), (MLA_WITH_GAINS, latent, {"rule": "latent_norm"})],
+    ids=["paper", "latent_norm"],
+)
+def test_while_the_weights_stay_the_factors_are_tau(layout, make, options):
+    """The latent of the values too, which only a fixed rate leaves alone; and before any step."""
+    init, update = compiled(layout, **options)
+    (params,) = models(make, 1)
     state = init(params)
-    expected = {"attn": {role: jnp.full(HEADS, TAU) for role in ("q", "k")}}
+    expected = jax.tree.map(lambda norm: jnp.full(norm.shape, TAU), state.initial_norms)
+    assert {"q", "k"} == expected["attn"].keys() or "kv_down" in expected["attn"]
     chex.assert_trees_all_equal(state.factors, expected)
     for _ in range(2):
         _, state = update(params, state, params)
