@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._core import paths
-from muonclip_jax._layouts.blocks import module_path
+from muonclip_jax._layouts.blocks import blocks_with_logits, module_path
 from muonclip_jax._parameters.description import Description
 
 OPTIONS = {
@@ -38,21 +38,20 @@ class Model:
     Attributes:
       params: Its parameters, in the tree that its library makes.
       loss: From parameters to the loss and the max logits, as sown or by block path.
-      layout: Its attention.
-      rules: How Muon is to read parameters that are neither attention nor `kernel`s.
+      heads: What `find_layout` must be told, since the kernels are flat.
     """
 
     params: Any
     loss: Callable[[Any], tuple[jax.Array, Any]]
-    layout: mc.layouts.Layouts
-    rules: Mapping[str, Any] = field(default_factory=dict)
+    heads: int | None = None
 
-    @property
-    def dimension_numbers(self) -> Callable[[Any], Any]:
-        return functools.partial(mc.muon_dimension_numbers, layout=self.layout, rules=self.rules)
+    @functools.cached_property
+    def layout(self) -> mc.layouts.Layouts:
+        """Its attention: found, never written down."""
+        return mc.find_layout(self.params, self.heads)
 
     def describe(self) -> Description:
-        return mc.describe(self.params, self.layout, dimension_numbers=self.dimension_numbers)
+        return mc.describe(self.params, self.layout)
 
     def check_matrices(self, expected: Mapping[str, str]) -> None:
         """Asserts what `mc.describe` says of some parameters, `{path: "q 4 × [in, features]"}`."""
@@ -150,21 +149,19 @@ def check_step_and_clip(model: Model) -> None:
 def check_layout(model: Model) -> None:
     """The layout is the model's own: every piece of every block is proved."""
     proof = mc.check_layout(lambda params, _: model.loss(params), model.params, model.layout, None)
-    blocks = mc.layouts.find_blocks(model.layout, model.params)
+    blocks = blocks_with_logits(model.layout, model.params)
     assert proof.roles == {b.name: tuple(part.role for part in b.parts) for b in blocks}
     assert not proof.left_out
 
 
-def check_qk_norm(model: Model, norm: str, sows: bool = True) -> None:
-    """QK-Clip and QuacK refuse a model with a QK-norm, by its name; per-head Muon trains it. Of one
-    that sows no maxima no layout can be proved."""
+def check_qk_norm(model: Model, norm: str) -> None:
+    """QK-Clip and QuacK refuse a model with a QK-norm, by its name; per-head Muon trains it."""
     for transformation in (mc.qk_clip(model.layout), mc.scale_by_quack(model.layout)):
         with pytest.raises(ValueError, match=f"{norm}.* normalises queries or keys"):
             transformation.init(model.params)
     assert {row.path for row in model.describe() if row.qk_norm} >= {norm}
-    if sows:
-        check_layout(model)
-    train_step(model, mc.muon(dimension_numbers=model.dimension_numbers, **OPTIONS))
+    check_layout(model)
+    train_step(model, mc.muon(layout=model.layout, **OPTIONS))
 
 
 def train_step(model: Model, tx: optax.GradientTransformationExtraArgs) -> Any:
@@ -185,9 +182,7 @@ def train_step(model: Model, tx: optax.GradientTransformationExtraArgs) -> Any:
 
 
 def _check_step(model: Model, before: dict, threshold: float) -> None:
-    direction = mc.muon_direction(
-        dimension_numbers=model.dimension_numbers, newton_schulz=OPTIONS["newton_schulz"]
-    )
+    direction = mc.muon_direction(layout=model.layout, newton_schulz=OPTIONS["newton_schulz"])
     quack = mc.quack(OPTIONS["learning_rate"], layout=model.layout, direction=direction)
     state = train_step(model, optax.chain(quack, mc.qk_clip(model.layout, threshold)))
     clipped = mc.qk_clip_state(state)
@@ -203,7 +198,7 @@ def _check_step(model: Model, before: dict, threshold: float) -> None:
 def _check_clip(model: Model, forward, before: dict, layer: tuple, threshold: float) -> None:
     """With the heads of one layer clipped, its input is what it was: its logits say all."""
     name, *index = layer
-    blocks = mc.layouts.find_blocks(model.layout, model.params)
+    blocks = blocks_with_logits(model.layout, model.params)
     alone = {tuple(block.name.split("/")): np.zeros(block.shape, np.float32) for block in blocks}
     alone[tuple(name.split("/"))][*index] = before[layer]
     clipped = mc.apply_qk_clip(model.params, alone, model.layout, threshold)
@@ -225,7 +220,7 @@ def _by_layer(model: Model, max_logits: Any) -> dict[tuple, np.ndarray]:
     The maxima may be sown in a sub-module of the block, with batch axes before the heads."""
     sown = {paths.show(path): np.asarray(x) for path, x in mc.read_max_logits(max_logits).items()}
     blocks = {}
-    for block in mc.layouts.find_blocks(model.layout, model.params):
+    for block in blocks_with_logits(model.layout, model.params):
         (maxima,) = [x for path, x in sown.items() if f"{path}/".startswith(f"{block.name}/")]
         blocks[block.name] = maxima.max(axis=tuple(range(len(block.stack), maxima.ndim - 1)))
     return _rows(blocks)

@@ -73,7 +73,7 @@ def make_linen() -> Model:
         output, sown = model.apply(params, X, MEMORY, mutable=["intermediates"])
         return jnp.square(output - TARGETS).mean(), sown
 
-    return Model(params, loss, mc.find_layout(params))
+    return Model(params, loss)
 
 
 def make_nnx() -> Model:
@@ -84,7 +84,7 @@ def make_nnx() -> Model:
         output, sown = nnx.capture(model, nnx.Intermediate)(X, MEMORY)
         return jnp.square(output - TARGETS).mean(), sown
 
-    return Model(moved(params), loss, mc.find_layout(params))
+    return Model(moved(params), loss)
 
 
 @pytest.mark.slow

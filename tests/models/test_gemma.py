@@ -5,7 +5,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from flax import linen
-from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
 from tests.models.checks import (
@@ -19,7 +18,6 @@ from tests.models.checks import (
     softmax_inputs,
     stand_ins,
 )
-from tests.models.families import GEMMA
 
 require("gemma")
 with (
@@ -29,10 +27,6 @@ with (
     from gemma import gm
 
     Transformer, LoRA = gm.nn.Transformer, gm.nn.LoRA  # imported when first asked for
-
-# Its MLP: [2, in, out], gate and input, and [in, out].
-MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-RULES = {"*/mlp/gating_einsum": MATRIX, "*/mlp/linear": MATRIX}
 
 SOFT_CAP = 50.0
 SIZES = dict(
@@ -68,7 +62,7 @@ def make(**options) -> Model:
         max_logits = by_path(logits, "b t h s -> h", "layer_{}/attn", soft_cap)
         return cross_entropy(output, TOKENS), max_logits
 
-    return Model(moved(params), loss, GEMMA, RULES)
+    return Model(moved(params), loss)
 
 
 def test_step_and_clip_before_a_soft_cap():
@@ -92,11 +86,12 @@ def test_low_rank_adapters_scale_with_their_kernels():
     model = LoRA(rank=2, model=transformer())
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    layout = mc.find_layout(params)
     maxima = {
         block.path: jnp.full(block.shape, 1.0).at[0].set(400.0)
-        for block in mc.layouts.find_blocks(GEMMA, params)
+        for block in mc.layouts.find_blocks(layout, params)
     }
-    after = mc.apply_qk_clip(params, maxima, GEMMA, 100.0)["layer_0"]["attn"]["q_einsum"]
+    after = mc.apply_qk_clip(params, maxima, layout, 100.0)["layer_0"]["attn"]["q_einsum"]
     kernel = after["w"][:, 0, 0]  # [heads, in, features]
     (adapter,) = (after[name]["lora"] for name in after if name != "w")
     assert kernel[0] < 1 and (kernel[1:] == 1).all()

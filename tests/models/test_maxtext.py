@@ -1,7 +1,6 @@
 """MaxText's models (Flax NNX): DeepSeek's latent attention, Llama 2 fused, Qwen 3 Next."""
 
 import contextlib
-import dataclasses
 import pathlib
 import types
 from unittest import mock
@@ -13,12 +12,8 @@ import numpy as np
 import optax
 from flax import linen, nnx, traverse_util
 from flax.training import train_state
-from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
-from muonclip_jax import layouts
-from muonclip_jax._layouts.blocks import Layout
-from muonclip_jax._layouts.pieces import Piece
 from tests.models.checks import (
     Model,
     check_qk_norm,
@@ -36,38 +31,6 @@ from maxtext.models import models  # noqa: E402
 from maxtext.utils import maxtext_utils, qk_clip_utils  # noqa: E402
 
 NOPE, ROPE, V = 8, 4, 8
-MLA = layouts.mla(NOPE, ROPE, V, out="out", query_norm="q_norm", key_value_norm="kv_norm")
-MLA_SCANNED = dataclasses.replace(MLA, stack_axis=1)
-MLA_PLAIN_QUERY = layouts.mla(NOPE, ROPE, V, query="query", out="out", key_value_norm="kv_norm")
-
-LLAMA = dataclasses.replace(
-    layouts.fused_qkv(4, 2, kernel="qkv_proj", axes="in (part heads) features"), stack_axis=1
-)
-# Each head's query and, beside it, the gate of its output.
-QWEN3_NEXT = Layout(
-    "qwen3_next",
-    (
-        Piece("q", "query", sizes={"features": 16}, select={"features": (0, 8)}),
-        Piece("gate", "query", sizes={"features": 16}, select={"features": (8, None)}),
-        Piece("k", "key"),
-        Piece("v", "value"),
-        Piece("o", "out", "(heads features) out", sizes={"features": 8}),
-    ),
-    shared_keys=True,
-)
-
-MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-STACKED = MuonDimensionNumbers(reduction_axis=0, output_axis=2)  # [in, layers, out]
-DEEPSEEK_EXPERTS = {"*/MoeBlock_0/w*": MATRIX}  # [experts, in, out], scanned [experts, layers, ...
-LLAMA_SCANNED = {"*/mlp/*/kernel": STACKED}
-DEEPSEEK_SCANNED = {
-    **DEEPSEEK_EXPERTS,
-    **LLAMA_SCANNED,
-    "*/gate/kernel": STACKED,
-    "*/shared_experts/*/kernel": STACKED,
-}
-QWEN3_NEXT_RULES = {"*/routed_experts/w*": MATRIX, "*/conv1d/kernel": None}
-
 BATCH, LENGTH = 3, 8
 TOKENS = jnp.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) * 7 % 16
 POSITIONS = jnp.tile(jnp.arange(LENGTH), (BATCH, 1))
@@ -123,7 +86,7 @@ QWEN3_NEXT_SIZES = dict(
 )
 
 
-def make(layout: layouts.Layouts, rules, **options) -> Model:
+def make(**options) -> Model:
     config = pyconfig.initialize_pydantic(
         ["", str(CONFIG)],
         run_name="test",
@@ -155,7 +118,7 @@ def make(layout: layouts.Layouts, rules, **options) -> Model:
             output = model(TOKENS, POSITIONS, decoder_segment_ids=SEGMENTS, enable_dropout=False)
         return cross_entropy(output, TOKENS), nnx.state(model, nnx.Intermediate)
 
-    return Model(moved(params), loss, layout, rules)
+    return Model(moved(params), loss)
 
 
 @contextlib.contextmanager
@@ -172,7 +135,7 @@ def recorded():
 
 def test_latent_attention_scanned():
     options = dict(DEEPSEEK, base_num_decoder_layers=3, scan_layers=True)
-    model = make(MLA_SCANNED, DEEPSEEK_SCANNED, **options)
+    model = make(**options)
     block = "decoder/moe_layers/self_attention"
     model.check_matrices(
         {
@@ -187,7 +150,7 @@ def test_latent_attention_scanned():
 
 def test_latent_attention_without_query_compression():
     options = dict(DEEPSEEK, q_lora_rank=0, scan_layers=False)
-    model = make(MLA_PLAIN_QUERY, DEEPSEEK_EXPERTS, **options)
+    model = make(**options)
     query = "decoder/dense_layers_0/self_attention/query/kernel"
     model.check_matrices({query: "q_nope 4 × [16, 8], q_rope 4 × [16, 4]"})
     check_step_and_clip(model)
@@ -195,7 +158,7 @@ def test_latent_attention_without_query_compression():
 
 def test_fused_and_scanned():
     options = dict(decoder_block="llama2", base_num_kv_heads=2, fused_qkv=True, scan_layers=True)
-    model = make(LLAMA, LLAMA_SCANNED, **options)
+    model = make(**options)
     fused = "decoder/layers/self_attention/qkv_proj/kernel"
     model.check_matrices({fused: "q 8 × [16, 8], k 4 × [16, 8], v 4 × [16, 8]"})
     with recorded():
@@ -203,17 +166,19 @@ def test_fused_and_scanned():
 
 
 def test_gated_attention_among_recurrent_layers():
-    model = make(QWEN3_NEXT, QWEN3_NEXT_RULES, scan_layers=False, **QWEN3_NEXT_SIZES)
+    model = make(scan_layers=False, **QWEN3_NEXT_SIZES)
     block = "decoder/layers_3/attention/attention"
     model.check_matrices(
         {
             f"{block}/query/kernel": "q 4 × [16, 8], gate 4 × [16, 8]",
             f"{block}/out/kernel": "o 4 × [8, 16]",
-            "decoder/layers_0/attention/in_proj_qkvz/kernel": "1 × [16, 48]",
+            "decoder/layers_0/attention/in_proj_qkvz/kernel": (
+                "q 2 × [16, 4], k 2 × [16, 4], v 4 × [16, 4], gate 4 × [16, 4]"
+            ),
         }
     )
-    # MaxText records the maxima of MLA only.
-    check_qk_norm(model, f"{block}/key_norm/scale", sows=False)
+    with recorded():
+        check_qk_norm(model, f"{block}/key_norm/scale")
 
 
 def test_same_as_maxtexts_own_qk_clip():
@@ -238,4 +203,6 @@ def test_same_as_maxtexts_own_qk_clip():
     )
     theirs = qk_clip_utils.apply_qk_clip(state, sown, config).params
     # It adds 1e-6 to the maxima; float32 rounding.
-    chex.assert_trees_all_close(mc.apply_qk_clip(params, sown, MLA, 100.0), theirs, rtol=1e-6)
+    chex.assert_trees_all_close(
+        mc.apply_qk_clip(params, sown, mc.find_layout(params), 100.0), theirs, rtol=1e-6
+    )

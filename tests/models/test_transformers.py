@@ -1,9 +1,7 @@
 """Hugging Face's Flax models (Linen; transformers 4 is the last to have them)."""
 
 import jax.numpy as jnp
-from optax.contrib import MuonDimensionNumbers
 
-from muonclip_jax import layouts
 from tests.models.checks import (
     Model,
     by_path,
@@ -21,32 +19,31 @@ from transformers.models.bert.modeling_flax_bert import FlaxBertForMaskedLM  # n
 from transformers.models.gpt2.modeling_flax_gpt2 import FlaxGPT2LMHeadModel  # noqa: E402
 from transformers.models.llama.modeling_flax_llama import FlaxLlamaForCausalLM  # noqa: E402
 
-# Its kernels are all [out, in].
-GPT2 = layouts.fused_qkv(4, kernel="c_attn", axes="(part heads features) in", out="c_proj")
-GPT2_RULES = {"*/mlp/*/kernel": MuonDimensionNumbers(reduction_axis=1, output_axis=0)}
-LLAMA = layouts.gqa(2, heads=4, query="q_proj", key="k_proj", value="v_proj", out="o_proj")
-BERT = layouts.mha(
-    heads=4, query="self/query", key="self/key", value="self/value", out="output/dense"
-)
-
+HEADS = 4  # its kernels are flat
 TOKENS = jnp.arange(16).reshape(2, 8) % 11
 
 
-def make(model, layout: layouts.Layouts, block: str, rules=()) -> Model:
+def make(model, block: str) -> Model:
     def loss(params):
         with softmax_inputs() as logits:
             output = model(TOKENS, params=params).logits
         return cross_entropy(output, TOKENS), by_path(logits, "b h t s -> h", block)
 
-    return Model(moved(model.params), loss, layout, dict(rules))
+    return Model(moved(model.params), loss, HEADS)
 
 
 def make_gpt2() -> Model:
     config = GPT2Config(
-        vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        vocab_size=11,
+        n_positions=8,
+        n_embd=16,
+        n_layer=2,
+        n_head=HEADS,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = FlaxGPT2LMHeadModel(config, input_shape=(1, 8))
-    return make(model, GPT2, "transformer/h/{}/attn", GPT2_RULES)
+    return make(model, "transformer/h/{}/attn")
 
 
 SIZES = dict(
@@ -54,19 +51,19 @@ SIZES = dict(
     hidden_size=16,
     intermediate_size=32,
     num_hidden_layers=2,
-    num_attention_heads=4,
+    num_attention_heads=HEADS,
     max_position_embeddings=8,
 )
 
 
 def make_llama() -> Model:
     model = FlaxLlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES), input_shape=(1, 8))
-    return make(model, LLAMA, "model/layers/{}/self_attn")
+    return make(model, "model/layers/{}/self_attn")
 
 
 def make_bert() -> Model:
     model = FlaxBertForMaskedLM(BertConfig(**SIZES), input_shape=(1, 8))
-    return make(model, BERT, "bert/encoder/layer/{}/attention")
+    return make(model, "bert/encoder/layer/{}/attention")
 
 
 def test_gpt2():

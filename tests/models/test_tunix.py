@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from muonclip_jax import layouts
-from muonclip_jax._layouts.blocks import Layout
-from muonclip_jax._layouts.pieces import Piece
 from muonclip_jax._parameters.description import AttentionPiece
 from tests.models.checks import (
     Model,
@@ -21,7 +18,6 @@ from tests.models.checks import (
     require,
     softmax_inputs,
 )
-from tests.models.families import GEMMA
 
 # A bare package in place of tunix/__init__.py, which imports far more than the models.
 tunix = types.ModuleType("tunix")
@@ -33,21 +29,6 @@ from tunix.models.gemma import model as gemma  # noqa: E402
 from tunix.models.llama3 import model as llama3  # noqa: E402
 from tunix.models.qwen2 import model as qwen2  # noqa: E402
 from tunix.models.qwen3 import model as qwen3  # noqa: E402
-
-LLAMA = layouts.gqa(query="q_proj/w", key="k_proj/w", value="v_proj/w", out="o_proj/w")
-QWEN2 = Layout(
-    "qwen2",
-    (
-        Piece("q", "q_proj/w", bias="q_bias"),
-        Piece("k", "k_proj/w", bias="k_bias"),
-        Piece("v", "v_proj/w", bias="v_bias"),
-        Piece("o", "o_proj/w", "heads features out"),
-    ),
-    shared_keys=True,
-)
-GEMMA_MHA = layouts.fused_qkv(
-    4, kernel="qkv_einsum/w", axes="part heads in features", out="attn_vec_einsum/w"
-)
 
 SIZES = dict(num_layers=2, embed_dim=16, hidden_dim=32, num_heads=4, num_kv_heads=2, head_dim=8)
 LLAMA_SIZES = dict(SIZES, vocab_size=11, rope_theta=10_000, norm_eps=1e-6)
@@ -67,7 +48,7 @@ POSITIONS = jnp.tile(jnp.arange(5), (2, 1))
 MASK = jnp.tile(jnp.tril(jnp.ones((5, 5), bool)), (2, 1, 1))
 
 
-def make(model: nnx.Module, layout: layouts.Layouts, axes: str, soft_cap=None) -> Model:
+def make(model: nnx.Module, axes: str, soft_cap=None) -> Model:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params):
@@ -76,28 +57,27 @@ def make(model: nnx.Module, layout: layouts.Layouts, axes: str, soft_cap=None) -
         max_logits = by_path(logits, axes, "layers/{}/attn", soft_cap)
         return cross_entropy(output, TOKENS), max_logits
 
-    return Model(moved(params), loss, layout)
+    return Model(moved(params), loss)
 
 
 def make_llama() -> Model:
     model = llama3.Llama3(llama3.ModelConfig(**LLAMA_SIZES), rngs=nnx.Rngs(0))
-    return make(model, LLAMA, "b h t s -> h")
+    return make(model, "b h t s -> h")
 
 
 def make_qwen2() -> Model:
     model = qwen2.Qwen2(qwen2.ModelConfig(**LLAMA_SIZES), rngs=nnx.Rngs(0))
-    return make(model, QWEN2, "b k g t s -> (k g)")
+    return make(model, "b k g t s -> (k g)")
 
 
 def make_qwen3() -> Model:
     model = qwen3.Qwen3(qwen3.ModelConfig(**LLAMA_SIZES), rngs=nnx.Rngs(0))
-    return make(model, LLAMA, "b k g t s -> (k g)")
+    return make(model, "b k g t s -> (k g)")
 
 
 def make_gemma(kv_heads: int = 2) -> Model:
     config = gemma.ModelConfig(**dict(GEMMA_SIZES, num_kv_heads=kv_heads))
-    layout = GEMMA_MHA if kv_heads == config.num_heads else GEMMA
-    return make(gemma.Gemma(config, rngs=nnx.Rngs(0)), layout, "b t h s -> h", SOFT_CAP)
+    return make(gemma.Gemma(config, rngs=nnx.Rngs(0)), "b t h s -> h", SOFT_CAP)
 
 
 @pytest.mark.parametrize(
