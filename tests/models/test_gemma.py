@@ -72,6 +72,7 @@ def test_step_and_clip_before_a_soft_cap():
             "layer_0/attn/q_einsum/w": "q 4 × [16, 8]",
             "layer_0/attn/kv_einsum/w": "k 2 × [16, 8], v 2 × [16, 8]",
             "layer_0/mlp/gating_einsum": "2 × [16, 32]",
+            "layer_0/mlp/linear": "1 × [32, 16]",
             "embedder/input_embedding": "",
         }
     )

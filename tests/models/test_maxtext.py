@@ -136,13 +136,16 @@ def recorded():
 def test_latent_attention_scanned():
     options = dict(DEEPSEEK, base_num_decoder_layers=3, scan_layers=True)
     model = make(**options)
-    block = "decoder/moe_layers/self_attention"
+    block, experts = "decoder/moe_layers/self_attention", "decoder/moe_layers/DeepSeekMoeBlock_0"
     model.check_matrices(
         {
             f"{block}/wq_b/kernel": "q_nope 8 × [8, 8], q_rope 8 × [8, 4]",
             f"{block}/wkv_a/kernel": "kv_down 2 × [16, 8], k_rope 2 × [16, 4]",
             f"{block}/out/kernel": "o 8 × [8, 16]",
-            "decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/wo": "4 × [8, 16]",
+            f"{experts}/MoeBlock_0/wo": "4 × [8, 16]",
+            f"{experts}/MoeBlock_0/gate/kernel": "2 × [16, 2]",
+            f"{experts}/shared_experts/wo/kernel": "2 × [8, 16]",
+            "decoder/dense_layers/mlp/wo/kernel": "1 × [32, 16]",
         }
     )
     check_step_and_clip(model)
@@ -152,7 +155,12 @@ def test_latent_attention_without_query_compression():
     options = dict(DEEPSEEK, q_lora_rank=0, scan_layers=False)
     model = make(**options)
     query = "decoder/dense_layers_0/self_attention/query/kernel"
-    model.check_matrices({query: "q_nope 4 × [16, 8], q_rope 4 × [16, 4]"})
+    model.check_matrices(
+        {
+            query: "q_nope 4 × [16, 8], q_rope 4 × [16, 4]",
+            "decoder/moe_layers_0/DeepSeekMoeBlock_0/MoeBlock_0/wi_0": "2 × [16, 8]",
+        }
+    )
     check_step_and_clip(model)
 
 
@@ -160,7 +168,12 @@ def test_fused_and_scanned():
     options = dict(decoder_block="llama2", base_num_kv_heads=2, fused_qkv=True, scan_layers=True)
     model = make(**options)
     fused = "decoder/layers/self_attention/qkv_proj/kernel"
-    model.check_matrices({fused: "q 8 × [16, 8], k 4 × [16, 8], v 4 × [16, 8]"})
+    model.check_matrices(
+        {
+            fused: "q 8 × [16, 8], k 4 × [16, 8], v 4 × [16, 8]",
+            "decoder/layers/mlp/wi_0/kernel": "2 × [16, 32]",
+        }
+    )
     with recorded():
         check_step_and_clip(model)
 
@@ -175,6 +188,8 @@ def test_gated_attention_among_recurrent_layers():
             "decoder/layers_0/attention/in_proj_qkvz/kernel": (
                 "q 2 × [16, 4], k 2 × [16, 4], v 4 × [16, 4], gate 4 × [16, 4]"
             ),
+            "decoder/layers_0/attention/conv1d/kernel": "",
+            "decoder/layers_0/mlp/routed_experts/wo": "2 × [8, 16]",
         }
     )
     with recorded():
