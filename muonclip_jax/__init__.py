@@ -8,11 +8,13 @@ from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.flax import attention_fn
 from muonclip_jax._attention.max_logits import read_max_logits, sow_max_logits
 from muonclip_jax._attention.measure import measure_max_logits
+from muonclip_jax._attention.outputs import measure_max_output
 from muonclip_jax._attention.residuals import max_logits_bound, max_logits_from_residuals
 from muonclip_jax._core.axes import MatrixPattern
 from muonclip_jax._core.sowing import read_signal, sow_signal
 from muonclip_jax._diagnostics.activations import read_activations, sow_activations
 from muonclip_jax._diagnostics.check_layout import LayoutProof, check_layout
+from muonclip_jax._diagnostics.clip_report import ClipReport, SignalReport, clip_report
 from muonclip_jax._diagnostics.heads import head_matrices
 from muonclip_jax._diagnostics.measures import (
     effective_rank,
@@ -36,6 +38,7 @@ from muonclip_jax._transforms.clip import ClipState, clip_by_signal
 from muonclip_jax._transforms.elsewhere import from_optax_muon, from_torch_muon
 from muonclip_jax._transforms.muon import scale_by_muon
 from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
+from muonclip_jax._transforms.output_clip import max_output_clip
 from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
 from muonclip_jax._transforms.quack import QuackState, quack_state, scale_by_quack
 from muonclip_jax._transforms.update_rms import scale_by_update_rms
@@ -67,6 +70,7 @@ __all__ = [
     "QKClipState",
     "qk_clip_state",
     "apply_qk_clip",
+    "max_output_clip",
     "clip_by_signal",
     "ClipState",
     "accumulate",
@@ -95,6 +99,7 @@ __all__ = [
     "dot_product_attention",
     "attention_fn",
     "measure_max_logits",
+    "measure_max_output",
     "max_logits_from_residuals",
     "max_logits_bound",
     "sow_max_logits",
@@ -111,6 +116,9 @@ __all__ = [
     "attention_report",
     "AttentionReport",
     "HeadReport",
+    "clip_report",
+    "ClipReport",
+    "SignalReport",
     "head_matrices",
     "sow_activations",
     "read_activations",

@@ -1,5 +1,7 @@
 """The maxima alone, for attention kernels that tell nothing of them."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from muonclip_jax._attention import call as arguments
 from muonclip_jax._attention.tiles import Operands, Tiling, cut, hide, raw_logits, tile_of
 from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.maxima import largest
+from muonclip_jax._core.options import check_choice
+
+Which = Literal["highest", "lowest", "size"]
 
 
 def measure_max_logits(
@@ -23,6 +28,7 @@ def measure_max_logits(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     scale: float | None = None,
+    which: Which = "highest",
     examples: int | None = None,
     every: int = 1,
     step: ArrayLike | None = None,
@@ -63,6 +69,9 @@ def measure_max_logits(
       query_seq_lengths: as `dot_product_attention`.
       key_value_seq_lengths: as `dot_product_attention`.
       scale: factor on `q kᵀ`, `1/sqrt(H)` by default.
+      which: `"highest"` gives the largest logit; `"lowest"` minus the lowest, for logits that run
+        away below, where a softmax shows nothing; `"size"` the larger of the two, `max |q kᵀ|`. A
+        clip by γ scales all logits of a head, so QK-Clip takes any of them.
       examples: entries of the first axis to measure, all by default. On a mesh that splits this
         axis they are those of the first devices; inside `jax.shard_map`, each device takes its
         own.
@@ -89,6 +98,7 @@ def measure_max_logits(
     """
     query, key = arguments.floating("query", query), arguments.floating("key", key)
     arguments.check_operands(query, key)
+    check_choice("which", which, get_args(Which))
     every = arguments.integer("every", every, at_least=1)
     step = _step(step, every)
     dtype = arguments.compute_dtype(dtype, query, key)
@@ -114,11 +124,11 @@ def measure_max_logits(
     )
     nothing = jnp.full_like(operands.query[..., 0, 0], -jnp.inf, accumulation_dtype(query.dtype))
     if every == 1:
-        highest = _highest(tiling, operands, nothing)
+        highest = _highest(tiling, which, operands, nothing)
     else:
         highest = lax.cond(
             step % every == 0,
-            lambda x, nothing: _highest(tiling, x, nothing),
+            lambda x, nothing: _highest(tiling, which, x, nothing),
             lambda x, nothing: nothing,
             operands,
             nothing,
@@ -149,13 +159,13 @@ def _first(count: int, query: jax.Array, key: jax.Array, visible: arguments.Visi
     return query[:count], key[:count], visible
 
 
-def _highest(tiling: Tiling, x: Operands, nothing: jax.Array) -> jax.Array:
+def _highest(tiling: Tiling, which: Which, x: Operands, nothing: jax.Array) -> jax.Array:
     """`[..., K, G]`. The batch is kept to the end: spread over devices, it costs one reduction."""
+    measured = {"highest": lambda x: x, "lowest": jnp.negative, "size": jnp.abs}[which]
 
     def step(highest: jax.Array, ij):
         tile = tile_of(tiling, x, *ij)
-        return jnp.maximum(
-            highest, largest(hide(raw_logits(tiling, tile), tile.mask), (-2, -1))
-        ), None
+        logits = hide(measured(raw_logits(tiling, tile)), tile.mask)
+        return jnp.maximum(highest, largest(logits, (-2, -1))), None
 
     return lax.scan(step, nothing, tiling.tiles())[0]

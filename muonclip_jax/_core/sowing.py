@@ -20,6 +20,9 @@ COLLECTION = "intermediates"
 MAX_LOGITS = "max_logits"
 """The name under which an attention block sows its max logits."""
 
+MAX_OUTPUT = "max_output"
+"""The name under which a block sows the largest entry that it, or each of its heads, writes."""
+
 RECORDED = "recorded_max_logits"
 """The attribute of an NNX module that keeps them until the next update; see `record_max_logits`."""
 
@@ -123,7 +126,7 @@ def nothing_given(owner: str, signal: str, blocks: list[str]) -> str:
 
 
 def sow_signal(module: "linen.Module | nnx.Module", name: str, value: jax.Array) -> bool:
-    """Sows one number per head under a name, for `read_signal`.
+    """Sows one number per head, or one for all heads, under a name, for `read_signal`.
 
     A module called twice keeps the maximum. Linen's collection is `intermediates`, NNX's variable
     type `nnx.Intermediate`.
@@ -131,8 +134,8 @@ def sow_signal(module: "linen.Module | nnx.Module", name: str, value: jax.Array)
     Args:
       module: The attention module, `self` in its own method.
       name: The signal's name, such as `"max_output"`.
-      value: `[..., heads]`, floating point. Stored as float32, without gradient; leading axes are
-        kept.
+      value: `[..., heads]`, or `[..., 1]` for what all heads share; floating point. Stored as
+        float32, without gradient; leading axes are kept.
 
     Returns:
       Whether the value was stored. It is not where nothing collects: in Linen when
@@ -231,5 +234,6 @@ def _check_per_head(value: Any, what: str) -> None:
     if jnp.ndim(value) == 0:
         raise ValueError(
             f"{what} must be [..., heads], found a scalar: "
-            "reduce over batch, queries and keys, not over heads."
+            "reduce over batch, queries and keys, not over heads. (One number for all heads of a "
+            "signal other than max logits: [1].)"
         )

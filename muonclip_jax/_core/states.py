@@ -24,8 +24,13 @@ def find_state(opt_state: Any, kind: type[State], transformation: str) -> State:
             f"{transformation} in the chain (once, with a list of layouts for several kinds of "
             "attention)?"
         )
+    return plain(found[0])
+
+
+def plain(state: State) -> State:
+    """The state with plain arrays for NNX's variables."""
     return jax.tree.map(
-        lambda x: x.get_value() if paths.is_variable(x) else x, found[0], is_leaf=paths.is_variable
+        lambda x: x.get_value() if paths.is_variable(x) else x, state, is_leaf=paths.is_variable
     )
 
 

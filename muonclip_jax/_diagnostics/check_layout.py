@@ -174,7 +174,7 @@ def _forward(
         paths_of = read_signal(result[1], MAX_LOGITS)
         paired = pair(layout, blocks_with_logits(layout, params), params, paths_of).modules.values()
         left_out[:] = map(paths.show, paths_of.keys() - {p for some in paired for p in some})
-        return Outcome(output, state.maxima)
+        return Outcome(output, state.maxima[MAX_LOGITS])
 
     compiled = jax.jit(forward)
     return lambda params: compiled(params, batch)

@@ -195,7 +195,7 @@ class AttentionReport:
             table.add_column(quantity.header or "", justify="right")
         table.add_column("look at", overflow="fold")
         for layer, heads in rows:
-            ranges = (_range(getattr(heads, quantity.field)) for quantity in shown)
+            ranges = (extent(getattr(heads, quantity.field)) for quantity in shown)
             table.add_row(*plain((layer, *ranges, _flags(heads))))
         return table
 
@@ -497,7 +497,8 @@ def _keys(block: Block, sown: list[jax.Array]) -> jax.Array | None:
     return sown[0] if sown else None
 
 
-def _range(values: np.ndarray | None) -> str:
+def extent(values: np.ndarray | None) -> str:
+    """Lowest and highest, for a cell of a table."""
     if values is None:
         return ""
     ends = [f"{end:.3g}" for end in (np.min(values), np.max(values))]

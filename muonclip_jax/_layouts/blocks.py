@@ -58,8 +58,10 @@ class Layout:
       stack_axis: Where the axes of scanned or vmapped layers are in every parameter; MaxText and
         `nn.scan(variable_axes={"params": 1})` put them at 1.
       softmax: Whether its queries and keys meet in a softmax. Without one (linear attention) there
-        are no max logits: clips, QuacK and the report pass over its blocks and ask for no sown
-        values; Muon and `head_matrices` take its heads like all others.
+        are no max logits: QK-Clip, QuacK and the report pass over its blocks and ask for no sown
+        values; Muon and `head_matrices` take its heads like all others, and so do clips by other
+        signals. Without one `o` may stand alone: the output projection of an MLP, or of experts as
+        heads, for `max_output_clip`.
 
     Raises:
       ValueError: No piece for queries, or two pieces with one role that is no stream's.
@@ -95,13 +97,13 @@ class Layout:
 
     def _check_roles(self) -> None:
         roles: list[Role] = [piece.role for piece in self.pieces]
-        if not set(roles) & set(QUERY_ROLES):
+        if not set(roles) & set(QUERY_ROLES) and not self._is_output:
             raise ValueError(
                 f"{self}: pieces have the roles {roles}; there must be a Piece of {QUERY_ROLES}. "
                 "(Keys may be missing, where they are another layer's: queries then take all of a "
                 "clip. Keys alone do not tell how many query heads read them; leave such a block "
                 "out with layouts.ignore(block). What is frozen is described all the same, and "
-                "named by frozen=.)"
+                "named by frozen=. An output projection alone, of an MLP say, has softmax=False.)"
             )
         unique: dict[Role, None] = dict.fromkeys(roles)
         for role in unique:
@@ -132,6 +134,11 @@ class Layout:
             if not isinstance(given, tuple | list) or not all(isinstance(x, kind) for x in given):
                 raise TypeError(f"Layout: {name} must be a tuple of {wanted}, got {given!r}.")
 
+    @property
+    def _is_output(self) -> bool:
+        """Whether it describes nothing but output projections, of MLPs or experts."""
+        return not self.softmax and {piece.role for piece in self.pieces} == {"o"}
+
     def takes(self, block: Path) -> bool:
         """Whether the `block` pattern admits the module at this path."""
         if self.block is None:
@@ -143,10 +150,9 @@ class Layout:
         return any(fnmatchcase(name, glob) for glob in globs)
 
     def places(self, shapes: Shapes) -> list[Path]:
-        """The modules that hold a query or key parameter."""
-        leaves = [
-            leaf for p in self.pieces if p.role in QUERY_ROLES + KEY_ROLES for leaf in p.leaves
-        ]
+        """The modules that hold a query or key parameter; of outputs alone, one of these."""
+        anchors = ("o",) if self._is_output else QUERY_ROLES + KEY_ROLES
+        leaves = [leaf for p in self.pieces if p.role in anchors for leaf in p.leaves]
         found = (
             path[: -len(leaf)] for path in shapes for leaf in leaves if path[-len(leaf) :] == leaf
         )
@@ -303,8 +309,8 @@ class Block:
 
     @property
     def heads(self) -> int:
-        """Query heads."""
-        return self.queries[0].heads
+        """Query heads; of an output projection alone its own."""
+        return (self.queries or self.parts)[0].heads
 
     @property
     def kv_heads(self) -> int:
@@ -457,7 +463,8 @@ def _find(layouts: Sequence[Layout], shapes: Shapes) -> tuple[Block, ...]:
                         f"({blocks[other].layout}) and in {paths.show(path)} ({one}). Narrow "
                         "their names or block= patterns."
                     )
-    if len(layouts) > 1 or layouts[0].block is None:
+    only_outputs = all(one._is_output for one in layouts)
+    if not only_outputs and (len(layouts) > 1 or layouts[0].block is None):
         _check_all_covered(layouts, list(owners), shapes)
     return tuple(blocks.values())
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.maxima import largest
 from muonclip_jax._core.paths import Path
+from muonclip_jax._core.sowing import MAX_LOGITS
 from muonclip_jax._layouts.blocks import (
     Block,
     Layouts,
@@ -56,7 +58,8 @@ def pair(layout: Layouts, blocks: Sequence[Block], params: Any, sown: Iterable[P
       sown: The paths of the modules that sowed.
     """
     found = Pairing({block.name: [] for block in blocks if not block.is_frozen}, [])
-    excluded = [module_path(path) for path in left_out(layout, params)]
+    own = {block.path for block in blocks}
+    excluded = [module_path(path) for path in left_out(layout, params) if path not in own]
     for path in sown:
         around = [block for block in blocks if _is_inside(path, module_path(block.path))]
         block = max(around, key=lambda block: len(block.path), default=None)
@@ -72,7 +75,8 @@ def pair(layout: Layouts, blocks: Sequence[Block], params: Any, sown: Iterable[P
 
 def fit(block: str, shape: tuple[int, ...], sown: jax.Array, signal: str) -> jax.Array:
     """What a module of a block sowed, as `[stack..., heads]`, the block's shape: axes that its
-    kernels do not have (a batch, a vmapped call) are reduced by the maximum.
+    kernels do not have (a batch, a vmapped call) are reduced by the maximum. One number for all
+    heads, `[..., 1]`, is that of each; not of max logits, which every head has.
 
     Args:
       block: The block's name.
@@ -84,15 +88,19 @@ def fit(block: str, shape: tuple[int, ...], sown: jax.Array, signal: str) -> jax
       ValueError: It has other heads or another stack, or does not tell which axis is the stack.
     """
     *stack, heads = shape
+    if sown.shape[-1:] == (1,) and signal != MAX_LOGITS:
+        sown = jnp.broadcast_to(sown, (*sown.shape[:-1], heads))
     depth, extra = len(stack), sown.ndim - len(shape)
     after_stack = sown.shape[:depth] == shape[:-1]
     before_stack = sown.shape[extra:-1] == shape[:-1] if extra >= 0 else False
+    one_for_all = "" if signal == MAX_LOGITS else ", or one for all, [..., 1]"
     if sown.shape[-1:] != (heads,) or extra < 0 or not (after_stack or before_stack):
         raise ValueError(
             f"{block} sowed {signal} of shape {sown.shape}, but its kernels have "
             f"{heads} query heads{f' in stacked layers {shape[:-1]}' if depth else ''}: "
             f"expected {shape}. "
-            "Sow one maximum per query head, and check the layout's heads= (flat kernels need it)."
+            f"Sow one maximum per query head{one_for_all}, and check the layout's heads= (flat "
+            "kernels need it)."
         )
     if depth and extra and after_stack and before_stack and max(sown.shape[:-1]) > 1:
         raise ValueError(

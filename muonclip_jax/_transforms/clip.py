@@ -3,7 +3,7 @@
     forward pass ─► a number per head, sown ─► γ = threshold / number, where above the threshold
                                              ─► each role's weights times its power of γ
 
-QK-Clip (`qk_clip.py`) is the instance for max logits.
+QK-Clip (`qk_clip.py`) is the instance for max logits, `max_output_clip` the one for outputs.
 """
 
 import functools
@@ -29,6 +29,7 @@ from muonclip_jax._layouts.blocks import (
     Layouts,
     as_layouts,
     blocks_with_logits,
+    find_blocks,
     multipliers,
     with_frozen,
 )
@@ -42,6 +43,7 @@ from muonclip_jax._layouts.sown import fit, names, observe, pair
 INEFFECTIVE = 3
 
 Scope = Literal["head", "layer"]
+Threshold = ArrayLike | Callable[[Any], ArrayLike]  # an Optax schedule, from the step
 Factors = Callable[..., Mapping[Role, jax.Array]]
 
 
@@ -49,36 +51,37 @@ class ClipState(NamedTuple):
     """What the last step saw and did: `optax.tree.get(opt_state, "ClipState")`.
 
     Attributes:
-      maxima: For each attention block (by path), the signal given to the last update, float32
-        `[stack..., heads]`; -inf before the first.
+      maxima: By the signal's name and the block's path, the signal given to the last update,
+        float32 `[stack..., heads]`; -inf before the first.
       gamma: The clip factors of the last update, same keys and shapes; 1 where not clipped.
       heads_clipped: int32, heads clipped in the last update, over all blocks.
       nonfinite_heads: int32, running count of NaN or +Inf maxima. They clip nothing.
       lost_heads: int32, running count of clipped heads of which some kernel, rounded to the
         parameters' own half-precision dtype, moved less than half as far as it should. Keep
         float32 master weights if it grows.
-      ineffective_clips: For each block, int32 `[stack..., heads]`: how many clips in a row, up to
-        the last but one, were without effect, as in `QKClipState`. From 3 on something is wrong
-        with the wiring.
+      ineffective_clips: Same keys, int32 `[stack..., heads]`: how many clips in a row, up to the
+        last but one, were without effect, as in `QKClipState`. From 3 on something is wrong with
+        the wiring.
+      count: int32, the steps so far, where the threshold is a schedule; else None.
 
     Example:
-        >>> clip = dict(signal="max_output", factors=lambda block, gamma: {"o": gamma})
-        >>> state = mc.clip_by_signal(layout, 30.0, **clip).init(params)
-        >>> state.maxima["attn"]
+        >>> state = mc.max_output_clip(layout, 30.0).init(params)
+        >>> state.maxima["max_output"]["attn"]
         Array([-inf, -inf], dtype=float32)
     """
 
-    maxima: dict[str, jax.Array]
-    gamma: dict[str, jax.Array]
+    maxima: dict[str, dict[str, jax.Array]]
+    gamma: dict[str, dict[str, jax.Array]]
     heads_clipped: jax.Array
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
-    ineffective_clips: dict[str, jax.Array]
+    ineffective_clips: dict[str, dict[str, jax.Array]]
+    count: jax.Array | None = None
 
 
 def clip_by_signal(
     layout: Layouts,
-    threshold: ArrayLike,
+    threshold: Threshold,
     *,
     signal: str,
     factors: Callable[[Block, jax.Array], Mapping[Role, jax.Array]],
@@ -95,12 +98,17 @@ def clip_by_signal(
     precision hold for all.
 
     The model sows the signal in its attention modules, `sow_signal(self, "max_output", largest)`,
-    one number per query head; several calls keep the maximum. The update takes it as an argument
-    of this name: `tx.update(grads, state, params, max_output=intermediates)`.
+    one number per query head, or `[1]` for all of them; several calls keep the maximum. The update
+    takes it as an argument of this name: `tx.update(grads, state, params,
+    max_output=intermediates)`. Every block of the layout must sow it, those of linear attention
+    too. A layout of one `Piece("o", ...)` with `softmax=False` makes blocks of MLPs or experts.
+
+    Several clips, each by its own signal, may stand at the end of one chain in any order: each
+    arrives at a multiple of the weights that it is given.
 
     Args:
       layout: Which parameters hold the pieces of which head; several layouts as a list.
-      threshold: τ > 0, in units of the signal.
+      threshold: τ > 0, in units of the signal, or an Optax schedule of it; see `qk_clip`.
       signal: The name under which the signal is sown, and of the update's argument.
       factors: From an attention block and γ `[stack..., heads]` to what the weights of each role
         are multiplied by, `[stack..., heads of that role]`; roles that it leaves out keep their
@@ -124,11 +132,11 @@ def clip_by_signal(
 
     Example:
         >>> tx = mc.clip_by_signal(
-        ...     layout, 30.0, signal="max_output", factors=lambda block, gamma: {"o": gamma}
+        ...     layout, 30.0, signal="max_value", factors=lambda block, gamma: {"v": gamma}
         ... )
-        >>> large = {"attn": {"max_output": jnp.array([60.0, 1.0])}}
-        >>> _, state = tx.update(grads, tx.init(params), params, max_output=large)
-        >>> state.gamma["attn"]
+        >>> large = {"attn": {"max_value": jnp.array([60.0, 1.0])}}
+        >>> _, state = tx.update(grads, tx.init(params), params, max_value=large)
+        >>> state.gamma["max_value"]["attn"]
         Array([0.5, 1. ], dtype=float32)
     """
     if not isinstance(signal, str) or not signal.isidentifier():
@@ -167,22 +175,29 @@ class Clip:
     frozen: Frozen | None = None
     acts_on: Literal["logits", "factors"] = "logits"
 
-    def check(self, threshold: ArrayLike) -> None:
+    def check(self, threshold: Threshold) -> None:
         """Raises what `clip_by_signal` raises when built."""
         as_layouts(self.layout)
         check_frozen(self.frozen)
         check_choice("scope", self.scope, get_args(Scope))
         unit = "a logit; Kimi K2 uses 100" if self.signal == MAX_LOGITS else f"a {self.signal}"
         wanted = f"above 0 ({unit})"
-        check_number("threshold", threshold, lambda x: x > 0, wanted, self.owner)
+        _check_threshold(threshold, wanted)
         axes = [axis for _, axes in self._axes() for axis in axes]
         if twice := [axis for axis in axes if axes.count(axis) > 1]:
             raise ValueError(f"axis_name and heads_axis_name name {twice[0]!r} twice.")
 
     def transformation(
-        self, kind: Callable[..., Any], threshold: ArrayLike, *arguments: ArrayLike
+        self, kind: Callable[..., Any], threshold: Threshold, *arguments: ArrayLike
     ) -> optax.GradientTransformationExtraArgs:
-        """The link of a chain. `kind` makes its state of the five fields of `ClipState`."""
+        """The link of a chain. `kind` is a state with the fields of `ClipState`."""
+        by_signal = kind is ClipState  # QK-Clip's has one signal, and says so by its name
+
+        def pack(*fields: Any) -> Any:
+            return kind(*({self.signal: x} if by_signal and type(x) is dict else x for x in fields))
+
+        def unpack(state: Any) -> list[Any]:
+            return [x[self.signal] if by_signal and isinstance(x, dict) else x for x in state]
 
         def init(params: optax.Params) -> Any:
             if paths.holds_nothing(params):
@@ -196,7 +211,8 @@ class Clip:
 
             # One buffer for each count: states are donated.
             counts = (jnp.zeros([], jnp.int32) for _ in range(3))
-            return kind(full(-jnp.inf), full(1), *counts, full(0, jnp.int32))
+            count = jnp.zeros([], jnp.int32) if callable(threshold) else None
+            return pack(full(-jnp.inf), full(1), *counts, full(0, jnp.int32), count)
 
         def update(updates, state, params=None, **extra_args):
             if params is None:
@@ -206,7 +222,10 @@ class Clip:
             every, blocks, touched, own = self._find(params, arguments)
             observe(self.signal, self.layout, every, params)
             like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
-            check_same("maxima", state[0], like, "the layout or the parameters")
+            check_same(
+                "maxima", state[0], pack(like, *state[1:])[0], "the layout or the parameters"
+            )
+            now = threshold(state.count) if callable(threshold) else threshold
             dtype = _dtype(params)
             floor = _floor_of_updates(own, leaves_of(touched, EVERY_ROLE, updates))
 
@@ -223,11 +242,11 @@ class Clip:
                 ]
                 if self.heads_axis_name is not None:
                     counts = jax.lax.psum(counts, self.heads_axis_name)
-                return clipped, kind(*_next_state(state, decided, counts))
+                return clipped, pack(*_next_state(unpack(state), decided, counts))
 
             sown = self._pair(every, params, extra_args.get(self.signal))
             return change_leaves(
-                clip, touched, EVERY_ROLE, updates, state, own, sown, threshold, arguments
+                clip, touched, EVERY_ROLE, updates, state, own, sown, now, arguments
             )
 
         return optax.GradientTransformationExtraArgs(init, update)
@@ -252,8 +271,8 @@ class Clip:
         the leaves of such parts."""
         scaled = functools.partial(self._scaled, arguments)
         acts_on = scaled if self.acts_on == "factors" else lambda _: LOGIT_ROLES
-        found = blocks_with_logits(self.layout, params)
-        every = with_frozen(found, self.frozen, params, acts_on)
+        find = blocks_with_logits if self.signal == MAX_LOGITS else find_blocks
+        every = with_frozen(find(self.layout, params), self.frozen, params, acts_on)
         blocks = [block for block in every if not block.is_frozen]
         touched: list[Block] = []
         before_softmax: list[Block] = []
@@ -404,10 +423,23 @@ class _Decided(NamedTuple):
 def _next_state(state: Sequence[Any], decided: _Decided, counts: Sequence[jax.Array]) -> list[Any]:
     """The fields of `ClipState` after a step, from those before it."""
     maxima, gamma = jax.tree.map(lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma))
-    maxima_before, gamma_before, _, nonfinite_before, lost_before, before = state
+    maxima_before, gamma_before, _, nonfinite_before, lost_before, before, count = state
     clipped, nonfinite, lost = counts
     in_a_row = jax.tree.map(ineffective, before, maxima_before, gamma_before, maxima)
-    return [maxima, gamma, clipped, nonfinite_before + nonfinite, lost_before + lost, in_a_row]
+    count = None if count is None else optax.safe_increment(count)
+    totals = nonfinite_before + nonfinite, lost_before + lost
+    return [maxima, gamma, clipped, *totals, in_a_row, count]
+
+
+def _check_threshold(threshold: Threshold, wanted: str) -> None:
+    """Raises for what is no positive number and no schedule of such, at the steps 0, 1, 10, …"""
+    if not callable(threshold):
+        return check_number("threshold", threshold, lambda x: x > 0, wanted)
+    with jax.ensure_compile_time_eval():
+        for step in (0, *(10**n for n in range(7))):
+            value = threshold(jnp.asarray(step, jnp.int32))
+            check_number(f"threshold at step {step}", value, lambda x: x > 0, wanted)
+    return None
 
 
 def _check_factors(owner: str, block: Block, abstract: Any) -> None:

@@ -20,7 +20,7 @@ from muonclip_jax._core.sowing import MAX_LOGITS
 from muonclip_jax._core.states import find_state
 from muonclip_jax._layouts.blocks import Block, Layouts
 from muonclip_jax._layouts.roles import KEY_ROLES, ROLES, SHARED_KEY_ROLES, Role
-from muonclip_jax._transforms.clip import Clip, Scope
+from muonclip_jax._transforms.clip import Clip, Scope, Threshold
 
 Params = TypeVar("Params")
 SharedKeys = Literal["untouched", "split"]
@@ -43,6 +43,7 @@ class QKClipState(NamedTuple):
         √γ times the one that it saw: `log(S'/S) > ½ log γ`. At 3 something is wrong with the
         wiring, and `attention_report` flags the head: is the clip the last link of the chain, are
         the clipped parameters those that make the logits, are they frozen behind it?
+      count: int32, the steps so far, where the threshold is a schedule; else None.
 
     Example:
         >>> state = mc.qk_clip(layout).init(params)
@@ -56,11 +57,12 @@ class QKClipState(NamedTuple):
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
     ineffective_clips: dict[str, jax.Array]
+    count: jax.Array | None = None
 
 
 def qk_clip(
     layout: Layouts,
-    threshold: ArrayLike = 100.0,
+    threshold: Threshold = 100.0,
     *,
     alpha: ArrayLike = 0.5,
     shared_keys: SharedKeys = "untouched",
@@ -142,7 +144,10 @@ def qk_clip(
     Args:
       layout: Which parameters hold the queries and keys of which head; several layouts, as a
         list, for a model with several kinds of attention.
-      threshold: τ > 0, in units of the logit; 100 in Kimi K2.
+      threshold: τ > 0, in units of the logit; 100 in Kimi K2. Or an Optax schedule, from this
+        link's own count of steps to τ: infinity clips nothing, so that `lambda step:
+        jnp.where(step < 10_000, 100.0, jnp.inf)` ends the clip. Its values at the steps 0, 1, 10,
+        …, 10⁶ are checked when it is built.
       alpha: The share of the factor that goes to the queries, in [0, 1], where a query head has a
         key of its own.
       shared_keys: What a key takes that several query heads read: `"untouched"`, nothing, whatever
@@ -229,6 +234,8 @@ def apply_qk_clip(
         True
     """
     owner = "apply_qk_clip"
+    if callable(threshold):
+        raise TypeError("apply_qk_clip counts no steps: give the threshold of this one, a number.")
     clip = _built(
         owner, layout, threshold, alpha, shared_keys, scope, frozen, axis_name, heads_axis_name
     )
@@ -256,7 +263,7 @@ def qk_clip_state(opt_state: Any) -> QKClipState:
 
 
 def _built(
-    owner: str, layout: Layouts, threshold: ArrayLike, alpha: ArrayLike, shared_keys: SharedKeys,
+    owner: str, layout: Layouts, threshold: Threshold, alpha: ArrayLike, shared_keys: SharedKeys,
     scope: Scope, frozen: Frozen | None, axis_name: AxisName, heads_axis_name: AxisName,
 ) -> Clip:  # fmt: skip
     check_choice("shared_keys", shared_keys, get_args(SharedKeys))

@@ -23,8 +23,8 @@ def upgrade_state(old: Any, like: optax.OptState) -> optax.OptState:
     | `MuonState(count, momentum)` | `(TraceState(trace), EmptyState())`; with `bias_correction` the first is `CorrectedTraceState(trace, step)` |
     | `QuackState(initial_norms, factors, vectors)` | `QuackState(initial_norms, factors)` |
     | `AccumulateState(..., max_logits={block: x}, ...)` | `AccumulateState(..., maxima={"max_logits": {block: x}}, ...)` |
-
     | `QKClipState`, `ClipState` without `ineffective_clips` | with them, counted from 0 |
+    | `ClipState(maxima={block: x}, ...)` | `ClipState(maxima={signal: {block: x}}, ...)` |
 
     Everything else is as it was, and a state of today comes back unchanged.
 
@@ -65,6 +65,8 @@ def _upgrade(old: Any, like: Any, path: Path) -> Any:
         old = _with_maxima(old)
     if isinstance(like, QKClipState | ClipState):
         old = _with_ineffective_clips(old, like)
+    if isinstance(like, ClipState):
+        old = _by_signal(old, like)
     new = []
     for index, (key_path, child) in enumerate(children):
         name = str(paths.name(key_path[-1]))
@@ -90,12 +92,27 @@ def _with_maxima(old: Any) -> Any:
 
 def _with_ineffective_clips(old: Any, like: QKClipState | ClipState) -> Any:
     """The state of a clip, which did not count clips without effect."""
-    name, before = "ineffective_clips", len(like) - 1
+    name = "ineffective_clips"
+    before = like._fields.index(name)
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.ineffective_clips)
     if isinstance(old, Mapping):
         told = {str(key) for key in old} & {name, str(before)}
         return old if told else {**old, name: none}
     return old if len(old) > before else (*old, none)
+
+
+def _by_signal(old: Any, like: ClipState) -> Any:
+    """The state of a clip, which named its blocks and not its signal."""
+
+    def named(field: str, x: Any) -> Any:
+        wanted = getattr(like, field)
+        told = not isinstance(wanted, Mapping) or set(x) == set(wanted)
+        return x if told else dict.fromkeys(wanted, x)
+
+    if not isinstance(old, Mapping):
+        return tuple(map(named, like._fields, old))
+    fields = {str(i): field for i, field in enumerate(like._fields)}
+    return {key: named(fields.get(str(key), str(key)), x) for key, x in old.items()}
 
 
 def _child(old: Any, name: str, index: int, path: Path) -> Any:
