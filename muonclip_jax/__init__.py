@@ -41,6 +41,12 @@ from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalizatio
 from muonclip_jax._transforms.output_clip import max_output_clip
 from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
 from muonclip_jax._transforms.quack import QuackState, quack_state, scale_by_quack
+from muonclip_jax._transforms.spectral import (
+    SpectralNormState,
+    cap_spectral_norm,
+    clip_singular_values,
+    decay_spectral_norm,
+)
 from muonclip_jax._transforms.update_rms import scale_by_update_rms
 from muonclip_jax._transforms.upgrade import upgrade_state
 from muonclip_jax.layouts import Layout, find_layout
@@ -73,6 +79,10 @@ __all__ = [
     "max_output_clip",
     "clip_by_signal",
     "ClipState",
+    "clip_singular_values",
+    "cap_spectral_norm",
+    "decay_spectral_norm",
+    "SpectralNormState",
     "accumulate",
     "AccumulateState",
     "accumulate_state",

@@ -12,12 +12,13 @@ There are three ways to say how a parameter is read: a pattern in einops notatio
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
@@ -35,7 +36,7 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import Role
 from muonclip_jax._parameters.granularity import Granularity, Heads, groups_of, heads_of
-from muonclip_jax._spread.moves import Way
+from muonclip_jax._spread.moves import Way, way_to_matrices
 from muonclip_jax._spread.stacks import MatrixArray
 
 
@@ -171,6 +172,36 @@ def join(x: jax.Array, values: Sequence[jax.Array], spec: MatrixSpec) -> jax.Arr
     for view, matrices in zip(spec.views, values, strict=True):
         x = view.put(x, matrices)
     return x
+
+
+def change_matrices(
+    fn: Callable[[list[MatrixArray]], Sequence[jax.Array]],
+    leaves: Mapping[Path, jax.Array],
+    specs: Mapping[Path, MatrixSpec | None],
+    shardings: Mapping[Path, NamedSharding | None],
+) -> dict[Path, jax.Array]:
+    """Parameters with what `fn` makes of their matrices in the place of these.
+
+        q [64, 4·8] stored as its inputs' halves ─► [4 heads, 64, 8] with where they are ─► fn
+        ─► back into [64, 4·8], stored as before
+
+    Args:
+      fn: From the matrices of all parameters, those of each kind together, to as many arrays of the
+        same shapes. It sees Auto mesh axes only, if this is called inside `in_auto_axes`.
+      leaves: Arrays like the parameters.
+      specs: How each of them is read.
+      shardings: How each is split; None: nobody knows, or there is one device.
+    """
+    found = {path: spec for path in leaves if (spec := specs[path]) is not None}
+    ways = {path: way_to_matrices(spec.views, shardings[path]) for path, spec in found.items()}
+    moved = {path: ways[path].there(leaves[path]) for path in found}
+    of_each = {path: split(x, found[path], ways[path]) for path, x in moved.items()}
+    done = iter(fn([array for arrays in of_each.values() for array in arrays]))
+    changed = {
+        path: ways[path].back(join(x, [next(done) for _ in of_each[path]], found[path]))
+        for path, x in moved.items()
+    }
+    return {**leaves, **changed}
 
 
 def is_pattern(node: Any) -> bool:

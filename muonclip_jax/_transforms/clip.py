@@ -38,6 +38,7 @@ from muonclip_jax._layouts.leaves import Leaves, change_leaves, leaves_of
 from muonclip_jax._layouts.pieces import Part
 from muonclip_jax._layouts.roles import EVERY_ROLE, LOGIT_ROLES, Role
 from muonclip_jax._layouts.sown import fit, names, observe, pair
+from muonclip_jax._transforms.arrivals import arrive_at_multiple
 
 # After so many clips in a row without effect something is wrong with the wiring.
 INEFFECTIVE = 3
@@ -232,7 +233,7 @@ class Clip:
             def clip(updates, state, params, sown, threshold, arguments):
                 decided = self._decide(blocks, sown, dtype, threshold, arguments, floor)
                 clipped = {
-                    path: _arrive_at_multiple(update, params[path], decided.multipliers[path])
+                    path: arrive_at_multiple(update, params[path], decided.multipliers[path])
                     for path, update in updates.items()
                 }
                 counts = [
@@ -498,16 +499,6 @@ def _floor_of_updates(params: Leaves, updates: Leaves) -> float:
 def _dtype(params: Any) -> DTypeLike:
     dtypes = [paths.dtype_of(leaf) for _, leaf in paths.leaves(params)]
     return accumulation_dtype(*(d for d in dtypes if jnp.issubdtype(d, jnp.floating)))
-
-
-def _arrive_at_multiple(update: jax.Array, param: jax.Array, multiplier: jax.Array) -> jax.Array:
-    """The update after which the parameter is `multiplier * (param + update)`.
-
-    Written so that a multiplier of 1 gives the update back as it was.
-    """
-    dtype = accumulation_dtype(param.dtype, update.dtype)
-    m, u, p = (x.astype(dtype) for x in (multiplier, update, param))
-    return jnp.where(m == 1, u, m * u + (m - 1) * p).astype(update.dtype)
 
 
 def _multiple(param: jax.Array, multiplier: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 """Orthogonalization: what comes in as matrices goes out with singular values near 1."""
 
+import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import optax
 
 from muonclip_jax._core import paths
@@ -12,7 +13,6 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings, check_shardings, shardings_of
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
 from muonclip_jax._parameters import matrices, routing
-from muonclip_jax._spread.moves import way_to_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, check_devices_per_matrix
 from muonclip_jax._spread.stacks import orthogonalize_all
 
@@ -90,24 +90,15 @@ def scale_by_orthogonalization(
         specs = routing.resolve_matrices(dimension_numbers, updates)
         check_leaves(newton_schulz, updates)
         known = shardings_of(updates, shardings)
-        _warn_of_unknown(updates, known)
+        warn_of_unknown(updates, known)
+
+        all_of_them = functools.partial(
+            orthogonalize_all, how=newton_schulz, devices_per_matrix=devices_per_matrix
+        )
 
         def orthogonalized(tree):
-            ways = {path: way_to_matrices(specs[path].views, known[path]) for path in specs}
-            moved = paths.map_with_path(lambda path, x: ways[path].there(x), tree)
-            split = {
-                path: matrices.split(x, specs[path], ways[path]) for path, x in paths.leaves(moved)
-            }
-            arrays = [array for of_one in split.values() for array in of_one]
-            done = iter(
-                orthogonalize_all(arrays, newton_schulz, devices_per_matrix=devices_per_matrix)
-            )
-
-            def back(path: Path, x: jax.Array) -> jax.Array:
-                joined = matrices.join(x, [next(done) for _ in split[path]], specs[path])
-                return ways[path].back(joined)
-
-            return paths.map_with_path(back, moved)
+            done = matrices.change_matrices(all_of_them, dict(paths.leaves(tree)), specs, known)
+            return paths.map_with_path(lambda path, _: done[path], tree)
 
         return in_auto_axes(orthogonalized, specs_of(updates))(updates), state
 
@@ -120,14 +111,15 @@ def check_leaves(newton_schulz: NewtonSchulz, tree: Any) -> None:
         newton_schulz.for_matrices(leaf, f"Muon's {paths.show(path)}")
 
 
-def _warn_of_unknown(updates: Any, known: dict[Path, Any]) -> None:
+def warn_of_unknown(updates: Any, known: Mapping[Path, Any], owner: str = "Muon") -> None:
+    """Warns where arrays are on a mesh and nobody knows how they are split."""
     mesh = mesh_of(updates)
     if mesh is not None and any(sharding is None for sharding in known.values()):
         path = next(path for path, sharding in known.items() if sharding is None)
         warnings.warn(
-            f"Muon cannot tell how {paths.show(path)} is split over the mesh {dict(mesh.shape)}: "
-            "its type does not say so, as on Auto axes, or where it is not on the mesh. XLA will "
-            "gather matrices, or orthogonalize them on every device. Pass "
+            f"{owner} cannot tell how {paths.show(path)} is split over the mesh "
+            f"{dict(mesh.shape)}: its type does not say so, as on Auto axes, or where it is not on "
+            "the mesh. XLA will gather matrices, or orthogonalize them on every device. Pass "
             "shardings=jax.tree.map(lambda p: p.sharding, params).",
             stacklevel=3,
         )

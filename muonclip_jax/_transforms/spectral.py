@@ -1,0 +1,519 @@
+"""Spectral control of weights: clip, cap or decay the singular values that a step arrives at.
+
+    params + updates ─► the matrices that routing describes ─► each within its limit ─► updates
+
+Sources: Su Jianlin, "Matrix functions by msign" (mclip) and "Spectral weight decay",
+spaces.ac.cn; power iteration, warm: Miyato et al., arXiv 1802.05957.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+
+from muonclip_jax._core import paths
+from muonclip_jax._core.axes import View
+from muonclip_jax._core.dtypes import accumulation_dtype, of_product
+from muonclip_jax._core.meshes import in_auto_axes, specs_of
+from muonclip_jax._core.options import check_count, check_number, check_rate
+from muonclip_jax._core.paths import Path
+from muonclip_jax._core.shardings import Shardings, check_shardings, shardings_of
+from muonclip_jax._core.states import check_same, without_parameters
+from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
+from muonclip_jax._orthogonalize.normalization import nonzero
+from muonclip_jax._orthogonalize.schedules import polar_express
+from muonclip_jax._parameters import routing
+from muonclip_jax._parameters.matrices import MatrixSpec, change_matrices
+from muonclip_jax._spread.plan import DevicesPerMatrix, check_devices_per_matrix
+from muonclip_jax._spread.stacks import MatrixArray, orthogonalize_all
+from muonclip_jax._transforms.arrivals import arrive_at, arrive_at_multiple, arrived
+from muonclip_jax._transforms.orthogonalization import warn_of_unknown
+
+Limit = ArrayLike | Callable[[int, int], float]
+
+# Of the polar factor of a Gaussian [256, 256] no entry errs by more than 1e-5 so.
+_ACCURATE = NewtonSchulz(polar_express(8, lower=1e-3), dtype="float32")
+
+# Power iterations of `init`, so that the first step knows the norms.
+_FIRST = 30
+
+
+class SpectralNormState(NamedTuple):
+    """What power iteration knows: `optax.tree.get(opt_state, "SpectralNormState")`.
+
+    Attributes:
+      norms: By the parameter's path, for each kind of matrix in it the estimates of ‖W‖₂ before the
+        link acted, float32 `[batch...]`.
+      vectors: Same keys, singular vectors of the shorter side, float32 `[batch..., n]`.
+      count: int32, the steps so far.
+
+    Example:
+        >>> state = mc.cap_spectral_norm(1.0).init({"up": {"kernel": 3 * jnp.eye(4, 8)}})
+        >>> float(state.norms["up/kernel"][0])
+        3.0
+    """
+
+    norms: dict[str, tuple[jax.Array, ...]]
+    vectors: dict[str, tuple[jax.Array, ...]]
+    count: jax.Array
+
+
+def clip_singular_values(
+    limit: Limit,
+    *,
+    dimension_numbers: routing.DimensionNumbers = routing.muon_dimension_numbers,
+    newton_schulz: NewtonSchulz = _ACCURATE,
+    shardings: Shardings | None = None,
+    devices_per_matrix: DevicesPerMatrix | None = None,
+) -> optax.GradientTransformation:
+    """Clips the singular values of the weights that a step arrives at: `mclip`.
+
+    Singular values above `limit` become `limit`, the others and all singular vectors stay. It
+    stands behind the learning rate, at the end of a chain; an Optax chain in front of it may be any
+    optimizer's. With M = W / limit, wide (n <= m) and s = msign(M), it is
+
+        mclip(M) = ½ [(s + M) + msign(M Mᵀ − 1) (s − M)]
+
+    in which what msign leaves undone cancels: of small singular values in s, near the limit in the
+    second, where s − M is small.
+
+    Cost, per matrix: two orthogonalizations, one of `[n, m]` and one of `[n, n]`, in float32 with
+    8 steps, and two products; some five times Muon's own. No state. `cap_spectral_norm` costs two
+    matrix-vector products and is for those who need ‖W‖₂ only; `optax.conditionally_transform`
+    does this one every few steps.
+
+    Accuracy, float32: 1e-5 times the limit for singular values up to ten times the limit. All of a
+    matrix is written anew, so what is not clipped moves by rounding (3e-7 of the limit).
+    `mc.NewtonSchulz()`, Muon's five steps in bfloat16, is ten times cheaper on accelerators and
+    errs by a few percent.
+
+    Args:
+      limit: The largest singular value, above 0; or a function of a matrix's `(in, out)` to one,
+        as for a norm that depends on the shape: `lambda ins, outs: (outs / ins) ** 0.5`.
+      dimension_numbers: Which parameters are which matrices, as for `mc.muon`; all others pass.
+        With attention's layout, `functools.partial(mc.muon_dimension_numbers, layout=layout)`,
+        each head is clipped by itself.
+      newton_schulz: How to compute both msigns.
+      shardings: On meshes with Auto axes, as for `scale_by_orthogonalization`.
+      devices_per_matrix: As for `scale_by_orthogonalization`.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      TypeError: An option of the wrong type.
+      ValueError: A limit that is not above 0; at init and update, as `muon_dimension_numbers`; no
+        `params`.
+
+    Example:
+        >>> tx = optax.chain(optax.sgd(0.1), mc.clip_singular_values(1.0))
+        >>> weights = {"up": {"kernel": jnp.diag(jnp.array([3.0, 0.5]))}}
+        >>> update, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)
+        >>> optax.apply_updates(weights, update)["up"]["kernel"].diagonal().round(3)
+        Array([1. , 0.5], dtype=float32)
+    """
+    owner = "clip_singular_values"
+    _check_limit(limit, owner)
+    check_newton_schulz(newton_schulz)
+    check_devices_per_matrix(devices_per_matrix)
+    routing.check_dimension_numbers(dimension_numbers)
+    check_shardings(shardings)
+    signs = functools.partial(
+        orthogonalize_all, how=newton_schulz, devices_per_matrix=devices_per_matrix
+    )
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        routing.resolve(dimension_numbers, params)
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        _check_params(owner, params)
+        specs = routing.resolve(dimension_numbers, params)
+        known = shardings_of(params, shardings)
+        warn_of_unknown(params, known, owner)
+
+        def clip(updates, params, *traced):
+            goals = _arrived(updates, params, specs)
+            largest = functools.partial(_limits, limit=(traced or (limit,))[0])
+            clip_all = lambda arrays: _clipped(arrays, largest(arrays), signs)  # noqa: E731
+            goals = change_matrices(clip_all, goals, specs, known)
+            return _with(updates, goals, params, arrive_at)
+
+        traced = () if callable(limit) else (limit,)
+        return in_auto_axes(clip, specs_of(updates))(updates, params, *traced), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def cap_spectral_norm(
+    limit: Limit,
+    *,
+    dimension_numbers: routing.DimensionNumbers = routing.muon_dimension_numbers,
+    iterations: int = 1,
+    shardings: Shardings | None = None,
+) -> optax.GradientTransformation:
+    """Caps ‖W‖₂ of the weights that a step arrives at: `W · min(1, limit / ‖W‖₂)`.
+
+    The whole matrix shrinks, not its largest singular values only (`clip_singular_values`). It
+    stands behind the learning rate, at the end of a chain. ‖W‖₂ comes from power iteration, whose
+    vectors the state keeps from step to step, so that one iteration a step follows weights that
+    move slowly.
+
+    The estimate never exceeds ‖W‖₂, so what it misses is how far a matrix may stand above the
+    limit: in training with Muon at a rate of 0.02, one iteration a step, 0.4% at most. A step that
+    turns a matrix around needs more `iterations`.
+
+    Cost, per matrix and iteration: two matrix-vector products, that is reading the weights twice
+    (for `[n, m]` 4nm FLOPs). State: a vector of the shorter side for each matrix.
+
+    Args:
+      limit: The largest norm, above 0; or a function of a matrix's `(in, out)` to one.
+      dimension_numbers: Which parameters are which matrices; all others pass. See
+        `clip_singular_values`.
+      iterations: Power iterations a step. `init` does 30.
+      shardings: On meshes with Auto axes, as for `scale_by_orthogonalization`.
+
+    Returns:
+      A transformation whose `update` needs `params`; its state is a `SpectralNormState`.
+
+    Raises:
+      TypeError: An option of the wrong type.
+      ValueError: As `clip_singular_values`; fewer than one iteration; a state of other parameters.
+
+    Example:
+        >>> tx = optax.chain(optax.sgd(0.1), mc.cap_spectral_norm(1.0))
+        >>> weights = {"up": {"kernel": jnp.diag(jnp.array([4.0, 1.0]))}}
+        >>> update, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)
+        >>> optax.apply_updates(weights, update)["up"]["kernel"].diagonal()
+        Array([1.  , 0.25], dtype=float32)
+    """
+    _check_limit(limit, "cap_spectral_norm")
+
+    def capped(arrays: list[MatrixArray], norms, pairs, limit, count):
+        del pairs, count
+        return [
+            _spread(jnp.minimum(1, bound / jnp.maximum(norm, bound)), array)
+            for norm, bound, array in zip(norms, _limits(arrays, limit), arrays, strict=True)
+        ]
+
+    return _by_power_iteration(
+        "cap_spectral_norm", capped, arrive_at_multiple, limit, dimension_numbers, iterations,
+        shardings,
+    )  # fmt: skip
+
+
+def decay_spectral_norm(
+    rate: ArrayLike | Callable[[Any], ArrayLike],
+    *,
+    dimension_numbers: routing.DimensionNumbers = routing.muon_dimension_numbers,
+    iterations: int = 1,
+    shardings: Shardings | None = None,
+) -> optax.GradientTransformation:
+    """Decays the largest singular value alone: `W − rate · σ₁ u₁ v₁ᵀ`.
+
+    Weight decay is the gradient of `½‖W‖_F²` and shrinks all singular values; this is that of
+    `½‖W‖₂²`. It stands behind the learning rate, at the end of a chain, so the rate is that of a
+    step: for decay λ at a learning rate η give `η λ`, or a schedule of it. Of several equal largest
+    values some one direction decays, and the next step another.
+
+    Cost and state are those of `cap_spectral_norm`, and one pass over the weights.
+
+    Args:
+      rate: The share of σ₁ that a step takes, at least 0, or an Optax schedule of it.
+      dimension_numbers: Which parameters are which matrices; all others pass. See
+        `clip_singular_values`.
+      iterations: Power iterations a step. `init` does 30.
+      shardings: On meshes with Auto axes, as for `scale_by_orthogonalization`.
+
+    Returns:
+      A transformation whose `update` needs `params`; its state is a `SpectralNormState`.
+
+    Raises:
+      TypeError: An option of the wrong type.
+      ValueError: A negative rate; as `cap_spectral_norm`.
+
+    Example:
+        >>> tx = optax.chain(optax.sgd(0.1), mc.decay_spectral_norm(0.5))
+        >>> weights = {"up": {"kernel": jnp.diag(jnp.array([4.0, 1.0]))}}
+        >>> update, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)
+        >>> optax.apply_updates(weights, update)["up"]["kernel"].diagonal()
+        Array([2., 1.], dtype=float32)
+    """
+    check_rate("rate", rate)
+
+    def decayed(arrays: list[MatrixArray], norms, pairs, rate, count):
+        share = rate(count) if callable(rate) else rate
+        return [
+            _unflat(
+                -share * norm[..., None, None] * left[..., :, None] * right[..., None, :], array
+            )
+            for norm, (left, right), array in zip(norms, pairs, arrays, strict=True)
+        ]
+
+    def add(update: jax.Array, param: jax.Array, change: jax.Array) -> jax.Array:
+        return arrive_at(arrived(update, param) + change, update, param)
+
+    return _by_power_iteration(
+        "decay_spectral_norm", decayed, add, rate, dimension_numbers, iterations, shardings
+    )
+
+
+# Clip of singular values
+
+
+def _clipped(
+    arrays: Sequence[MatrixArray],
+    limits: Sequence[Any],
+    signs: Callable[[Sequence[MatrixArray]], list[jax.Array]],
+) -> list[jax.Array]:
+    """`mclip` of the matrices of all parameters; each msign is one call for all of them."""
+    # M [heads=4, in=64, out=16]: the shorter side is 16, so MᵀM − 1 [4, 16, 16] stands to the
+    # right of s − M.
+    units = [
+        replace(array, values=array.values / limit)
+        for array, limit in zip(arrays, limits, strict=True)
+    ]
+    polar = signs(units)
+    above = signs([_above(array) for array in units])
+    return [
+        _mix(s, a, array) * limit
+        for s, a, array, limit in zip(polar, above, units, limits, strict=True)
+    ]
+
+
+def _above(array: MatrixArray) -> MatrixArray:
+    """`M Mᵀ − 1` (of tall ones `Mᵀ M − 1`), whose sign tells which singular values are above 1."""
+    m = _flat(array)
+    wide = m.mT if array.turned else m
+    gram = jnp.matmul(wide, wide.mT, **of_product(wide.dtype)) - jnp.eye(wide.shape[-2])
+    batch = tuple(array.spec or ())[: gram.ndim - 2]
+    spec = None if array.spec is None else PartitionSpec(*batch)
+    return MatrixArray(gram, spec=spec)
+
+
+def _mix(sign: jax.Array, above: jax.Array, array: MatrixArray) -> jax.Array:
+    m, s = _flat(array), _flat(replace(array, values=sign))
+    factors = (s - m, above) if array.turned else (above, s - m)
+    return _unflat(0.5 * (s + m + jnp.matmul(*factors, **of_product(m.dtype))), array)
+
+
+def _flat(array: MatrixArray) -> jax.Array:
+    """`[batch..., in, out]`."""
+    batch = array.values.shape[: array.values.ndim - array.rows - array.cols]
+    return array.values.reshape(*batch, *array.shape[1:])
+
+
+def _unflat(matrices: jax.Array, array: MatrixArray) -> jax.Array:
+    return matrices.reshape(array.values.shape)
+
+
+# Power iteration
+
+
+def _by_power_iteration(
+    owner: str,
+    change: Callable[..., list[jax.Array]],
+    arrive: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    number: Any,
+    dimension_numbers: routing.DimensionNumbers,
+    iterations: int,
+    shardings: Shardings | None,
+) -> optax.GradientTransformation:
+    """A link that knows ‖W‖₂ and its singular vectors of the weights that a step arrives at.
+
+    Args:
+      owner: The public function.
+      change: From matrices, norms, singular vectors, `number` and the step to an array like each
+        kind of matrices.
+      arrive: From update, parameter and that array, put together, to the new update.
+      number: The public function's, maybe traced.
+      dimension_numbers: As of the public functions.
+      iterations: The same.
+      shardings: The same.
+    """
+    check_count("iterations", iterations)
+    routing.check_dimension_numbers(dimension_numbers)
+    check_shardings(shardings)
+
+    def init(params: optax.Params) -> SpectralNormState:
+        if paths.holds_nothing(params):
+            return without_parameters(SpectralNormState)
+        specs = routing.resolve(dimension_numbers, params)
+        known = shardings_of(params, shardings)
+
+        def first(params):
+            weights = _arrived(None, params, specs)
+            norms, vectors = {}, {}
+
+            def look(arrays):
+                found = [_norm(array, _start(array), _FIRST) for array in arrays]
+                sigma, pairs = zip(*found, strict=True) if found else ((), ())
+                norms.update(_by_path(sigma, specs, weights))
+                own = [_shorter(pair, array) for pair, array in zip(pairs, arrays, strict=True)]
+                vectors.update(_by_path(own, specs, weights))
+                return [array.values for array in arrays]
+
+            change_matrices(look, weights, specs, known)
+            return norms, vectors
+
+        norms, vectors = in_auto_axes(first, PartitionSpec())(params)
+        return SpectralNormState(norms, vectors, jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None):
+        _check_params(owner, params)
+        specs = routing.resolve(dimension_numbers, params)
+        known = shardings_of(params, shardings)
+        _check_vectors(state.vectors, specs)
+
+        def act(updates, params, state, *traced):
+            goals = _arrived(updates, params, specs)
+            norms, vectors = {}, {}
+
+            def iterate(arrays):
+                before = [v for path in goals for v in state.vectors[paths.show(path)]]
+                found = [
+                    _norm(array, v, iterations) for array, v in zip(arrays, before, strict=True)
+                ]
+                sigma, pairs = zip(*found, strict=True) if found else ((), ())
+                norms.update(_by_path(sigma, specs, goals))
+                own = [
+                    _kept(_shorter(pair, array), v)
+                    for pair, array, v in zip(pairs, arrays, before, strict=True)
+                ]
+                vectors.update(_by_path(own, specs, goals))
+                return change(arrays, sigma, pairs, *(traced or (number,)), state.count)
+
+            changes = change_matrices(iterate, goals, specs, known)
+            new = _with(updates, changes, params, lambda c, u, p: arrive(u, p, c))
+            count = jnp.asarray(optax.safe_increment(state.count))
+            return new, SpectralNormState(norms, vectors, count)
+
+        split = specs_of(updates), PartitionSpec()
+        traced = () if callable(number) else (number,)
+        return in_auto_axes(act, split)(updates, params, state, *traced)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_vectors(
+    vectors: dict[str, tuple[jax.Array, ...]], specs: dict[Path, MatrixSpec | None]
+) -> None:
+    """Raises ValueError for the state of other parameters, or of other matrices of them."""
+
+    def wanted(view: View) -> jax.ShapeDtypeStruct:
+        batch = (view.length((name,)) for name in view.batch)
+        return jax.ShapeDtypeStruct((*batch, min(view.matrices[1:])), jnp.float32)
+
+    now = {paths.show(path): tuple(map(wanted, spec.views)) for path, spec in specs.items() if spec}
+    check_same("vectors", vectors, now, "the parameters or their routing")
+
+
+def _norm(
+    array: MatrixArray, vector: jax.Array, iterations: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """‖W‖₂ `[batch...]` from below, and its singular vectors `[batch..., in]`, `[batch..., out]`.
+
+    NaN where the matrix has one. Of zero matrices the vectors are zero."""
+    w = _flat(array)
+    wide = w.mT if array.turned else w
+    times = functools.partial(jnp.einsum, **of_product(wide.dtype))
+
+    def iterate(_, pair):
+        short, _ = pair
+        long = _unit(times("...n,...nm->...m", short, wide))
+        return _unit(times("...nm,...m->...n", wide, long)), long
+
+    zeros = jnp.zeros((*wide.shape[:-2], wide.shape[-1]), wide.dtype)
+    start = vector.astype(wide.dtype), zeros
+    short, long = jax.lax.fori_loop(0, iterations, iterate, start)
+    norm = times("...n,...n->...", short, times("...nm,...m->...n", wide, long))
+    return norm, (long, short) if array.turned else (short, long)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Vectors of length 1; squares neither overflow nor vanish."""
+    x = x / nonzero(jnp.abs(x).max(-1, keepdims=True))
+    return x / nonzero(jnp.linalg.norm(x, axis=-1, keepdims=True))
+
+
+def _shorter(pair: tuple[jax.Array, jax.Array], array: MatrixArray) -> jax.Array:
+    left, right = pair
+    return right if array.turned else left
+
+
+def _start(array: MatrixArray) -> jax.Array:
+    """A vector that no weights were made orthogonal to."""
+    *batch, ins, outs = _flat(array).shape
+    drawn = np.random.default_rng(0).standard_normal(min(ins, outs))
+    return jnp.broadcast_to(_unit(jnp.asarray(drawn, array.values.dtype)), (*batch, drawn.size))
+
+
+def _kept(new: jax.Array, before: jax.Array) -> jax.Array:
+    """The new vectors; where the weights are zero, or not finite, those of before."""
+    told = jnp.isfinite(new).all(-1, keepdims=True) & (new != 0).any(-1, keepdims=True)
+    return jnp.where(told, new.astype(before.dtype), before)
+
+
+def _outer(scale: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`[batch..., in, out]`."""
+    return scale[..., None, None] * left[..., :, None] * right[..., None, :]
+
+
+def _spread(values: jax.Array, array: MatrixArray) -> jax.Array:
+    """One number a matrix, `[batch...]`, for each of its entries."""
+    return _unflat(jnp.broadcast_to(values[..., None, None], _flat(array).shape), array)
+
+
+def _by_path(
+    values: Sequence[Any], specs: dict[Path, MatrixSpec | None], leaves: dict[Path, Any]
+) -> dict[str, tuple[Any, ...]]:
+    """What each kind of matrix got, by the path of its parameter."""
+    rest = iter(values)
+    kinds = {path: spec.views for path in leaves if (spec := specs[path]) is not None}
+    return {paths.show(path): tuple(next(rest) for _ in views) for path, views in kinds.items()}
+
+
+# What both have
+
+
+def _arrived(updates: Any, params: Any, specs: dict[Path, MatrixSpec | None]) -> dict[Path, Any]:
+    """The weights that the step arrives at, of the parameters that are matrices."""
+    by_path = dict(paths.leaves(params))
+    moved = {} if updates is None else dict(paths.leaves(updates))
+    dtype = lambda x: accumulation_dtype(x.dtype)  # noqa: E731
+    return {
+        path: arrived(moved[path], x) if moved else x.astype(dtype(x))
+        for path, x in by_path.items()
+        if specs[path] is not None
+    }
+
+
+def _with(
+    updates: Any, made: dict[Path, jax.Array], params: Any, arrive: Callable[..., jax.Array]
+) -> Any:
+    by_path = dict(paths.leaves(params))
+    return paths.map_with_path(
+        lambda path, u: arrive(made[path], u, by_path[path]) if path in made else u, updates
+    )
+
+
+def _limits(arrays: Sequence[MatrixArray], limit: Limit) -> list[Any]:
+    of_shape = limit if callable(limit) else lambda ins, outs: limit
+    return [jnp.asarray(of_shape(*array.shape[1:]), array.values.dtype) for array in arrays]
+
+
+def _check_limit(limit: Limit, owner: str) -> None:
+    if not callable(limit):
+        check_number("limit", limit, lambda x: x > 0, "above 0 (a singular value)", owner)
+
+
+def _check_params(owner: str, params: Any) -> None:
+    if params is None:
+        raise ValueError(f"{owner} acts on weights: call tx.update(grads, state, params).")
