@@ -140,8 +140,7 @@ def clip_by_signal(
         >>> state.gamma["max_value"]["attn"]
         Array([0.5, 1. ], dtype=float32)
     """
-    if not isinstance(signal, str) or not signal.isidentifier():
-        raise ValueError(f"signal must be a name for an argument, got {signal!r}.")
+    check_signal(signal)
     if not callable(factors):
         raise TypeError(f"factors must be a function of a block and gamma, got {factors!r}.")
     clip = Clip(
@@ -192,13 +191,6 @@ class Clip:
         self, kind: Callable[..., Any], threshold: Threshold, *arguments: ArrayLike
     ) -> optax.GradientTransformationExtraArgs:
         """The link of a chain. `kind` is a state with the fields of `ClipState`."""
-        by_signal = kind is ClipState  # QK-Clip's has one signal, and says so by its name
-
-        def pack(*fields: Any) -> Any:
-            return kind(*({self.signal: x} if by_signal and type(x) is dict else x for x in fields))
-
-        def unpack(state: Any) -> list[Any]:
-            return [x[self.signal] if by_signal and isinstance(x, dict) else x for x in state]
 
         def init(params: optax.Params) -> Any:
             if paths.holds_nothing(params):
@@ -213,7 +205,7 @@ class Clip:
             # One buffer for each count: states are donated.
             counts = (jnp.zeros([], jnp.int32) for _ in range(3))
             count = jnp.zeros([], jnp.int32) if callable(threshold) else None
-            return pack(full(-jnp.inf), full(1), *counts, full(0, jnp.int32), count)
+            return self._state(kind, full(-jnp.inf), full(1), *counts, full(0, jnp.int32), count)
 
         def update(updates, state, params=None, **extra_args):
             if params is None:
@@ -223,9 +215,8 @@ class Clip:
             every, blocks, touched, own = self._find(params, arguments)
             observe(self.signal, self.layout, every, params)
             like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
-            check_same(
-                "maxima", state[0], pack(like, *state[1:])[0], "the layout or the parameters"
-            )
+            wanted = self._state(kind, like, *state[1:])[0]
+            check_same("maxima", state[0], wanted, "the layout or the parameters")
             now = threshold(state.count) if callable(threshold) else threshold
             dtype = _dtype(params)
             floor = _floor_of_updates(own, leaves_of(touched, EVERY_ROLE, updates))
@@ -243,7 +234,8 @@ class Clip:
                 ]
                 if self.heads_axis_name is not None:
                     counts = jax.lax.psum(counts, self.heads_axis_name)
-                return clipped, pack(*_next_state(unpack(state), decided, counts))
+                fields = _next_state(self._fields(state), decided, counts)
+                return clipped, self._state(kind, *fields)
 
             sown = self._pair(every, params, extra_args.get(self.signal))
             return change_leaves(
@@ -251,6 +243,18 @@ class Clip:
             )
 
         return optax.GradientTransformationExtraArgs(init, update)
+
+    def _state(self, kind: Callable[..., Any], *fields: Any) -> Any:
+        """A state of this kind. `ClipState` names the signal, which `QKClipState` has in its own
+        name."""
+        if kind is ClipState:
+            fields = tuple({self.signal: x} if type(x) is dict else x for x in fields)
+        return kind(*fields)
+
+    def _fields(self, state: Any) -> list[Any]:
+        """Undoes `_state`."""
+        named = isinstance(state, ClipState)
+        return [x[self.signal] if named and isinstance(x, dict) else x for x in state]
 
     def apply(self, params: Any, sown: Any, threshold: ArrayLike, *arguments: ArrayLike) -> Any:
         """From parameters to parameters."""
@@ -430,6 +434,12 @@ def _next_state(state: Sequence[Any], decided: _Decided, counts: Sequence[jax.Ar
     count = None if count is None else optax.safe_increment(count)
     totals = nonfinite_before + nonfinite, lost_before + lost
     return [maxima, gamma, clipped, *totals, in_a_row, count]
+
+
+def check_signal(signal: Any) -> None:
+    """Raises ValueError for what cannot be the name of `update`'s argument."""
+    if not isinstance(signal, str) or not signal.isidentifier():
+        raise ValueError(f"signal must be a name for an argument, got {signal!r}.")
 
 
 def _check_threshold(threshold: Threshold, wanted: str) -> None:

@@ -12,7 +12,7 @@ from muonclip_jax._core.maxima import AxisName
 from muonclip_jax._core.sowing import MAX_OUTPUT
 from muonclip_jax._layouts.blocks import Block, Layouts
 from muonclip_jax._layouts.roles import Role
-from muonclip_jax._transforms.clip import Clip, ClipState, Scope, Threshold
+from muonclip_jax._transforms.clip import Clip, ClipState, Scope, Threshold, check_signal
 
 
 def max_output_clip(
@@ -73,6 +73,7 @@ def max_output_clip(
         >>> state[-1].gamma["max_output"]["attn"]
         Array([0.5, 1. ], dtype=float32)
     """  # noqa: E501
+    check_signal(signal)
     owner, axes = "max_output_clip", (axis_name, heads_axis_name)
     clip = Clip(owner, layout, signal, _outputs, scope, *axes, frozen, acts_on="factors")
     clip.check(threshold)

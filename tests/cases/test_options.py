@@ -85,6 +85,10 @@ QUACK = {
     "floor": ([*NUMBER, -1.0, NAN, math.inf], ["at least 0"]),
     "frozen": FROZEN,
 }
+SPECTRAL = {
+    "limit": ([*NUMBER, 0.0, -1.0, NAN], ["above 0"]),
+    "dimension_numbers": DIMENSION_NUMBERS,
+}
 ATTENTION = {
     "is_causal": FLAG,
     "local_window_size": (["3", 1.5, -1, (1, -1), (1, 2, 3), [1, 2]], ["int"]),
@@ -179,6 +183,15 @@ FUNCTIONS = {
     ),
     "scale_by_quack": (mc.scale_by_quack, {"layout": LAYOUT}, QUACK),
     "qk_clip": (mc.qk_clip, {"layout": LAYOUT}, QK_CLIP),
+    "measure_max_output": (
+        mc.measure_max_output,
+        {"attended": jnp.ones((3, 2, 4)), "kernel": jnp.ones((2, 4, 6))},
+        {
+            "attended": ([jnp.ones((3, 2, 4), int), jnp.ones((2, 4))], ["attended"]),
+            "kernel": ([jnp.ones((2, 4, 6), int), jnp.ones((4, 2, 6))], ["kernel"]),
+            "dtype": ATTENTION["dtype"],
+        },
+    ),
     "apply_qk_clip": (
         mc.apply_qk_clip,
         {"params": PARAMS, "max_logits": SOWN, "layout": LAYOUT},
@@ -192,6 +205,31 @@ FUNCTIONS = {
             "frozen": FROZEN,
             "signal": ([None, 3, "not a name"], ["name"]),
             "factors": ([None, {"o": 1}], ["function"]),
+        },
+    ),
+    "max_output_clip": (
+        mc.max_output_clip,
+        {"layout": LAYOUT, "threshold": 1.0},
+        {**CLIP, "frozen": FROZEN, "signal": ([None, 3, "not a name"], ["name"])},
+    ),
+    "clip_singular_values": (
+        mc.clip_singular_values,
+        {"limit": 1.0},
+        {**SPECTRAL, "newton_schulz": NEWTON_SCHULZ, **ON_A_MESH},
+    ),
+    "cap_spectral_norm": (
+        mc.cap_spectral_norm,
+        {"limit": 1.0},
+        {**SPECTRAL, "iterations": (COUNT, WHOLE), "shardings": SHARDINGS},
+    ),
+    "decay_spectral_norm": (
+        mc.decay_spectral_norm,
+        {"rate": 0.1},
+        {
+            "rate": RATE,
+            "dimension_numbers": DIMENSION_NUMBERS,
+            "iterations": (COUNT, WHOLE),
+            "shardings": SHARDINGS,
         },
     ),
     "accumulate": (
@@ -380,6 +418,7 @@ FUNCTIONS = {
             "examples": (COUNT, ["int", "at least 1"]),
             "every": ([None, *COUNT], ["int", "at least 1"]),
             "step": (["3", 1.5, jnp.ones(2, int)], ["integer scalar"]),
+            "which": ([None, "largest", 3], ['"highest"', '"lowest"', '"size"']),
         },
     ),
     "max_logits_bound": (
@@ -505,7 +544,9 @@ def test_the_right_options_raise_nothing(fn, needed):
 # What has no rows here, and why.
 WITHOUT_OPTIONS = {
     *("AccumulateState", "AttentionReport", "ClipState", "HeadReport", "QKClipState", "QuackState"),
+    *("ClipReport", "SignalReport", "SpectralNormState"),
     *("accumulate_state", "qk_clip_state", "quack_state"),  # take any state, test_errors.py
+    "clip_report",  # the same, test_output_clip.py
     *("participation_ratio", "eigenvalue_participation_ratio", "nuclear_rank", "stable_rank"),
     *("singular_values", "spectral_norm", "orthogonality_error"),  # take a matrix alone
     *("aol", "deepseek_v4", "you"),

@@ -161,6 +161,22 @@ LINKS = [
         _LAYOUT | {"signal": "max_output", "factors": lambda block, gamma: {"o": gamma}},
         signal="max_output",
     ),
+    Link(
+        "qk_clip until a step",
+        mc.qk_clip,
+        {"alpha": 0.5},
+        _LAYOUT | {"threshold": lambda step: jnp.where(step < 2, 10.0, jnp.inf)},
+        signal="max_logits",
+    ),
+    Link("max_output_clip", mc.max_output_clip, {"threshold": 10.0}, _LAYOUT, signal="max_output"),
+    Link(
+        "clip_singular_values",
+        mc.clip_singular_values,
+        {"limit": 0.5},
+        place=True,
+    ),
+    Link("cap_spectral_norm", mc.cap_spectral_norm, {"limit": 0.5}, place=True),
+    Link("decay_spectral_norm", mc.decay_spectral_norm, {"rate": 0.5}, place=True),
     Link("scale_by_quack", mc.scale_by_quack, {"relative_learning_rate": 0.5}, _LAYOUT),
     Link(
         "quack",
