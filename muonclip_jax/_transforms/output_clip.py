@@ -74,11 +74,11 @@ def max_output_clip(
         Array([0.5, 1. ], dtype=float32)
     """  # noqa: E501
     check_signal(signal)
+
+    def factors(block: Block, gamma: jax.Array) -> dict[Role, jax.Array]:
+        return {"o": gamma}
+
     owner, axes = "max_output_clip", (axis_name, heads_axis_name)
-    clip = Clip(owner, layout, signal, _outputs, scope, *axes, frozen, acts_on="factors")
+    clip = Clip(owner, layout, signal, factors, scope, *axes, frozen, acts_on="factors")
     clip.check(threshold)
     return clip.transformation(ClipState, threshold)
-
-
-def _outputs(block: Block, gamma: jax.Array) -> dict[Role, jax.Array]:
-    return {"o": gamma}

@@ -182,7 +182,8 @@ def cap_spectral_norm(
       limit: The largest norm, above 0; or a function of a matrix's `(in, out)` to one.
       dimension_numbers: Which parameters are which matrices; all others pass. See
         `clip_singular_values`.
-      iterations: Power iterations a step. `init` does 30.
+      iterations: Power iterations a step. `init` does 30. For `optax.inject_hyperparams` it is one
+        of the `static_args`.
       shardings: On meshes with Auto axes, as for `scale_by_orthogonalization`.
 
     Returns:
@@ -236,7 +237,8 @@ def decay_spectral_norm(
       rate: The share of σ₁ that a step takes, at least 0, or an Optax schedule of it.
       dimension_numbers: Which parameters are which matrices; all others pass. See
         `clip_singular_values`.
-      iterations: Power iterations a step. `init` does 30.
+      iterations: Power iterations a step. `init` does 30. For `optax.inject_hyperparams` it is one
+        of the `static_args`.
       shardings: On meshes with Auto axes, as for `scale_by_orthogonalization`.
 
     Returns:
@@ -258,10 +260,8 @@ def decay_spectral_norm(
     def decayed(arrays: list[MatrixArray], norms, pairs, rate, count):
         share = rate(count) if callable(rate) else rate
         return [
-            _unflat(
-                -share * norm[..., None, None] * left[..., :, None] * right[..., None, :], array
-            )
-            for norm, (left, right), array in zip(norms, pairs, arrays, strict=True)
+            _unflat(jnp.einsum("...,...i,...o->...io", -share * norm, *pair), array)
+            for norm, pair, array in zip(norms, pairs, arrays, strict=True)
         ]
 
     def add(change: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
@@ -475,11 +475,6 @@ def _kept(new: jax.Array, before: jax.Array) -> jax.Array:
     """The new vectors; where the weights are zero, or not finite, those of before."""
     told = jnp.isfinite(new).all(-1, keepdims=True) & (new != 0).any(-1, keepdims=True)
     return jnp.where(told, new.astype(before.dtype), before)
-
-
-def _outer(scale: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """`[batch..., in, out]`."""
-    return scale[..., None, None] * left[..., :, None] * right[..., None, :]
 
 
 def _spread(values: jax.Array, array: MatrixArray) -> jax.Array:

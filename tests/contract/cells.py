@@ -29,8 +29,17 @@ _LONG_ANYWHERE = (
     "kimi_muonclip",
     "quack",
     "accumulate",
+    "qk_clip until a step",
+    "max_output_clip",
+    "clip_singular_values",
+    "decay_spectral_norm",
 )
-_LONG_ON_MESHES = ("scale_by_muon", "scale_by_orthogonalization", "muonclip")
+_LONG_ON_MESHES = (
+    "scale_by_muon",
+    "scale_by_orthogonalization",
+    "muonclip",
+    "cap_spectral_norm",
+)
 
 
 def is_long(link: Link, place: Place) -> bool:

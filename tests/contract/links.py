@@ -112,6 +112,7 @@ def _accumulated(learning_rate, threshold, newton_schulz=FLOAT32, shardings=None
 
 
 _EXACT = {"newton_schulz": FLOAT32}
+_ONCE = {"iterations": 1}
 _LAYOUT = {"layout": LAYOUT}
 # In place of Adam, which does not itself keep to strict promotion.
 _TRACE = {"other": optax.trace(0.9)}
@@ -173,10 +174,12 @@ LINKS = [
         "clip_singular_values",
         mc.clip_singular_values,
         {"limit": 0.5},
+        _EXACT,
+        params=matrices,
         place=True,
     ),
-    Link("cap_spectral_norm", mc.cap_spectral_norm, {"limit": 0.5}, place=True),
-    Link("decay_spectral_norm", mc.decay_spectral_norm, {"rate": 0.5}, place=True),
+    Link("cap_spectral_norm", mc.cap_spectral_norm, {"limit": 0.5}, _ONCE, place=True),
+    Link("decay_spectral_norm", mc.decay_spectral_norm, {"rate": 0.5}, _ONCE, place=True),
     Link("scale_by_quack", mc.scale_by_quack, {"relative_learning_rate": 0.5}, _LAYOUT),
     Link(
         "quack",

@@ -263,6 +263,12 @@ def test_wrong_options_raise_when_built(build, error, words):
         build()
 
 
+def test_iterations_are_no_hyper_parameter():
+    params = {"up": {"kernel": jnp.ones((4, 8))}}
+    with pytest.raises(TypeError, match=r"iterations must be known.*static_args=\('iterations',\)"):
+        optax.inject_hyperparams(mc.cap_spectral_norm)(1.0).init(params)
+
+
 def test_wrong_calls_raise():
     tx = mc.cap_spectral_norm(1.0)
     params = {"up": {"kernel": jnp.ones((4, 8))}}
