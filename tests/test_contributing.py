@@ -38,7 +38,7 @@ def test_named_files_are_there():
     named = re.findall(r"`((?:muonclip_jax|tests)/[\w/.]+)`", text)
     new = {
         "muonclip_jax/_transforms/renormalization.py",
-        "muonclip_jax/_transforms/max_output_clip.py",
+        "muonclip_jax/_transforms/max_value_clip.py",
     }
     assert len(named) >= 10
     missing = [path for path in named if path not in new and not (ROOT / path).exists()]

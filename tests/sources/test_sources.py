@@ -289,9 +289,7 @@ def max_output_clip():
     weights, outputs = {"out": rounded(0, HEADS, F, D)}, np.array([20.0, 1.0, 10.0, 12.0])
     attention = {"query": rounded(1, D, HEADS, F), "key": rounded(2, D, HEADS, F)}
     params = kernels(attention | weights)
-    tx = mc.clip_by_signal(
-        mc.layouts.mha(value=None), TAU, signal="output", factors=lambda _, gamma: {"o": gamma}
-    )
+    tx = mc.max_output_clip(mc.layouts.mha(value=None), TAU, signal="output")
     signal = {"attn": {"output": jnp.asarray(outputs, jnp.float32)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params, output=signal)
