@@ -95,9 +95,9 @@ def check_pattern(name: str, value: Any) -> None:
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises ValueError for what is no whole number of at least so much, and TypeError for one that
     `optax.inject_hyperparams` made an array of."""
-    if isinstance(value, Tracer):
+    if isinstance(value, jax.Array):
         raise TypeError(
-            f"{name} must be known when the program is compiled, got a traced array: name it in "
+            f"{name} must be known when the program is compiled, got a JAX array: name it in "
             f"optax.inject_hyperparams(..., static_args=({name!r},))."
         )
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

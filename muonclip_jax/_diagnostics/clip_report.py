@@ -87,7 +87,7 @@ class ClipReport:
     def __str__(self) -> str:
         return as_text(self)
 
-    def _layers(self) -> Iterator[tuple[str, str, SignalReport]]:
+    def _layers(self) -> Iterator[tuple[str, str, Any]]:
         """Every layer of every clip by itself, on the host, `[heads]`."""
         for signal, blocks in jax.device_get(self.signals).items():
             for name, block in blocks.items():

@@ -63,7 +63,7 @@ class ClipState(NamedTuple):
       ineffective_clips: Same keys, int32 `[stack..., heads]`: how many clips in a row, up to the
         last but one, were without effect, as in `QKClipState`. From 3 on something is wrong with
         the wiring.
-      count: int32, the steps so far, where the threshold is a schedule; else None.
+      step: int32, the steps so far, where the threshold is a schedule; else None.
 
     Example:
         >>> state = mc.max_output_clip(layout, 30.0).init(params)
@@ -77,7 +77,7 @@ class ClipState(NamedTuple):
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
     ineffective_clips: dict[str, dict[str, jax.Array]]
-    count: jax.Array | None = None
+    step: jax.Array | None = None
 
 
 def clip_by_signal(
@@ -204,8 +204,8 @@ class Clip:
 
             # One buffer for each count: states are donated.
             counts = (jnp.zeros([], jnp.int32) for _ in range(3))
-            count = jnp.zeros([], jnp.int32) if callable(threshold) else None
-            return self._state(kind, full(-jnp.inf), full(1), *counts, full(0, jnp.int32), count)
+            step = jnp.zeros([], jnp.int32) if callable(threshold) else None
+            return self._state(kind, full(-jnp.inf), full(1), *counts, full(0, jnp.int32), step)
 
         def update(updates, state, params=None, **extra_args):
             if params is None:
@@ -217,7 +217,7 @@ class Clip:
             like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
             wanted = self._state(kind, like, *state[1:])[0]
             check_same("maxima", state[0], wanted, "the layout or the parameters")
-            now = threshold(state.count) if callable(threshold) else threshold
+            now = threshold(state.step) if callable(threshold) else threshold
             dtype = _dtype(params)
             floor = _floor_of_updates(own, leaves_of(touched, EVERY_ROLE, updates))
 
@@ -428,12 +428,12 @@ class _Decided(NamedTuple):
 def _next_state(state: Sequence[Any], decided: _Decided, counts: Sequence[jax.Array]) -> list[Any]:
     """The fields of `ClipState` after a step, from those before it."""
     maxima, gamma = jax.tree.map(lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma))
-    maxima_before, gamma_before, _, nonfinite_before, lost_before, before, count = state
+    maxima_before, gamma_before, _, nonfinite_before, lost_before, before, step = state
     clipped, nonfinite, lost = counts
     in_a_row = jax.tree.map(ineffective, before, maxima_before, gamma_before, maxima)
-    count = None if count is None else optax.safe_increment(count)
+    step = None if step is None else jnp.asarray(optax.safe_increment(step))
     totals = nonfinite_before + nonfinite, lost_before + lost
-    return [maxima, gamma, clipped, *totals, in_a_row, count]
+    return [maxima, gamma, clipped, *totals, in_a_row, step]
 
 
 def check_signal(signal: Any) -> None:

@@ -43,7 +43,7 @@ class QKClipState(NamedTuple):
         √γ times the one that it saw: `log(S'/S) > ½ log γ`. At 3 something is wrong with the
         wiring, and `attention_report` flags the head: is the clip the last link of the chain, are
         the clipped parameters those that make the logits, are they frozen behind it?
-      count: int32, the steps so far, where the threshold is a schedule; else None.
+      step: int32, the steps so far, where the threshold is a schedule; else None.
 
     Example:
         >>> state = mc.qk_clip(layout).init(params)
@@ -57,7 +57,7 @@ class QKClipState(NamedTuple):
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
     ineffective_clips: dict[str, jax.Array]
-    count: jax.Array | None = None
+    step: jax.Array | None = None
 
 
 def qk_clip(

@@ -54,7 +54,7 @@ class SpectralNormState(NamedTuple):
       norms: By the parameter's path, for each kind of matrix in it the estimates of ‖W‖₂ before the
         link acted, float32 `[batch...]`.
       vectors: Same keys, singular vectors of the shorter side, float32 `[batch..., n]`.
-      count: int32, the steps so far.
+      step: int32, the steps so far.
 
     Example:
         >>> state = mc.cap_spectral_norm(1.0).init({"up": {"kernel": 3 * jnp.eye(4, 8)}})
@@ -64,7 +64,7 @@ class SpectralNormState(NamedTuple):
 
     norms: dict[str, tuple[jax.Array, ...]]
     vectors: dict[str, tuple[jax.Array, ...]]
-    count: jax.Array
+    step: jax.Array
 
 
 def clip_singular_values(
@@ -202,8 +202,8 @@ def cap_spectral_norm(
     """
     _check_limit(limit, "cap_spectral_norm")
 
-    def capped(arrays: list[MatrixArray], norms, pairs, limit, count):
-        del pairs, count
+    def capped(arrays: list[MatrixArray], norms, pairs, limit, step):
+        del pairs, step
         return [
             _spread(jnp.minimum(1, bound / jnp.maximum(norm, bound)), array)
             for norm, bound, array in zip(norms, _limits(arrays, limit), arrays, strict=True)
@@ -257,8 +257,8 @@ def decay_spectral_norm(
     """
     check_rate("rate", rate)
 
-    def decayed(arrays: list[MatrixArray], norms, pairs, rate, count):
-        share = rate(count) if callable(rate) else rate
+    def decayed(arrays: list[MatrixArray], norms, pairs, rate, step):
+        share = jnp.asarray(rate(step) if callable(rate) else rate)
         return [
             _unflat(jnp.einsum("...,...i,...o->...io", -share * norm, *pair), array)
             for norm, pair, array in zip(norms, pairs, arrays, strict=True)
@@ -387,12 +387,12 @@ class _ByPowerIteration:
             def iterate(arrays):
                 before = [vector for path in goals for vector in state.vectors[paths.show(path)]]
                 norms, pairs = seen.look(arrays, before, self.iterations)
-                return self.change(arrays, norms, pairs, number, state.count)
+                return self.change(arrays, norms, pairs, number, state.step)
 
             changes = change_matrices(iterate, goals, specs, known)
-            count = jnp.asarray(optax.safe_increment(state.count))
+            step = jnp.asarray(optax.safe_increment(state.step))
             new = _with(updates, changes, params, self.arrive)
-            return new, SpectralNormState(seen.norms, seen.vectors, count)
+            return new, SpectralNormState(seen.norms, seen.vectors, step)
 
         split = specs_of(updates), PartitionSpec()
         return in_auto_axes(act, split)(updates, params, state, *traced)

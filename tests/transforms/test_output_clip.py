@@ -185,7 +185,7 @@ def test_a_schedule_ends_the_clip(clip):
         _, state = update(params, state, params, **{name: {("attn",): OUTPUTS}})
         clipped.append(int(read(state).heads_clipped))
     assert clipped == [2, 2, 0, 0]
-    assert int(read(state).count) == 4
+    assert int(read(state).step) == 4
     assert update._cache_size() == 1
 
 

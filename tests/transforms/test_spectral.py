@@ -155,7 +155,7 @@ def test_rates_may_be_schedules():
     once, state = applied(tx, params)
     twice, state = applied(tx, once, state=state)
     assert_close(twice, once)
-    assert int(state.count) == 2
+    assert int(state.step) == 2
 
 
 def test_one_iteration_a_step_follows_training():
