@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax import linalg
@@ -215,7 +217,7 @@ def test_with_newton_schulz_of_ones_own():
 def test_on_explicit_axes():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     x = rectangular(0, 2, 3, 4)
-    spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P("d")))
+    spread = jax.device_put(x, NamedSharding(mesh, P("d")))
     found = linalg.msign(spread)
-    assert found.sharding.spec == jax.P("d", None, None)
+    assert found.sharding.spec == P("d", None, None)
     np.testing.assert_allclose(found, linalg.msign(x), atol=1e-12)

@@ -403,6 +403,35 @@ def msign_default():
 
 
 @check
+def mclip():
+    m = rounded(0, 16, 24)
+    return difference(mc.linalg.mclip(jnp.float32(m)), source.mclip(m))
+
+
+@check
+def mcsgn():
+    m = rounded(0, 8, 8)
+    return difference(mc.linalg.mcsgn(jnp.float32(m)), source.mcsgn(m))
+
+
+@check
+def msign_derivative():
+    m, g = rounded(0, 8, 12), rounded(1, 8, 12)
+    gradient = jax.grad(lambda m: jnp.sum(jnp.float32(g) * mc.linalg.msign(m)))(jnp.float32(m))
+    return difference(gradient, source.msign_derivative(m, g))
+
+
+@check
+def diagonal_plus_low_rank():
+    q, k = rounded(0, 24, 4) / 4, rounded(1, 24, 4) / 4
+    diagonal = 1 + np.abs(rounded(2, 24))
+    arguments = (jnp.float32(x) for x in (diagonal, q, k))
+    found = mc.linalg.inverse_low_rank_triangular(*arguments)
+    diagonal = np.float64(np.float32(diagonal))
+    return difference(found, np.linalg.inv(source.diagonal_plus_low_rank(diagonal, q, k)))
+
+
+@check
 def singular_value_entropy():
     m = rounded(0, 16, 24)
     found = jnp.log(mc.effective_rank(jnp.float32(m), 2)) / np.log(16)

@@ -127,6 +127,37 @@ def msign_by_root(m):
     return (vectors / np.sqrt(values)) @ vectors.T @ m
 
 
+def mclip(m):
+    """004: singular values by clip(x) = max(min(x, 1), -1)."""
+    u, s, vt = np.linalg.svd(m, full_matrices=False)
+    return u @ np.diag(np.maximum(np.minimum(s, 1), -1)) @ vt
+
+
+def mcsgn(m):
+    """004: (M²)^(-1/2) M, the root by eigenvalues, whose real part is positive."""
+    values, vectors = np.linalg.eig(m @ m)
+    return np.real(vectors @ np.diag(values**-0.5) @ np.linalg.inv(vectors) @ m)
+
+
+def msign_derivative(m, g):
+    """004's article: A⁻¹G − 2YM, where AY + YA = sym(A⁻¹GOᵀ), A = (MMᵀ)^(1/2), by columns of a
+    system of n² equations."""
+    n = len(m)
+    values, vectors = np.linalg.eigh(m @ m.T)
+    a = vectors @ np.diag(values**0.5) @ vectors.T
+    over = np.linalg.inv(a)
+    s = over @ g @ (over @ m).T
+    system = np.kron(a, np.eye(n)) + np.kron(np.eye(n), a)
+    y = np.linalg.solve(system, ((s + s.T) / 2).ravel()).reshape(n, n)
+    return over @ g - 2 * y @ m
+
+
+def diagonal_plus_low_rank(diagonal, q, k):
+    """004: T = Λ + QKᵀ⊙M⁻, M⁻ being M − I, and M one where i ≥ j."""
+    i, j = np.indices((len(q), len(q)))
+    return np.diag(diagonal) + (q @ k.T) * ((i >= j) - np.eye(len(q)))
+
+
 def update_rms_factor(n, m):
     return np.sqrt(max(n, m)) * 0.2
 
