@@ -37,7 +37,7 @@ def msign(
     condition number of 10, 1e-5 at 10³ and 1e-3 at 10⁵; in float64 1e-14, 3e-14 and 2e-12.
 
     Cost, n ≤ m being the sides: for each step 4n²m + 2n³ FLOPs, with n = m three products; 13 to 15
-    steps in float32, 10 in 16 bits (which compute in float32) and about 25 in float64. The
+    steps in float32, 9 in 16 bits (which compute in float32) and about 25 in float64. The
     derivative: one eigendecomposition n × n and about nine products.
 
     Args:
