@@ -24,6 +24,8 @@ def watch(file: pathlib.Path, workers: int) -> None:
     """
     told = {"COVERAGE_FILE": str(file), "COVERAGE_CORE": "ctrace"}
     options = ["--cov=muonclip_jax", "--cov-context=test", "--cov-report=", "-q"]
+    # Of its own: pytest keeps the last three folders only, and others may run it meanwhile.
+    options += [f"--basetemp={file.parent / 'pytest'}"]
     run = [sys.executable, "-m", "pytest", f"-n{workers}", "--dist=loadfile", "-m", QUICK, *options]
     subprocess.run(run, cwd=ROOT, env={**os.environ, **told}, check=True)
 
