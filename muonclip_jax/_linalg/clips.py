@@ -56,14 +56,14 @@ def mclip(
     The derivative: one eigendecomposition n × n for each sign.
 
     Args:
-      x: Matrices `[..., n, m]` in bfloat16, float16, float32 or float64, not empty. low: The least
-      singular value, finite and at least 0: a number, or a scalar array. high: The largest, finite
-      and at least `low`, alike. form: Which signs are taken. With O = msign(x) and H = x Oᵀ, whose
-      eigenvalues are the singular
-        values: "polar" takes sign(H − high I). "nested" takes msign(high O − x), the same sign
-        times O, but multiplies longer matrices, and is wrong by up to `high`/2 where a singular
-        value is so near to zero that O does not have it. "squared" takes sign(x xᵀ − high² I):
-        squares lose what float32 tells apart, at 1000 all below 0.3.
+      x: Matrices `[..., n, m]` in bfloat16, float16, float32 or float64, not empty.
+      low: The least singular value, finite and at least 0: a number, or a scalar array.
+      high: The largest, finite and at least `low`, alike.
+      form: Which signs are taken. With O = msign(x) and H = x Oᵀ, whose eigenvalues are the
+        singular values: "polar" takes sign(H − high I). "nested" takes msign(high O − x), the same
+        sign times O, but multiplies longer matrices, and is wrong by up to `high`/2 where a
+        singular value is so near to zero that O does not have it. "squared" takes
+        sign(x xᵀ − high² I): squares lose what float32 tells apart, at 1000 all below 0.3.
       by: As in `msign`. With "svd", `form` makes no difference.
       lower: As in `msign`; None for 1e-6 (float64: 1e-12).
 
