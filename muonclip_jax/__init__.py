@@ -34,7 +34,7 @@ from muonclip_jax._parameters.granularity import Granularity
 from muonclip_jax._parameters.routing import muon_dimension_numbers
 from muonclip_jax._trainers.linen import TrainState
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
-from muonclip_jax._transforms.clip import ClipState, clip_by_signal
+from muonclip_jax._transforms.clip import ClipState, ScheduledClipState, clip_by_signal
 from muonclip_jax._transforms.elsewhere import from_optax_muon, from_torch_muon
 from muonclip_jax._transforms.muon import scale_by_muon
 from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
@@ -79,6 +79,7 @@ __all__ = [
     "max_output_clip",
     "clip_by_signal",
     "ClipState",
+    "ScheduledClipState",
     "clip_singular_values",
     "cap_spectral_norm",
     "decay_spectral_norm",

@@ -63,7 +63,6 @@ class ClipState(NamedTuple):
       ineffective_clips: Same keys, int32 `[stack..., heads]`: how many clips in a row, up to the
         last but one, were without effect, as in `QKClipState`. From 3 on something is wrong with
         the wiring.
-      step: int32, the steps so far, where the threshold is a schedule; else None.
 
     Example:
         >>> state = mc.max_output_clip(layout, 30.0).init(params)
@@ -77,7 +76,24 @@ class ClipState(NamedTuple):
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
     ineffective_clips: dict[str, dict[str, jax.Array]]
-    step: jax.Array | None = None
+
+
+class ScheduledClipState(NamedTuple):
+    """The state of a clip whose threshold is a schedule.
+
+    Attributes:
+      step: int32, how many steps there were so far: what the schedule is asked with.
+      clip: `QKClipState`, or `ClipState`.
+
+    Example:
+        >>> tx = mc.qk_clip(layout, lambda step: jnp.where(step < 100, 50.0, jnp.inf))
+        >>> state = tx.init(params)
+        >>> int(state.step), mc.qk_clip_state(state) is not None
+        (0, True)
+    """
+
+    step: jax.Array
+    clip: Any
 
 
 def clip_by_signal(
@@ -191,6 +207,26 @@ class Clip:
         self, kind: Callable[..., Any], threshold: Threshold, *arguments: ArrayLike
     ) -> optax.GradientTransformationExtraArgs:
         """The link of a chain. `kind` is a state with the fields of `ClipState`."""
+        if not callable(threshold):
+            return self._with_number(kind, threshold, *arguments)
+        at = functools.partial(self._with_number, kind)
+
+        def init(params: optax.Params) -> ScheduledClipState:
+            clip = at(jnp.inf, *arguments).init(params)
+            return ScheduledClipState(jnp.zeros([], jnp.int32), clip)
+
+        def update(updates, state, params=None, **extra_args):
+            now = at(threshold(state.step), *arguments)
+            updates, clip = now.update(updates, state.clip, params, **extra_args)
+            step = jnp.asarray(optax.safe_increment(state.step))
+            return updates, ScheduledClipState(step, clip)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def _with_number(
+        self, kind: Callable[..., Any], threshold: ArrayLike, *arguments: ArrayLike
+    ) -> optax.GradientTransformationExtraArgs:
+        """The same with one threshold for all steps."""
 
         def init(params: optax.Params) -> Any:
             if paths.holds_nothing(params):
@@ -204,8 +240,7 @@ class Clip:
 
             # One buffer for each count: states are donated.
             counts = (jnp.zeros([], jnp.int32) for _ in range(3))
-            step = jnp.zeros([], jnp.int32) if callable(threshold) else None
-            return self._state(kind, full(-jnp.inf), full(1), *counts, full(0, jnp.int32), step)
+            return self._state(kind, full(-jnp.inf), full(1), *counts, full(0, jnp.int32))
 
         def update(updates, state, params=None, **extra_args):
             if params is None:
@@ -217,7 +252,6 @@ class Clip:
             like = {block.name: jax.ShapeDtypeStruct(block.shape, jnp.float32) for block in blocks}
             wanted = self._state(kind, like, *state[1:])[0]
             check_same("maxima", state[0], wanted, "the layout or the parameters")
-            now = threshold(state.step) if callable(threshold) else threshold
             dtype = _dtype(params)
             floor = _floor_of_updates(own, leaves_of(touched, EVERY_ROLE, updates))
 
@@ -239,7 +273,7 @@ class Clip:
 
             sown = self._pair(every, params, extra_args.get(self.signal))
             return change_leaves(
-                clip, touched, EVERY_ROLE, updates, state, own, sown, now, arguments
+                clip, touched, EVERY_ROLE, updates, state, own, sown, threshold, arguments
             )
 
         return optax.GradientTransformationExtraArgs(init, update)
@@ -428,12 +462,10 @@ class _Decided(NamedTuple):
 def _next_state(state: Sequence[Any], decided: _Decided, counts: Sequence[jax.Array]) -> list[Any]:
     """The fields of `ClipState` after a step, from those before it."""
     maxima, gamma = jax.tree.map(lambda x: x.astype(jnp.float32), (decided.maxima, decided.gamma))
-    maxima_before, gamma_before, _, nonfinite_before, lost_before, before, step = state
+    maxima_before, gamma_before, _, nonfinite_before, lost_before, before = state
     clipped, nonfinite, lost = counts
     in_a_row = jax.tree.map(ineffective, before, maxima_before, gamma_before, maxima)
-    step = None if step is None else jnp.asarray(optax.safe_increment(step))
-    totals = nonfinite_before + nonfinite, lost_before + lost
-    return [maxima, gamma, clipped, *totals, in_a_row, step]
+    return [maxima, gamma, clipped, nonfinite_before + nonfinite, lost_before + lost, in_a_row]
 
 
 def check_signal(signal: Any) -> None:

@@ -43,7 +43,6 @@ class QKClipState(NamedTuple):
         √γ times the one that it saw: `log(S'/S) > ½ log γ`. At 3 something is wrong with the
         wiring, and `attention_report` flags the head: is the clip the last link of the chain, are
         the clipped parameters those that make the logits, are they frozen behind it?
-      step: int32, the steps so far, where the threshold is a schedule; else None.
 
     Example:
         >>> state = mc.qk_clip(layout).init(params)
@@ -57,7 +56,6 @@ class QKClipState(NamedTuple):
     nonfinite_heads: jax.Array
     lost_heads: jax.Array
     ineffective_clips: dict[str, jax.Array]
-    step: jax.Array | None = None
 
 
 def qk_clip(
@@ -147,7 +145,7 @@ def qk_clip(
       threshold: τ > 0, in units of the logit; 100 in Kimi K2. Or an Optax schedule, from this
         link's own count of steps to τ: infinity clips nothing, so that `lambda step:
         jnp.where(step < 10_000, 100.0, jnp.inf)` ends the clip. Its values at the steps 0, 1, 10,
-        …, 10⁶ are checked when it is built.
+        …, 10⁶ are checked when it is built. The state is then a `ScheduledClipState`.
       alpha: The share of the factor that goes to the queries, in [0, 1], where a query head has a
         key of its own.
       shared_keys: What a key takes that several query heads read: `"untouched"`, nothing, whatever

@@ -265,7 +265,7 @@ def test_options_are_those_of_the_attention():
     measured, attended = (
         inspect.signature(f).parameters for f in (measure_max_logits, dot_product_attention)
     )
-    assert measured.keys() - attended.keys() == {"examples", "every", "step"}
+    assert measured.keys() - attended.keys() == {"examples", "every", "step", "which"}
     after_the_maxima = {"value", "bias", "soft_cap", "sinks"}
     of_the_output = {"implementation", "dropout_rng", "dropout_rate", "broadcast_dropout"}
     assert attended.keys() - measured.keys() == after_the_maxima | of_the_output

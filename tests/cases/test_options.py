@@ -544,7 +544,7 @@ def test_the_right_options_raise_nothing(fn, needed):
 # What has no rows here, and why.
 WITHOUT_OPTIONS = {
     *("AccumulateState", "AttentionReport", "ClipState", "HeadReport", "QKClipState", "QuackState"),
-    *("ClipReport", "SignalReport", "SpectralNormState"),
+    *("ClipReport", "SignalReport", "ScheduledClipState", "SpectralNormState"),
     *("accumulate_state", "qk_clip_state", "quack_state"),  # take any state, test_errors.py
     "clip_report",  # the same, test_output_clip.py
     *("participation_ratio", "eigenvalue_participation_ratio", "nuclear_rank", "stable_rank"),
