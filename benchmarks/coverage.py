@@ -3,28 +3,36 @@
     make test-models                                # makes .venv-models, with the models
     .venv-models/bin/python -m benchmarks.coverage
 
-Each configuration that MaxText ships and each Flax model of Transformers is made abstractly:
-without memory and without a compiler. What is read of its parameters without a rule and without a
-layout is compared with `benchmarks.known_models`, written from the models' sources. The same trees
-go through `optax.contrib.muon`. With `--trees FOLDER` the shapes are kept there, and those that are
-there are not made again. (`tests/parameters/test_reading.py` has the models that are transcribed.)
+Each configuration that MaxText and Tunix ship, each Flax model of Transformers and each model class
+of gemma is made abstractly: without memory and without a compiler. What is read of its parameters
+without a rule and without a layout is compared with `benchmarks.known_models`, written from the
+models' sources. The same trees go through `optax.contrib.muon`. With `--trees FOLDER` the shapes
+are kept there, and those that are there are not made again. (`tests/parameters/test_reading.py` has
+the models that are transcribed.)
 """
 
+import importlib
+import importlib.machinery
+import inspect
 import json
 import platform
+import sys
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import optax
 import rich
 import tyro
-from flax import nnx, traverse_util
+from flax import linen, nnx, traverse_util
 from rich.table import Table
 
 import muonclip_jax as mc
@@ -38,7 +46,7 @@ Shapes = dict[str, tuple[int, ...]]
 class Options:
     """Which models are read right without a rule and without a layout."""
 
-    libraries: tuple[str, ...] = ("maxtext", "transformers")
+    libraries: tuple[str, ...] = ("maxtext", "transformers", "tunix", "gemma")
     only: str | None = None
     """A word that a model's name must have."""
     trees: Path | None = None
@@ -81,7 +89,6 @@ def maxtext() -> Iterator[Made]:
     """Every configuration in `maxtext/configs/models`."""
     import maxtext
     import yaml
-    from flax import linen
     from maxtext.configs import pyconfig
     from maxtext.models import models
     from maxtext.utils import maxtext_utils
@@ -130,6 +137,65 @@ def transformers() -> Iterator[Made]:
         yield name, name, lambda model=model: make(getattr(transformers, model))
 
 
+def tunix() -> Iterator[Made]:
+    """Every configuration that a classmethod of a `ModelConfig` gives: one of several that are the
+    same, as those of a base and an instruct model, and with its vision encoder where it has one."""
+    bare_package("tunix")
+
+    def make(model: Any, config: Any) -> Any:
+        return nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
+
+    for architecture in ("gemma", "gemma3", "gemma4", "llama3", "qwen2", "qwen3"):
+        module = importlib.import_module(f"tunix.models.{architecture}.model")
+        model, known = getattr(module, architecture.capitalize()), []
+        for name, config in tunix_configs(module.ModelConfig):
+            if config not in known:
+                known.append(config)
+                yield name, architecture, partial(make, model, config)
+
+
+def tunix_configs(kind: Any) -> Iterator[tuple[str, Any]]:
+    """What the public classmethods give, by their names."""
+    for name, method in vars(kind).items():
+        if isinstance(method, classmethod) and not name.startswith("_"):
+            configure = getattr(kind, name)
+            yield name, configure()
+            if "text_only" in inspect.signature(configure).parameters:
+                yield f"{name} with vision", configure(text_only=False)
+
+
+def gemma() -> Iterator[Made]:
+    """Every model class in `gemma.gm.nn` as it is by default: Gemma 3 and 3n with the encoder of
+    images, Gemma 4 without."""
+    bare_package("gemma.gm.ckpts")
+    tensorflow = types.ModuleType("tensorflow")  # of which a module below gemma names a type
+    tensorflow.__getattr__ = lambda name: type(name, (), {})
+    with mock.patch.object(linen.Module, "param", linen.Module.param):  # gemma replaces everybody's
+        absent = sys.modules.setdefault("tensorflow", tensorflow) is tensorflow
+        nn = importlib.import_module("gemma.gm.nn")
+        models = {name: getattr(nn, name) for name in dir(nn) if name.startswith("Gemma")}
+    if absent:
+        del sys.modules["tensorflow"]
+
+    def make(model: Any) -> Any:
+        tokens, images = jnp.ones((1, 8), int), jnp.zeros((1, 1, 896, 896, 3), jnp.uint8)
+        media = dict(images=images) if model.config.vision_encoder else {}
+        return jax.eval_shape(lambda key: model.init(key, tokens, **media), jax.random.key(0))
+
+    for name, model in models.items():
+        yield name, name.split("_")[0].lower(), lambda model=model: make(model())["params"]
+
+
+def bare_package(name: str) -> None:
+    """Puts a package without what its `__init__` imports in its place: data sets, trainers."""
+    parent, _, last = name.rpartition(".")
+    folders = importlib.import_module(parent).__path__ if parent else sys.path
+    package = types.ModuleType(name)
+    package.__spec__ = importlib.machinery.PathFinder.find_spec(name, folders)
+    package.__path__ = [str(Path(folder) / last) for folder in folders]
+    sys.modules.setdefault(name, package)
+
+
 def shapes_of(params: Any) -> Shapes:
     """The trained parameters."""
     trained = nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
@@ -141,7 +207,7 @@ def judge(library: str, name: str, architecture: str, shapes: Shapes) -> Judgeme
     found = Judgement(library, name, architecture)
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     params = traverse_util.unflatten_dict(leaves, sep="/")
-    table = known_models.table(library, architecture)
+    table = known_models.table(library, name, architecture)
     found.optax = misrouted_by_optax(params, shapes, table)
     found.layout, found.clips = layout_of(params)
     try:
@@ -195,7 +261,7 @@ def misrouted_by_optax(params: Any, shapes: Shapes, table: known_models.Table) -
 
 def run(options: Options) -> Iterator[Judgement]:
     """Every model, judged."""
-    makers = dict(maxtext=maxtext, transformers=transformers)
+    makers = dict(maxtext=maxtext, transformers=transformers, tunix=tunix, gemma=gemma)
     for library in options.libraries:
         for name, architecture, make in makers[library]():
             if options.only and options.only not in name:

@@ -1,7 +1,8 @@
 """What each parameter of known models is, by hand: what `benchmarks.coverage` compares with.
 
 Written from the models' sources, not from what this library prints: MaxText 0.2.5 `layers/` and
-`models/`, Transformers 4.57.1 `modeling_flax_*.py`. An entry is a glob, the axes of one layer's
+`models/`, Transformers 4.57.1 `modeling_flax_*.py`, Tunix 0.1.7 `models/*/model.py` and gemma 4.0.1
+`gm/nn/`, both by their einsums. An entry is a glob, the axes of one layer's
 parameter as its forward pass contracts them, and what it is. A matrix has the rows `in` (of
 projections back from heads `features`), with them `window` axes, and the columns `features` or
 `out`. All other axes count matrices: each head that has an axis of its own is one.
@@ -117,16 +118,100 @@ DENSE_MLP = Table(
     {},
 )
 
+# The einsums of Gemma's attention, in gemma and in Tunix.
+GEMMA_ATTENTION: tuple[Entry, ...] = (
+    ("*/q_einsum/w", "heads in features", "attention"),  # BTD,NDH->BTNH
+    ("*/k_einsum/w", "heads in features", "attention"),  # BSD,KDH->BSKH, keys are values
+    ("*/kv_einsum/w", "part heads in features", "attention"),  # BSD,CKDH->CBSKH
+    ("*/qkv_einsum/w", "part heads in features", "attention"),  # BTD,SNDH->SBTNH
+    ("*/attn_vec_einsum/w", "heads features out", "attention"),  # BTNH,NHD->BTD
+)
+
+TUNIX = Table(
+    (
+        *VECTORS,
+        ("*/input_embedding", None, "embedding"),
+        ("*/per_layer_input_embedding", None, "embedding"),
+        ("*/pos_embedding", None, "embedding"),
+        ("lm_head/w", None, "unembedding"),
+        # llama3, qwen2, qwen3: Attention.
+        ("*/[qkv]_proj/w", HEADS, "attention"),
+        ("*/o_proj/w", "heads features out", "attention"),
+        *GEMMA_ATTENTION,
+        # gemma3/vision.py: VisionAttention and ViTModel's patches.
+        ("*/attn/*_proj/kernel", "in out", "attention"),
+        ("*/siglip_encoder/embedding/kernel", "window window in out", ""),
+        # qwen3: MoELayer; gemma4/moe.py: MoERagged, whose gate is [experts, 2, hidden, features].
+        ("*/mlp/*_proj", "experts in out", ""),
+        ("*/moe/gating_einsum", "experts part out in", ""),
+        ("*/moe/linear", "experts in out", ""),
+        ("*/moe/router_logits", "in out", ""),
+        # gemma4: a matrix for each layer, BTD,DNP->BTNP; then each layer's own.
+        ("*/per_layer_model_projection/w", "in layers out", ""),
+        ("*/per_layer_input_gate/w", "in out", ""),
+        ("*/per_layer_projection/w", "in out", ""),
+        ("*/mm_input_projection/w", "in out", ""),
+        ("*/kernel", "in out", ""),
+    ),
+    {},
+)
+
+GEMMA = Table(
+    (
+        *VECTORS,
+        ("*/input_embedding", None, "embedding"),
+        ("*/per_layer_input_embedding", None, "embedding"),
+        ("*/per_layer_embeddings", None, "embedding"),
+        ("*/pos_embedding", None, "embedding"),
+        *GEMMA_ATTENTION,
+        # _modules.py: FeedForward with transpose_gating_einsum, ...F,NHF->...NH.
+        ("*/gating_einsum", "part out in", ""),
+        ("*/linear", "in out", ""),
+        # gemma4/_moe.py: MoERagged.
+        ("*/mlp/gating_einsum/w", "experts part out in", ""),
+        ("*/mlp/linear/w", "experts in out", ""),
+        ("*/router_logits/w", "in out", ""),
+        # gemma3n and gemma4: a matrix for each layer, ...td,dnp->...tnp; then each layer's own.
+        ("*/per_layer_input_projection/w", "in layers out", ""),
+        ("*/per_layer_model_projection/w", "in layers out", ""),
+        ("*/per_layer_input_gate/w", "in out", ""),
+        ("*/per_layer_projection/w", "in out", ""),
+        ("*/mm_input_projection/w", "in out", ""),
+        # gemma3n: AltUp, whose predictions are mixed by a matrix for each token: ...p,pij->...ij.
+        ("altup_projection_*", "in out", ""),
+        ("altup_unembed_projection_*", "in out", ""),
+        ("*/altup/modality_router/w", "in out", ""),
+        ("*/altup/correction_coefs", "in out", ""),
+        ("*/altup/prediction_coefs", "in out out", ""),
+        ("*/laurel/linear_*/w", "in out", ""),
+        # vision/_vision_utils.py: ViTModel, of Flax's modules.
+        ("*/query/kernel", HEADS, "attention"),
+        ("*/key/kernel", HEADS, "attention"),
+        ("*/value/kernel", HEADS, "attention"),
+        ("*/out/kernel", "heads features out", "attention"),
+        ("*/siglip_encoder/embedding/kernel", "window window in out", ""),
+        ("*/kernel", "in out", ""),
+    ),
+    {},
+)
+
+# The only one without transpose_gating_einsum: ...F,NFH->...NH.
+GEMMA_2_2B = Table((("*/gating_einsum", "part in out", ""), *GEMMA.entries), {})
+
 TABLES = {
     "maxtext": MAXTEXT,
     "transformers": TRANSFORMERS,
     "transformers/gpt_neo": DENSE_MLP,
+    "tunix": TUNIX,
+    "gemma": GEMMA,
+    "gemma/Gemma2_2B": GEMMA_2_2B,
 }
 
 
-def table(library: str, architecture: str) -> Table:
-    """The table of an architecture, or its library's."""
-    return TABLES.get(f"{library}/{architecture}", TABLES[library])
+def table(library: str, *names: str) -> Table:
+    """The table of a model or an architecture that has one of its own, or its library's."""
+    own = (TABLES[key] for name in names if (key := f"{library}/{name}") in TABLES)
+    return next(own, TABLES[library])
 
 
 def expected(path: str, shape: tuple[int, ...], known: Table) -> tuple[Sides | None, str]:
@@ -151,5 +236,6 @@ def expected(path: str, shape: tuple[int, ...], known: Table) -> tuple[Sides | N
                 outs = "out" if "out" in whole else "features"
                 ins = "in" if "in" in whole else "features"
                 rows = {i for i, axis in enumerate(whole) if axis in (ins, "window")}
-                return (frozenset(rows), frozenset({whole.index(outs)})), kind
+                columns = {i for i, axis in enumerate(whole) if axis == outs}
+                return (frozenset(rows), frozenset(columns)), kind
     raise ValueError(f"benchmarks.known_models has no entry for {path} of shape {shape}.")

@@ -563,6 +563,11 @@ def without_stack(
 _PARTS = "part heads in features"
 _GEMMA_OUT = Piece("o", "attn_vec_einsum/w", "heads features out")
 _GEMMA_QUERY = Piece("q", "q_einsum/w", "heads in features")
+_GEMMA_KEYS = Layout(
+    "gemma",
+    (_GEMMA_QUERY, Piece("k", "k_einsum/w", "heads in features"), _GEMMA_OUT),
+    shared_keys=True,
+)
 
 
 def _parts(parameter: str, axes: str, *roles: Role) -> tuple[Piece, ...]:
@@ -602,15 +607,8 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma, as many key heads",
         Layout("gemma", (*_parts("qkv_einsum/w", _PARTS, "q", "k", "v"), _GEMMA_OUT)),
     ),
-    Written(
-        "Gemma 4, keys are values",
-        Layout(
-            "gemma",
-            (_GEMMA_QUERY, Piece("k", "k_einsum/w", "heads in features"), _GEMMA_OUT),
-            shared_keys=True,
-        ),
-        beside=("_key_norm",),
-    ),
+    Written("Gemma 4 of DeepMind, keys are values", _GEMMA_KEYS, beside=("key_norm",)),
+    Written("Gemma 4 in Tunix, keys are values", _GEMMA_KEYS, beside=("_key_norm",)),
     Separate("Gemma 4 in MaxText, keys are values", value=None, beside=("key_norm",)),
     Fused("MaxText, fused", "qkv_proj", "out", ("in (part heads) features",)),
     Written(

@@ -310,14 +310,16 @@ def _left_out(
         for piece in layout.pieces
     ]
     covered = {kernel[:end] for kernel in kernels for end in range(len(kernel))}
-    others = {path for path, _ in looks_like_attention(shapes) if path not in covered}
+    named = {path for path, _ in looks_like_attention(shapes)}
+    others = named - covered
     linear = {path for path, inside in modules.items() if _is_linear(inside)}
     left = {path for path in others if _is_indexer(path) or path in linear}
     for layout in set(found.values()):
         for path in layout.places(shapes):
             if path not in found:
                 others.add(path)
-                if _is_indexer(path) or path in linear or not _has_keys(layout, path, shapes):
+                has_keys = path in named or _has_keys(layout, path, shapes)
+                if _is_indexer(path) or path in linear or not has_keys:
                     left.add(path)
     unknown = [path for path in modules if path in others - left]
     if not found and not unknown:

@@ -3,6 +3,7 @@
     router/kernel [64, 8] beside up [8, 64, 256], down [8, 256, 64]     8 experts [in, out]
     the same, gate_up [8, 64, 2, 256]                                   8 × 2 matrices [64, 256]
     norm/weight [64] beside up_proj/weight [256, 64]                    [out, in]
+    per_layer_projection/w [64, 12, 8] beside a table [99, 12, 8]       a matrix [64, 8] a layer
 
 A name says whether a matrix takes in what the model is wide or gives it; the router, or else the
 norms, say how wide that is.
@@ -73,6 +74,22 @@ def mlp(path: Path, near: Neighbours) -> Reading | None:
     seen = near.show(gain for length, gain in widths.items() if length in own)
     witness = f"beside {seen}" if seen else "called as T5 and MaxText call it"
     return Reading(pattern(axes, stack), f"{'[out, in]' if turned else '[in, out]'}: {witness}")
+
+
+def for_layers(path: Path, near: Neighbours) -> Reading | None:
+    """What gives each layer an input of its own, `[in, layers, out]`, beside a table that gives
+    them as much for each token."""
+    shape = near.shapes[path]
+    if len(shape) != 3 or not names.is_for_layers(path):
+        return None
+    module = path[:-2]
+    table = next(
+        (p for p in near.tables if p[:-1] == module and near.shapes[p][1:] == shape[1:]), None
+    )
+    if table is None:
+        return None
+    matrices = pattern(["in", "layers", "out"], Stack())
+    return Reading(matrices, f"of {shape[1]} layers, beside {near.show([table])}")
 
 
 def _mixtures(path: Path, near: Neighbours) -> Iterator[Mixture]:

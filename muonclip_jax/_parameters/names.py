@@ -175,13 +175,20 @@ def side(path: Path) -> str | None:
 
 
 def is_in_order(path: Path) -> bool:
-    """Whether a kernel is called as those of Flax, T5 and MaxText are, which are [in, out]."""
-    return leaf(path) in KERNELS or bool(re.fullmatch(r"wi(_\d)?|wo", leaf(path)))
+    """Whether a kernel is called as those of Flax, T5 and MaxText are, which are [in, out]. (An
+    einsum's may lie in any order.)"""
+    plain = leaf(path) in KERNELS and "einsum" not in words(holder(path))
+    return plain or bool(re.fullmatch(r"wi(_\d)?|wo", leaf(path)))
 
 
 def is_of_two(path: Path) -> bool:
     """Whether a kernel is called as one of an MLP's gate and up together."""
     return bool({"gating", "wi"} & {*words(own(path))}) or {"gate", "up"} <= {*words(own(path))}
+
+
+def is_for_layers(path: Path) -> bool:
+    """Whether a kernel gives every layer an input of its own, as in Gemma 3n and 4."""
+    return leaf(path) in KERNELS and words(holder(path))[:2] == ("per", "layer")
 
 
 def is_convolution(path: Path, axes: int) -> bool:

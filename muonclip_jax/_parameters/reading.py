@@ -10,7 +10,7 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.find import Projection, Stack
 from muonclip_jax._parameters import names
 from muonclip_jax._parameters.convolutions import Unsure, convolution
-from muonclip_jax._parameters.feedforward import experts, mlp, router
+from muonclip_jax._parameters.feedforward import experts, for_layers, mlp, router
 from muonclip_jax._parameters.neighbours import MATRIX, Neighbours, Reading, pattern
 
 
@@ -75,7 +75,7 @@ def _read_by_neighbours(path: Path, near: Neighbours) -> Reading | None:
         return found
     if names.is_router(path) and (found := router(path, near)):
         return found
-    return experts(path, near) or mlp(path, near)
+    return for_layers(path, near) or experts(path, near) or mlp(path, near)
 
 
 def _projection(path: Path, known: list[Projection], near: Neighbours) -> Reading:

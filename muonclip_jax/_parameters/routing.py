@@ -60,6 +60,7 @@ def muon_dimension_numbers(
     | `moe/gate_up [8, 64, 2, 256]` | the same; the 2 are gate and up | 16 × [64, 256] |
     | `up_proj/weight [256, 64]` | beside norms of 64, which up takes in: [out, in] | 1 × [64, 256] |
     | `c_fc/kernel [256, 64]` | beside `c_fc/bias [256]`: [out, in] | 1 × [64, 256] |
+    | `per_layer_projection/w [64, 12, 8]` | beside a table `[V, 12, 8]`, with which it gives each of 12 layers an input | 12 × [64, 8] |
     | `conv/kernel [3, 3, 64, 128]` | its name: [window..., in, out] | 1 × [576, 128] |
     | `layers/2/kernel [3, 3, 64, 128]` | the square, beside a bias of 128 or unstacked norms | the same |
     | `conv1d/kernel [4, 1, 512]` | depthwise: it is called so, or is in linear attention, or something gives 512 beside it | no matrix |

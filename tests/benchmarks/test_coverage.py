@@ -50,6 +50,22 @@ def test_readings_that_differ_from_the_table_are_told(glob, axes, monkeypatch):
     assert fnmatchcase(path, glob) and not found.right
 
 
+def test_a_model_that_stores_a_parameter_in_its_own_way_has_its_own_table():
+    """The MLP of gemma's Gemma 2 2B is [in, hidden], that of all others [hidden, in]."""
+    shapes = {"layer_0/norm/scale": (10,), "layer_0/mlp/linear": (40, 10)}
+    mlp = "layer_0/mlp/gating_einsum"
+    assert coverage.judge("gemma", "Gemma2_2B", "gemma2", {**shapes, mlp: (2, 10, 40)}).right
+    assert coverage.judge("gemma", "Gemma2_9B", "gemma2", {**shapes, mlp: (2, 40, 10)}).right
+    assert coverage.judge("gemma", "Gemma2_9B", "gemma2", {**shapes, mlp: (2, 10, 40)}).wrong == [
+        mlp
+    ]
+
+
+def test_a_matrix_of_all_outputs():
+    mixed = ("layer_0/altup/prediction_coefs", (4, 3, 3), known_models.GEMMA)
+    assert known_models.expected(*mixed) == ((frozenset({0}), frozenset({1, 2})), "")
+
+
 def test_what_raises_and_what_was_not_made_are_exceptions():
     odd = {path: shape for path, shape in MIXTRAL.items() if "gate" not in path}
     found = [

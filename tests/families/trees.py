@@ -385,6 +385,19 @@ def tunix() -> dict[str, Tree]:
             {"layers/0/attn": GEMMA_HEADS, "layers/1/attn": shared_heads},
             qk_norm=True,
         ),
+        # Norms of other names: gemma's `gm/nn/gemma4/_modules.py`.
+        "Gemma 4 of DeepMind": Tree(
+            "gm.nn.gemma4: Attention",
+            {
+                path.replace("layers/", "layer_").replace("/_", "/"): shape
+                for path, shape in {
+                    **at("layers/0/attn", normed),
+                    **at("layers/1/attn", shared),
+                }.items()
+            },
+            {"layer_0/attn": GEMMA_HEADS, "layer_1/attn": shared_heads},
+            qk_norm=True,
+        ),
     }
 
 

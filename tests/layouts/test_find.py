@@ -199,6 +199,16 @@ def test_keys_alone_raise():
     assert "b looks like attention" in error({"a": attention(), "b": lone}, heads=HEADS)
 
 
+def test_keys_of_no_known_place_are_not_taken_for_another_layers():
+    """Queries and outputs as in the layer before, but with keys of their own beside them."""
+    shapes = {"q_einsum": (4, 16, 6), "kv_einsum": (2, 2, 16, 6), "attn_vec_einsum": (4, 6, 16)}
+    known = {name: sized(*shape, name="w") for name, shape in shapes.items()}
+    other = {name: known[name] for name in ("q_einsum", "attn_vec_einsum")}
+    assert found({"a": known, "b": other}) == {"a": ("gemma", 4, 2)}
+    own_keys = other | {"k_einsum": sized(2, 16, 6, name="w")}
+    assert "b looks like attention" in error({"a": known, "b": own_keys})
+
+
 # What is not known
 
 

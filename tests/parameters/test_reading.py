@@ -178,6 +178,26 @@ def test_mlps_of_known_models(shapes, expected):
         assert one == text
 
 
+# --- inputs of each layer ---------------------------------------------------------------------
+EMBEDDER = {"norm/scale": (8,), "embedder/per_layer_input_projection/w": (64, 12, 8)}
+
+
+@pytest.mark.parametrize("table", ["per_layer_embeddings", "per_layer_input_embedding"])
+def test_projections_to_every_layer_beside_their_table(table):
+    shapes = EMBEDDER | {f"embedder/{table}": (99, 12, 8)}
+    assert read(shapes, "embedder/per_layer_input_projection/w") == "12 × [64, 8]"
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "table",
+    [{}, {"embedder/per_layer_embeddings": (99, 8, 12)}, {"per_layer_embeddings": (99, 12, 8)}],
+)
+def test_projections_to_layers_without_their_table_raise(table):
+    with pytest.raises(ValueError, match=r"per_layer_input_projection/w of shape .*rules="):
+        rows(EMBEDDER | table)
+
+
 # --- experts ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("router", "experts", "expected"),
@@ -189,6 +209,8 @@ def test_mlps_of_known_models(shapes, expected):
         # Gate and up together.
         ({"router/kernel": (64, 8)}, {"gate_up": (8, 64, 2, 256)}, "16 × [64, 256]"),
         ({"router_logits": (64, 8)}, {"gating_einsum": (8, 2, 256, 64)}, "16 × [64, 256]"),
+        # Gemma 4's: an einsum's order is its own.
+        ({"router_logits/w": (64, 8)}, {"gating_einsum/w": (8, 2, 256, 64)}, "16 × [64, 256]"),
         # [out, in]
         ({"gate/weight": (8, 64)}, {"experts/up_proj/weight": (8, 256, 64)}, "8 × [64, 256]"),
         # Layers in front, or behind the experts as in MaxText.
