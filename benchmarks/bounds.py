@@ -81,7 +81,7 @@ def settings() -> dict[str, list[optax.GradientTransformation]]:
     return {
         "Muon": [],
         "QK-Clip τ=30": [clip(30.0)],
-        **{f"σ of W_q, W_k ≤ {limit:g}": [values(limit)] for limit in (1.5, 2.0, 3.0, 4.0)},
+        **{f"σ of W_q, W_k ≤ {limit:g}": [values(limit)] for limit in (0.4, 0.6, 1.5, 3.0)},
         **{f"QK-Clip τ=30, every {k}": [clip(every(k, 30.0))] for k in (2, 5, 10, 20)},
         "outputs ≤ 10": [mc.max_output_clip(layout, 10.0)],
         "outputs ≤ 3": [mc.max_output_clip(layout, 3.0)],
@@ -137,7 +137,8 @@ def train(links: list[Any], text: Any, plan: Plan, seed: int, rate: float) -> di
         mc.cap_spectral_norm(1.0, dimension_numbers=matrices).init(params).norms
     )
     largest = max(float(norm.max()) for norm in norms)
-    tidy = {name: np.asarray(curve).tolist() for name, curve in curves.items()}
+    # Five digits, which is more than seeds have in common.
+    tidy = {name: [float(f"{x:.5g}") for x in curve] for name, curve in curves.items()}
     return {"valid_loss": float(valid_loss), "norm": largest, **tidy}
 
 
