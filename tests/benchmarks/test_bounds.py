@@ -20,8 +20,8 @@ def test_outputs_that_are_clipped_stay_near_the_threshold(text):
         for links in ([], bounds.settings()["outputs ≤ 3"])
     )
     assert free["loss"][0] == held["loss"][0]  # the same batches and parameters
-    # One step and another batch add what they add.
-    assert max(held["output"]) < 6 and max(free["output"]) > 60
+    # One step and another batch add what they add; the text, this package, changes.
+    assert max(held["output"]) < 12 and max(free["output"]) > 5 * max(held["output"])
     assert np.isfinite(held["valid_loss"])
 
 
