@@ -195,8 +195,8 @@ def test_nothing_grows(link, place):
                 gc.collect()
                 alive.append(len(jax.live_arrays()))
     assert len(set(alive)) == 1
-    # A jitted `init` of Optax's Adam is replicated where axes are Auto. After a step its moments are
-    # split as the gradients are, which is a program of its own.
+    # A jitted `init` of Optax's Adam is replicated where axes are Auto. After a step its moments
+    # are split as the gradients are, which is a program of its own.
     assert step._cache_size() <= (2 if place.axis_type is jax.sharding.AxisType.Auto else 1)
 
 
