@@ -19,7 +19,7 @@ from muonclip_jax._parameters import routing
 from muonclip_jax._parameters.decay import decays
 from muonclip_jax._parameters.granularity import PER_HEAD, Granularity
 from muonclip_jax._spread.plan import DevicesPerMatrix
-from muonclip_jax._transforms.clip import Scope
+from muonclip_jax._transforms.clip import Scope, Threshold
 from muonclip_jax._transforms.muon import scale_by_muon
 from muonclip_jax._transforms.qk_clip import SharedKeys, qk_clip
 from muonclip_jax._transforms.quack import QuackRule, scale_by_quack
@@ -148,7 +148,7 @@ def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
     layout: Layouts,
-    threshold: ArrayLike = 100.0,
+    threshold: Threshold = 100.0,
     alpha: ArrayLike = 0.5,
     shared_keys: SharedKeys = "untouched",
     scope: Scope = "head",
@@ -197,7 +197,7 @@ def muonclip(
       layout: Where queries, keys, values and outputs are: `find_layout(params)` or one of
         `layouts`; several for a model with several kinds of attention, as a list. Muon reads it as
         well, unless `dimension_numbers` says what Muon is to do.
-      threshold: τ of `qk_clip`.
+      threshold: τ of `qk_clip`, or a schedule of it.
       alpha: As in `qk_clip`, the queries' share of the clip.
       shared_keys: As in `qk_clip`, `"untouched"` or `"split"`: the keys of grouped queries.
       scope: As in `qk_clip`, `"head"` or `"layer"`.
@@ -267,7 +267,7 @@ def kimi_muonclip(
     learning_rate: optax.ScalarOrSchedule,
     *,
     layout: Layouts,
-    threshold: ArrayLike = 100.0,
+    threshold: Threshold = 100.0,
     axis_name: AxisName = None,
     other_learning_rate: optax.ScalarOrSchedule | None = None,
     other: optax.GradientTransformation = _ADAM,
@@ -313,7 +313,7 @@ def kimi_muonclip(
     Args:
       learning_rate: η, a number or an Optax schedule. Kimi K2's was 2e-4 at most.
       layout: Where queries, keys, values and outputs are, as in `muonclip`.
-      threshold: τ of `qk_clip`.
+      threshold: τ of `qk_clip`, or a schedule of it.
       axis_name: As in `qk_clip`: inside `jax.shard_map` and `jax.pmap`, the axes of the data.
         (There is no `heads_axis_name`: kernels whose heads are spread by hand are not whole.)
       other_learning_rate: This and all that follow are as in `muon`.
