@@ -249,6 +249,9 @@ def polar_express(
 def cans(safety: float = 1.01) -> Schedule:
     """Five Chebyshev-type quintics for singular values in about [1e-3, 1].
 
+    For float32. The first step takes singular values near 0.83 of the norm to nearly 0, where the
+    rounding of 16 bits can turn their sign, and so the direction of the result, around.
+
     Args:
         safety: Margin against rounding, at least 1, as in `polar_express`. It was published with
             none (`safety=1`), which blows up for some matrices in bfloat16.

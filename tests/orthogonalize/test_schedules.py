@@ -260,3 +260,20 @@ def test_top_is_the_largest_value_and_repr_tells_a_high_one():
         assert schedule.top == pytest.approx(schedule.apply(sigma).max(), abs=1e-5)
     assert "top=1.655: σ can end so far above 1" in repr(schedules.polar_express(3))
     assert "top=" not in repr(schedules.polar_express(4))  # 1.21
+
+
+def test_only_cans_takes_large_singular_values_nearly_to_zero():
+    """docs/schedules.md: there the rounding of 16 bits turns directions around."""
+
+    def smallest_share(schedule):
+        sigma = np.linspace(0.05, 1, 20_001)
+        shares = [sigma]
+        for a, b, c in schedule.coefficients:
+            sigma = np.abs(a * sigma + b * sigma**3 + c * sigma**5)
+            shares.append(sigma / sigma.max())
+        return np.min(shares[1:])
+
+    others = (schedules.polar_express(), schedules.polar_express(8), schedules.jordan())
+    others += (schedules.you(), schedules.aol(), schedules.deepseek_v4())
+    assert min(map(smallest_share, others)) > 0.09
+    assert smallest_share(schedules.cans()) < 0.0043
