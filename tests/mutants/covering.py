@@ -31,18 +31,22 @@ def watch(file: pathlib.Path, workers: int) -> None:
 
 
 class Covering:
-    """Reads what `watch` wrote."""
+    """Reads what `watch` wrote: once, whole, as processes that are forked must not share the
+    database."""
 
     def __init__(self, file: pathlib.Path):
-        self.data = coverage.CoverageData(str(file))
-        self.data.read()
-        self.measured = {pathlib.Path(name).resolve(): name for name in self.data.measured_files()}
+        data = coverage.CoverageData(str(file))
+        data.read()
+        names = data.measured_files()
+        if not names:
+            raise ValueError(f"{file} has no measurement; remove it, and it is made again.")
+        self.contexts = {pathlib.Path(n).resolve(): data.contexts_by_lineno(n) for n in names}
+        data.close(force=True)
 
     def tests(self, break_: Break) -> frozenset[str]:
         """The names of the tests that run the statement of a break; none of what is run by an
         import alone."""
-        name = self.measured.get((PACKAGE / break_.file).resolve())
-        by_line = self.data.contexts_by_lineno(name) if name else {}
+        by_line = self.contexts.get((PACKAGE / break_.file).resolve(), {})
         contexts = {context for line in _lines(break_) for context in by_line.get(line, ())}
         return frozenset(context.partition("|")[0] for context in contexts if context)
 

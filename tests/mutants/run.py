@@ -34,6 +34,7 @@ from tests.mutants.drawn import PACKAGE, Break, draw
 # The tests that are near a module, the nearest first.
 FOLDERS = {
     "_core/axes": ["parameters", "layouts", "core"],
+    "_core/masks": ["cases/test_frozen.py"],
     "_core": [
         "core",
         "transforms/test_clip_in_shard_map.py",
