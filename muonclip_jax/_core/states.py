@@ -10,28 +10,28 @@ from muonclip_jax._core import paths
 State = TypeVar("State")
 
 
+def states_of(opt_state: Any, *kinds: type[State]) -> list[State]:
+    """All states of these kinds in any tree, with plain arrays for NNX's variables."""
+    is_kind = lambda node: isinstance(node, kinds)  # noqa: E731
+    found = filter(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind))
+    value = lambda x: x.get_value() if paths.is_variable(x) else x  # noqa: E731
+    return [jax.tree.map(value, state, is_leaf=paths.is_variable) for state in found]
+
+
 def find_state(opt_state: Any, kind: type[State], transformation: str) -> State:
     """The only state of this kind in any tree, with plain arrays for NNX's variables.
 
     Raises:
       ValueError: There is none, or more than one.
     """
-    is_kind = lambda node: isinstance(node, kind)  # noqa: E731
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(node)]
+    found = states_of(opt_state, kind)
     if len(found) != 1:
         raise ValueError(
             f"Expected one {kind.__name__} in this optimizer state, found {len(found)}. Is "
             f"{transformation} in the chain (once, with a list of layouts for several kinds of "
             "attention)?"
         )
-    return plain(found[0])
-
-
-def plain(state: State) -> State:
-    """The state with plain arrays for NNX's variables."""
-    return jax.tree.map(
-        lambda x: x.get_value() if paths.is_variable(x) else x, state, is_leaf=paths.is_variable
-    )
+    return found[0]
 
 
 def without_parameters(kind: Any) -> Any:

@@ -9,11 +9,13 @@ import numpy as np
 from rich.table import Table
 
 from muonclip_jax._attention.max_logits import MAX_LOGITS
-from muonclip_jax._core.states import plain as plain_arrays
+from muonclip_jax._core.states import states_of
 from muonclip_jax._core.tables import as_text, plain
 from muonclip_jax._diagnostics.report import extent, layers
 from muonclip_jax._transforms.clip import INEFFECTIVE, ClipState
 from muonclip_jax._transforms.qk_clip import QKClipState
+
+_ByBlock = dict[str, jax.Array]
 
 
 class SignalReport(NamedTuple):
@@ -115,30 +117,27 @@ def clip_report(opt_state: Any) -> ClipReport:
       >>> list(mc.clip_report(tx.init(params)).signals)
       ['max_logits', 'max_output']
     """
-    is_clip = lambda node: isinstance(node, QKClipState | ClipState)  # noqa: E731
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_clip) if is_clip(node)]
+    states = states_of(opt_state, QKClipState, ClipState)
     if not states:
         raise ValueError(
             "No clip is in this optimizer state: mc.clip_report reads those of mc.qk_clip, "
             "mc.max_output_clip and mc.clip_by_signal."
         )
     signals: dict[str, dict[str, SignalReport]] = {}
-    for state in map(plain_arrays, states):
-        for signal, *fields in _by_signal(state):
-            earlier = sum(name.split(" (")[0] == signal for name in signals)
-            name = f"{signal} ({earlier + 1})" if earlier else signal
-            maxima, gamma, counts = fields
-            signals[name] = {
-                block: SignalReport(maxima[block], gamma[block], counts[block] >= INEFFECTIVE)
-                for block in maxima
-            }
+    for state in states:
+        signal, maxima, gamma, counts = _of_one_signal(state)
+        earlier = sum(name.split(" (")[0] == signal for name in signals)
+        name = f"{signal} ({earlier + 1})" if earlier else signal
+        signals[name] = {
+            block: SignalReport(maxima[block], gamma[block], counts[block] >= INEFFECTIVE)
+            for block in maxima
+        }
     return ClipReport(signals)
 
 
-def _by_signal(state: QKClipState | ClipState) -> Iterator[tuple[Any, ...]]:
+def _of_one_signal(state: QKClipState | ClipState) -> tuple[str, _ByBlock, _ByBlock, _ByBlock]:
     """The signal's name, maxima, γ and counts of clips without effect, each by block."""
     if isinstance(state, QKClipState):
-        yield MAX_LOGITS, state.max_logits, state.gamma, state.ineffective_clips
-    else:
-        for signal, maxima in state.maxima.items():
-            yield signal, maxima, state.gamma[signal], state.ineffective_clips[signal]
+        return MAX_LOGITS, state.max_logits, state.gamma, state.ineffective_clips
+    (signal,) = state.maxima
+    return signal, state.maxima[signal], state.gamma[signal], state.ineffective_clips[signal]

@@ -18,6 +18,7 @@ from muonclip_jax._core.masks import Frozen, check_frozen
 from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.sowing import sown
+from muonclip_jax._core.states import states_of
 from muonclip_jax._core.tables import as_text, plain
 from muonclip_jax._diagnostics.activations import KEYS, read_activations
 from muonclip_jax._diagnostics.measures import (
@@ -455,9 +456,7 @@ def layers(block: str, stack: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...]
 
 
 def _last_clip(opt_state: Any) -> QKClipState | None:
-    is_clip = lambda node: isinstance(node, QKClipState)  # noqa: E731
-    has_clip = any(map(is_clip, jax.tree.leaves(opt_state, is_leaf=is_clip)))
-    return qk_clip_state(opt_state) if has_clip else None
+    return qk_clip_state(opt_state) if states_of(opt_state, QKClipState) else None
 
 
 def _has(intermediates: Any, name: str) -> bool:
