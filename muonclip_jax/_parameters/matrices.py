@@ -174,34 +174,39 @@ def join(x: jax.Array, values: Sequence[jax.Array], spec: MatrixSpec) -> jax.Arr
     return x
 
 
-def change_matrices(
-    fn: Callable[[list[MatrixArray]], Sequence[jax.Array]],
+def take_matrices(
     leaves: Mapping[Path, jax.Array],
-    specs: Mapping[Path, MatrixSpec | None],
+    specs: Mapping[Path, MatrixSpec],
     shardings: Mapping[Path, NamedSharding | None],
-) -> dict[Path, jax.Array]:
-    """Parameters with what `fn` makes of their matrices in the place of these.
+) -> tuple[list[MatrixArray], Callable[[Sequence[jax.Array]], dict[Path, jax.Array]]]:
+    """The matrices of all parameters, and the way back.
 
-        q [64, 4·8] stored as its inputs' halves ─► [4 heads, 64, 8] with where they are ─► fn
+        q [64, 4·8] stored as its inputs' halves ─► [4 heads, 64, 8] with where they are
         ─► back into [64, 4·8], stored as before
 
+    Call it inside `in_auto_axes`: on Explicit axes matrices cannot be taken out.
+
     Args:
-      fn: From the matrices of all parameters, those of each kind together, to as many arrays of the
-        same shapes. It sees Auto mesh axes only, if this is called inside `in_auto_axes`.
       leaves: Arrays like the parameters.
       specs: How each of them is read.
       shardings: How each is split; None: nobody knows, or there is one device.
+
+    Returns:
+      The matrices, those of each kind together; and a function from as many arrays of the same
+      shapes to the parameters that have them in their place.
     """
-    found = {path: spec for path in leaves if (spec := specs[path]) is not None}
-    ways = {path: way_to_matrices(spec.views, shardings[path]) for path, spec in found.items()}
-    moved = {path: ways[path].there(leaves[path]) for path in found}
-    of_each = {path: split(x, found[path], ways[path]) for path, x in moved.items()}
-    done = iter(fn([array for arrays in of_each.values() for array in arrays]))
-    changed = {
-        path: ways[path].back(join(x, [next(done) for _ in of_each[path]], found[path]))
-        for path, x in moved.items()
-    }
-    return {**leaves, **changed}
+    ways = {path: way_to_matrices(specs[path].views, shardings[path]) for path in leaves}
+    moved = {path: ways[path].there(x) for path, x in leaves.items()}
+    of_each = {path: split(x, specs[path], ways[path]) for path, x in moved.items()}
+
+    def put_back(values: Sequence[jax.Array]) -> dict[Path, jax.Array]:
+        rest = iter(values)
+        return {
+            path: ways[path].back(join(x, [next(rest) for _ in of_each[path]], specs[path]))
+            for path, x in moved.items()
+        }
+
+    return [array for arrays in of_each.values() for array in arrays], put_back
 
 
 def is_pattern(node: Any) -> bool:

@@ -77,6 +77,12 @@ class MatrixArray:
         matrices = values.reshape(batch, rows, cols)
         return matrices.mT if self.turned else matrices
 
+    def apart(self, values: jax.Array) -> jax.Array:
+        """The values as matrices `[batch..., in, out]`: batch axes that a mesh may split stay as
+        they are. `reshape(values.shape)` undoes it."""
+        leading = values.shape[: values.ndim - self.rows - self.cols]
+        return values.reshape(*leading, *self.shape[1:])
+
     def unflat(self, matrices: jax.Array, like: jax.Array) -> jax.Array:
         """Undoes `flat`, in the shape and dtype of `like`."""
         return (matrices.mT if self.turned else matrices).reshape(like.shape).astype(like.dtype)
@@ -214,9 +220,8 @@ def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
 
 def _by_xla(array: MatrixArray, how: NewtonSchulz, values: jax.Array) -> tuple[jax.Array]:
     """A parameter whose batch axes stay apart, since they may be split over a mesh."""
-    leading = values.shape[: values.ndim - array.rows - array.cols]
-    matrices = values.reshape(*leading, *array.shape[1:])
-    done = orthogonalize(matrices, how.schedule, dtype=how.dtype, method=how.method)
+    schedule, dtype, method = how.schedule, how.dtype, how.method
+    done = orthogonalize(array.apart(values), schedule, dtype=dtype, method=method)
     return (done.reshape(values.shape),)
 
 

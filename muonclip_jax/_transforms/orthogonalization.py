@@ -1,6 +1,5 @@
 """Orthogonalization: what comes in as matrices goes out with singular values near 1."""
 
-import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -92,12 +91,11 @@ def scale_by_orthogonalization(
         known = shardings_of(updates, shardings)
         warn_of_unknown(updates, known)
 
-        all_of_them = functools.partial(
-            orthogonalize_all, how=newton_schulz, devices_per_matrix=devices_per_matrix
-        )
-
         def orthogonalized(tree):
-            done = matrices.change_matrices(all_of_them, dict(paths.leaves(tree)), specs, known)
+            arrays, put_back = matrices.take_matrices(dict(paths.leaves(tree)), specs, known)
+            done = put_back(
+                orthogonalize_all(arrays, newton_schulz, devices_per_matrix=devices_per_matrix)
+            )
             return paths.map_with_path(lambda path, _: done[path], tree)
 
         return in_auto_axes(orthogonalized, specs_of(updates))(updates), state

@@ -7,7 +7,6 @@ spaces.ac.cn; power iteration, warm: Miyato et al., arXiv 1802.05957.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton
 from muonclip_jax._orthogonalize.normalization import nonzero
 from muonclip_jax._orthogonalize.schedules import polar_express
 from muonclip_jax._parameters import routing
-from muonclip_jax._parameters.matrices import MatrixSpec, change_matrices
+from muonclip_jax._parameters.matrices import MatrixSpec, take_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, check_devices_per_matrix
 from muonclip_jax._spread.stacks import MatrixArray, orthogonalize_all
 from muonclip_jax._transforms.arrivals import arrive_at, arrive_at_multiple, arrived
@@ -144,13 +143,12 @@ def clip_singular_values(
         warn_of_unknown(params, known, owner)
 
         def clip(updates, params, *traced):
-            goals = _arrived(updates, params, specs)
-            largest = functools.partial(_limits, limit=(traced or (limit,))[0])
-            clip_all = lambda arrays: _clipped(arrays, largest(arrays), signs)  # noqa: E731
-            goals = change_matrices(clip_all, goals, specs, known)
+            arrays, put_back = take_matrices(_arrived(updates, params, specs), specs, known)
+            limits = _limits(arrays, _of(limit, traced))
+            goals = put_back(_clipped(arrays, limits, signs))
             return _with(updates, goals, params, arrive_at)
 
-        traced = () if callable(limit) else (limit,)
+        traced = _traced(limit)
         return in_auto_axes(clip, specs_of(updates))(updates, params, *traced), state
 
     return optax.GradientTransformation(init, update)
@@ -260,7 +258,7 @@ def decay_spectral_norm(
     def decayed(arrays: list[MatrixArray], norms, pairs, rate, step):
         share = jnp.asarray(rate(step) if callable(rate) else rate)
         return [
-            _unflat(jnp.einsum("...,...i,...o->...io", -share * norm, *pair), array)
+            jnp.einsum("...,...i,...o->...io", -share * norm, *pair).reshape(array.values.shape)
             for norm, pair, array in zip(norms, pairs, arrays, strict=True)
         ]
 
@@ -280,7 +278,8 @@ def _clipped(
     limits: Sequence[Any],
     signs: Callable[[Sequence[MatrixArray]], list[jax.Array]],
 ) -> list[jax.Array]:
-    """`mclip` of the matrices of all parameters; each msign is one call for all of them."""
+    """`linalg.mclip(form="squared")` of the matrices of all parameters; each msign is one call for
+    all of them."""
     # M [heads=4, in=64, out=16]: the shorter side is 16, so MᵀM − 1 [4, 16, 16] stands to the
     # right of s − M.
     units = [
@@ -297,7 +296,7 @@ def _clipped(
 
 def _above(array: MatrixArray) -> MatrixArray:
     """`M Mᵀ − 1` (of tall ones `Mᵀ M − 1`), whose sign tells which singular values are above 1."""
-    m = _flat(array)
+    m = array.apart(array.values)
     wide = m.mT if array.turned else m
     gram = jnp.matmul(wide, wide.mT, **of_product(wide.dtype)) - jnp.eye(wide.shape[-2])
     batch = tuple(array.spec or ())[: gram.ndim - 2]
@@ -306,19 +305,10 @@ def _above(array: MatrixArray) -> MatrixArray:
 
 
 def _mix(sign: jax.Array, above: jax.Array, array: MatrixArray) -> jax.Array:
-    m, s = _flat(array), _flat(replace(array, values=sign))
+    m, s = array.apart(array.values), array.apart(sign)
     factors = (s - m, above) if array.turned else (above, s - m)
-    return _unflat(0.5 * (s + m + jnp.matmul(*factors, **of_product(m.dtype))), array)
-
-
-def _flat(array: MatrixArray) -> jax.Array:
-    """`[batch..., in, out]`."""
-    batch = array.values.shape[: array.values.ndim - array.rows - array.cols]
-    return array.values.reshape(*batch, *array.shape[1:])
-
-
-def _unflat(matrices: jax.Array, array: MatrixArray) -> jax.Array:
-    return matrices.reshape(array.values.shape)
+    mixed = 0.5 * (s + m + jnp.matmul(*factors, **of_product(m.dtype)))
+    return mixed.reshape(array.values.shape)
 
 
 # Power iteration
@@ -360,14 +350,10 @@ class _ByPowerIteration:
         known = shardings_of(params, self.shardings)
 
         def first(params):
-            weights, seen = _arrived(None, params, specs), _PowerIterations(specs)
-
-            def look(arrays):
-                seen.look(arrays, list(map(_start, arrays)), _FIRST)
-                return [array.values for array in arrays]
-
-            change_matrices(look, weights, specs, known)
-            return seen.norms, seen.vectors
+            arrays, _ = take_matrices(_trained(params, specs), specs, known)
+            starts = list(map(_start, arrays))
+            norms, _, vectors = _look(arrays, starts, _FIRST)
+            return _by_path(norms, specs), _by_path(vectors, specs)
 
         norms, vectors = in_auto_axes(first, PartitionSpec())(params)
         return SpectralNormState(norms, vectors, jnp.zeros([], jnp.int32))
@@ -377,56 +363,45 @@ class _ByPowerIteration:
         specs = _resolved(self.dimension_numbers, params)
         known = shardings_of(params, self.shardings)
         _check_vectors(state.vectors, specs)
-        # A function, of a matrix's shape or of the step, is no array that a mesh could have.
-        traced = () if callable(self.number) else (self.number,)
 
         def act(updates, params, state, *traced):
-            goals, seen = _arrived(updates, params, specs), _PowerIterations(specs)
-            number = traced[0] if traced else self.number
-
-            def iterate(arrays):
-                before = [vector for path in goals for vector in state.vectors[paths.show(path)]]
-                norms, pairs = seen.look(arrays, before, self.iterations)
-                return self.change(arrays, norms, pairs, number, state.step)
-
-            changes = change_matrices(iterate, goals, specs, known)
+            arrays, put_back = take_matrices(_arrived(updates, params, specs), specs, known)
+            before = [vector for path in specs for vector in state.vectors[paths.show(path)]]
+            norms, pairs, vectors = _look(arrays, before, self.iterations)
+            number = _of(self.number, traced)
+            changes = put_back(self.change(arrays, norms, pairs, number, state.step))
             step = jnp.asarray(optax.safe_increment(state.step))
-            new = _with(updates, changes, params, self.arrive)
-            return new, SpectralNormState(seen.norms, seen.vectors, step)
+            after = SpectralNormState(_by_path(norms, specs), _by_path(vectors, specs), step)
+            return _with(updates, changes, params, self.arrive), after
 
-        split = specs_of(updates), PartitionSpec()
+        split, traced = (specs_of(updates), PartitionSpec()), _traced(self.number)
         return in_auto_axes(act, split)(updates, params, state, *traced)
 
 
-class _PowerIterations:
-    """What power iteration finds of all matrices, by the paths of their parameters."""
+def _look(
+    arrays: Sequence[MatrixArray], before: Sequence[jax.Array], iterations: int
+) -> tuple[list[jax.Array], list[_Pair], list[jax.Array]]:
+    """Norms, pairs of singular vectors, and of these what the state keeps, from the vectors of
+    before."""
+    found = [_norm(x, v, iterations) for x, v in zip(arrays, before, strict=True)]
+    norms, pairs = [norm for norm, _ in found], [pair for _, pair in found]
+    shorter = [pair[array.turned] for array, pair in zip(arrays, pairs, strict=True)]
+    return norms, pairs, list(map(_kept, shorter, before))
 
-    def __init__(self, specs: Mapping[Path, MatrixSpec | None]):
-        self.kinds = {paths.show(path): len(spec.views) for path, spec in specs.items() if spec}
-        self.norms: dict[str, tuple[jax.Array, ...]] = {}
-        self.vectors: dict[str, tuple[jax.Array, ...]] = {}
 
-    def look(
-        self, arrays: Sequence[MatrixArray], before: Sequence[jax.Array], iterations: int
-    ) -> tuple[list[jax.Array], list[_Pair]]:
-        """Norms and pairs of singular vectors, from the vectors of before."""
-        found = [_norm(x, v, iterations) for x, v in zip(arrays, before, strict=True)]
-        norms, pairs = [norm for norm, _ in found], [pair for _, pair in found]
-        shorter = [pair[array.turned] for array, pair in zip(arrays, pairs, strict=True)]
-        self.norms = self._by_path(norms)
-        self.vectors = self._by_path(map(_kept, shorter, before))
-        return norms, pairs
-
-    def _by_path(self, values: Iterable[jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
-        rest = iter(values)
-        return {
-            path: tuple(x.astype(jnp.float32) for x in itertools.islice(rest, count))
-            for path, count in self.kinds.items()
-        }
+def _by_path(
+    values: Iterable[jax.Array], specs: Mapping[Path, MatrixSpec]
+) -> dict[str, tuple[jax.Array, ...]]:
+    """What each kind of matrices has, by the path of its parameter."""
+    rest = iter(values)
+    return {
+        paths.show(path): tuple(next(rest).astype(jnp.float32) for _ in spec.views)
+        for path, spec in specs.items()
+    }
 
 
 def _check_vectors(
-    vectors: dict[str, tuple[jax.Array, ...]], specs: dict[Path, MatrixSpec | None]
+    vectors: dict[str, tuple[jax.Array, ...]], specs: Mapping[Path, MatrixSpec]
 ) -> None:
     """Raises ValueError for the state of other parameters, or of other matrices of them."""
 
@@ -434,7 +409,7 @@ def _check_vectors(
         batch = (view.length((name,)) for name in view.batch)
         return jax.ShapeDtypeStruct((*batch, min(view.matrices[1:])), jnp.float32)
 
-    now = {paths.show(path): tuple(map(wanted, spec.views)) for path, spec in specs.items() if spec}
+    now = {paths.show(path): tuple(map(wanted, spec.views)) for path, spec in specs.items()}
     check_same("vectors", vectors, now, "the parameters or their routing")
 
 
@@ -442,7 +417,7 @@ def _norm(array: MatrixArray, vector: jax.Array, iterations: int) -> tuple[jax.A
     """‖W‖₂ `[batch...]` from below, and its singular vectors `[batch..., in]`, `[batch..., out]`.
 
     NaN where the matrix has one. Of zero matrices the vectors are zero."""
-    w = _flat(array)
+    w = array.apart(array.values)
     wide = w.mT if array.turned else w
     times = functools.partial(jnp.einsum, **of_product(wide.dtype))
 
@@ -466,7 +441,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 def _start(array: MatrixArray) -> jax.Array:
     """A vector that no weights were made orthogonal to."""
-    *batch, ins, outs = _flat(array).shape
+    *batch, ins, outs = array.apart(array.values).shape
     drawn = np.random.default_rng(0).standard_normal(min(ins, outs))
     return jnp.broadcast_to(_unit(jnp.asarray(drawn, array.values.dtype)), (*batch, drawn.size))
 
@@ -479,7 +454,8 @@ def _kept(new: jax.Array, before: jax.Array) -> jax.Array:
 
 def _spread(values: jax.Array, array: MatrixArray) -> jax.Array:
     """One number a matrix, `[batch...]`, for each of its entries."""
-    return _unflat(jnp.broadcast_to(values[..., None, None], _flat(array).shape), array)
+    shape = array.apart(array.values).shape
+    return jnp.broadcast_to(values[..., None, None], shape).reshape(array.values.shape)
 
 
 # What both have
@@ -487,20 +463,36 @@ def _spread(values: jax.Array, array: MatrixArray) -> jax.Array:
 
 def _resolved(
     dimension_numbers: routing.DimensionNumbers | None, params: Any
-) -> dict[Path, MatrixSpec | None]:
-    return routing.resolve(dimension_numbers or routing.muon_dimension_numbers, params)
+) -> dict[Path, MatrixSpec]:
+    """How the parameters that are matrices are read."""
+    found = routing.resolve(dimension_numbers or routing.muon_dimension_numbers, params)
+    return {path: spec for path, spec in found.items() if spec is not None}
 
 
-def _arrived(updates: Any, params: Any, specs: dict[Path, MatrixSpec | None]) -> dict[Path, Any]:
-    """The weights that the step arrives at, of the parameters that are matrices."""
-    by_path = dict(paths.leaves(params))
-    moved = {} if updates is None else dict(paths.leaves(updates))
-    dtype = lambda x: accumulation_dtype(x.dtype)  # noqa: E731
+def _trained(params: Any, specs: Mapping[Path, MatrixSpec]) -> dict[Path, jax.Array]:
+    """The parameters that are matrices, in float32 or wider."""
     return {
-        path: arrived(moved[path], x) if moved else x.astype(dtype(x))
-        for path, x in by_path.items()
-        if specs[path] is not None
+        path: x.astype(accumulation_dtype(x.dtype))
+        for path, x in paths.leaves(params)
+        if path in specs
     }
+
+
+def _arrived(updates: Any, params: Any, specs: Mapping[Path, MatrixSpec]) -> dict[Path, jax.Array]:
+    """The same that the step arrives at."""
+    moved = dict(paths.leaves(updates))
+    return {path: arrived(moved[path], x) for path, x in paths.leaves(params) if path in specs}
+
+
+def _traced(number: Any) -> tuple[Any, ...]:
+    """What `in_auto_axes` is to hand over: a number, which may be traced. A function, of a matrix's
+    shape or of the step, is no array that a mesh could have."""
+    return () if callable(number) else (number,)
+
+
+def _of(number: Any, traced: tuple[Any, ...]) -> Any:
+    """The number as it was handed over, or the function."""
+    return traced[0] if traced else number
 
 
 def _with(
