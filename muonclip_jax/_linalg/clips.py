@@ -1,6 +1,7 @@
 """Singular values clipped to an interval, by matrix signs."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -134,9 +135,7 @@ def by_nested(x: jax.Array, low: jax.Array | None, high: jax.Array, how: Accurac
     def absolute(bound):
         return product(bound * identity(h) - h, polar(bound * o - x, how))
 
-    if low is None:
-        return (high * o + x - absolute(high)) / 2
-    return ((low + high) * o + absolute(low) - absolute(high)) / 2
+    return _between(x, o, low, high, absolute)
 
 
 def by_square(x: jax.Array, low: jax.Array | None, high: jax.Array, how: Accuracy) -> jax.Array:
@@ -147,6 +146,17 @@ def by_square(x: jax.Array, low: jax.Array | None, high: jax.Array, how: Accurac
     def absolute(bound):
         return product(polar(square - bound**2 * identity(square), how), x - bound * o)
 
+    return _between(x, o, low, high, absolute)
+
+
+def _between(
+    x: jax.Array,
+    o: jax.Array,
+    low: jax.Array | None,
+    high: jax.Array,
+    absolute: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """½[(α + β)O + |Σ − α| − |Σ − β|], given `absolute`, U|Σ − t|Vᵀ as a function of t."""
     if low is None:
         return (high * o + x - absolute(high)) / 2
     return ((low + high) * o + absolute(low) - absolute(high)) / 2

@@ -74,13 +74,9 @@ def inverse_sqrt(
     keep small eigenvalues apart better. In float64 4e-15, 2e-14 and 8e-13.
 
     Args:
-      x: Symmetric matrices `[..., n, n]` in bfloat16, float16, float32 or float64, not empty, with
-        eigenvalues of at least 0. Only the symmetric part is read: (x + xᵀ)/2. What an eigenvalue
-        below zero gives is not defined ("eigh": as zero).
-      by: "newton_schulz", matrix products only (four for each step, 9 to 11 steps in float32), or
-        "eigh", an eigendecomposition.
-      lower: Eigenvalues below this times the largest may count as zero, in (0, 1). None: 1e-6 in
-        float32, 1e-4 in 16 bits and 1e-12 in float64; with "eigh" 4 eps √n.
+      x: As in `matrix_sqrt`.
+      by: As in `matrix_sqrt`.
+      lower: As in `matrix_sqrt`.
 
     Returns:
       An array with the shape and dtype of `x`, symmetric.
@@ -108,14 +104,11 @@ def inverse_root(
     with "eigh", 2e-6, 5e-6 and 2e-4 with "newton_schulz".
 
     Args:
-      x: Symmetric matrices `[..., n, n]` in bfloat16, float16, float32 or float64, not empty, with
-        eigenvalues of at least 0. Only the symmetric part is read: (x + xᵀ)/2. What an eigenvalue
-        below zero gives is not defined ("eigh": as zero).
+      x: As in `matrix_sqrt`.
       p: The root, a whole number of at least 1; 1 is the inverse.
       by: "eigh", one eigendecomposition and two products, or "newton_schulz", which takes square
         roots: p must be a power of two, and each costs what `matrix_sqrt` costs.
-      lower: Eigenvalues below this times the largest may count as zero, in (0, 1). None: 1e-6 in
-        float32, 1e-4 in 16 bits and 1e-12 in float64; with "eigh" 4 eps √n.
+      lower: As in `matrix_sqrt`.
 
     Returns:
       An array with the shape and dtype of `x`, symmetric.

@@ -20,6 +20,7 @@ from muonclip_jax._linalg.solves import (
     solve_symmetric_sylvester,
 )
 from muonclip_jax._orthogonalize.newton_schulz import check_matrices
+from muonclip_jax._orthogonalize.normalization import nonzero
 from muonclip_jax._orthogonalize.schedules import Schedule
 
 SignBy = Literal["newton", "newton_schulz"]
@@ -184,7 +185,7 @@ def sign_by_products(x: jax.Array, schedule: Schedule) -> jax.Array:
     """X ← X(aI + bX² + cX⁴), for real eigenvalues: at most (tr X⁴)^¼ of them is what the schedule
     divides singular values by."""
     largest = jnp.abs(x).max(axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(largest == 0, 1, largest)
+    x = x / nonzero(largest)
     square = product(x, x)
     fourth = (square * square.mT).sum(axis=(-2, -1), keepdims=True)
     x = x / (jnp.sqrt(jnp.sqrt(fourth)) * schedule.norm_factor)

@@ -476,13 +476,14 @@ def check_signal(signal: Any) -> None:
 
 def _check_threshold(threshold: Threshold, wanted: str) -> None:
     """Raises for what is no positive number and no schedule of such, at the steps 0, 1, 10, …"""
+    is_right = lambda x: x > 0  # noqa: E731
     if not callable(threshold):
-        return check_number("threshold", threshold, lambda x: x > 0, wanted)
-    with jax.ensure_compile_time_eval():
-        for step in (0, *(10**n for n in range(7))):
-            value = threshold(jnp.asarray(step, jnp.int32))
-            check_number(f"threshold at step {step}", value, lambda x: x > 0, wanted)
-    return None
+        check_number("threshold", threshold, is_right, wanted)
+    else:
+        with jax.ensure_compile_time_eval():
+            for step in (0, *(10**n for n in range(7))):
+                value = threshold(jnp.asarray(step, jnp.int32))
+                check_number(f"threshold at step {step}", value, is_right, wanted)
 
 
 def _check_factors(owner: str, block: Block, abstract: Any) -> None:

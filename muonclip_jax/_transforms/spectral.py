@@ -233,11 +233,9 @@ def decay_spectral_norm(
 
     Args:
       rate: The share of σ₁ that a step takes, at least 0, or an Optax schedule of it.
-      dimension_numbers: Which parameters are which matrices; all others pass. See
-        `clip_singular_values`.
-      iterations: Power iterations a step. `init` does 30. For `optax.inject_hyperparams` it is one
-        of the `static_args`.
-      shardings: On meshes with Auto axes, as for `scale_by_orthogonalization`.
+      dimension_numbers: As in `cap_spectral_norm`, and so are all others.
+      iterations: The same.
+      shardings: The same.
 
     Returns:
       A transformation whose `update` needs `params`; its state is a `SpectralNormState`.

@@ -12,34 +12,19 @@ from flax import nnx
 
 import muonclip_jax as mc
 from muonclip_jax.layouts import Layout, Piece
+from tests.transforms.test_clip import OUTPUTS, attention, updated
 
 HEADS, OUT = 4, 8
-OUTPUTS = jnp.array([40.0, 1.0, 5.0, 90.0])
 GAMMA = np.float32([1 / 4, 1, 1, 1 / 9])
 
 MLP = Layout("mlp", (Piece("o", "down", "features out"),), softmax=False, block="*mlp")
 EXPERTS = Layout("experts", (Piece("o", "wo", "heads features out"),), softmax=False)
 
 
-def attention():
-    shapes = {"query": (OUT, 4, 6), "key": (OUT, 2, 6), "value": (OUT, 2, 6), "out": (4, 6, OUT)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {
-        name: {"kernel": jax.random.normal(key, shape)}
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-
-
 PARAMS = {
     "attn": {**attention(), "bias": jnp.ones(OUT)},
     "mlp": {"up": {"kernel": jnp.ones((OUT, 12))}, "down": {"kernel": jnp.ones((12, OUT))}},
 }
-
-
-def updated(tx, params, **signals):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, state = tx.update(zeros, tx.init(params), params, **signals)
-    return optax.apply_updates(params, updates), state
 
 
 def assert_only_moved(moved, params, path, expected):
