@@ -3,7 +3,7 @@
 # ruff: noqa: RUF022 (data-flow order)
 from typing import TYPE_CHECKING
 
-from muonclip_jax import layouts, linalg, plots, schedules
+from muonclip_jax import layouts, linalg, plots, scaling, schedules
 from muonclip_jax._attention.attention import dot_product_attention
 from muonclip_jax._attention.flax import attention_fn
 from muonclip_jax._attention.max_logits import read_max_logits, sow_max_logits
@@ -96,6 +96,7 @@ __all__ = [
     "kimi_muonclip",
     "quack",
     "muon_direction",
+    "scaling",
     # which parameters, which heads
     "muon_dimension_numbers",
     "Granularity",

@@ -33,7 +33,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 def public() -> dict[str, Any]:
     """What `muonclip_jax` and its public modules export, but for modules and aliases of types."""
-    modules = [mc, mc.layouts, mc.schedules, mc.linalg, mc.plots]
+    modules = [mc, mc.layouts, mc.schedules, mc.linalg, mc.scaling, mc.plots]
     found = {}
     for module in modules:
         prefix = "" if module is mc else module.__name__.removeprefix("muonclip_jax.") + "."

@@ -99,7 +99,7 @@ def test_the_type_checker_is_rarely_silenced_and_never_without_a_reason():
 def test_public_functions_show_every_argument():
     hidden = [
         name
-        for module in (mc, mc.layouts, mc.schedules, mc.linalg, mc.plots)
+        for module in (mc, mc.layouts, mc.schedules, mc.linalg, mc.scaling, mc.plots)
         for name in module.__all__
         if inspect.isfunction(thing := getattr(module, name)) and name not in PASS_THROUGH
         if {p.kind for p in inspect.signature(thing).parameters.values()}

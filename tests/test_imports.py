@@ -21,6 +21,7 @@ ORDER = [
     "schedules",
     "linalg",
     "recipes",
+    "scaling",
     "_trainers",
     "_diagnostics",
     "plots",

@@ -25,7 +25,7 @@ import muonclip_jax as mc
 FILE = pathlib.Path(__file__).parent / "surface.txt"
 MODULES = [
     "muonclip_jax",
-    *(f"muonclip_jax.{name}" for name in ("layouts", "schedules", "linalg", "plots")),
+    *(f"muonclip_jax.{name}" for name in ("layouts", "schedules", "linalg", "scaling", "plots")),
 ]
 
 

@@ -16,7 +16,7 @@ from muonclip_jax._parameters.matrices import MatrixSpec
 Rule = Literal["match_adam", "jordan", "unit_rms_norm", "spectral", "none"]
 
 # For Flax kernels [in, out]. PyTorch code writes [out, in]: its "rows" are our `out`.
-_RULES: dict[str, Callable[[int, int], float]] = {
+SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
     "match_adam": lambda ins, outs: 0.2 * math.sqrt(max(ins, outs)),
     "jordan": lambda ins, outs: math.sqrt(max(1.0, outs / ins)),
     "unit_rms_norm": lambda ins, outs: math.sqrt(outs / ins),
@@ -72,7 +72,7 @@ def scale_by_update_rms(
     """  # noqa: E501
     check_rule("rule", rule)
     routing.check_dimension_numbers(dimension_numbers)
-    factor = rule if callable(rule) else _RULES[rule]
+    factor = rule if callable(rule) else SHAPE_SCALES[rule]
 
     def init(params: optax.Params) -> optax.EmptyState:
         paths.check_trainable("scale_by_update_rms", params)
@@ -95,7 +95,7 @@ def scale_by_update_rms(
 def check_rule(name: str, rule: Any) -> None:
     """Raises ValueError for what is neither a rule's name nor a function."""
     if not callable(rule):
-        check_choice(name, rule, _RULES, beside=", or a function of (in, out)")
+        check_choice(name, rule, SHAPE_SCALES, beside=", or a function of (in, out)")
 
 
 def _factors(factor: Callable[[int, int], float], spec: MatrixSpec) -> list[float]:

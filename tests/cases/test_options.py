@@ -136,6 +136,18 @@ OF_SIGN = {
 }
 BOUND = ([None, "1", [1.0], -1.0, NAN, math.inf], ["finite", "at least 0"])
 
+SIDES = {"ins": ([None, *COUNT], WHOLE), "outs": ([None, *COUNT], WHOLE)}
+OF_SHAPE = {"rule": UPDATE_RMS, **SIDES}
+RATIO = ([None, "2", "x", 0.0, -1.0, NAN, math.inf, [1.0, 0.0]], ["finite", "above 0"])
+POSITIVE = ([None, "2", [2.0], 0.0, -1.0, NAN, math.inf], ["finite", "above 0"])
+BETA = ([None, "0.9", 1.0, -0.1, NAN], ["[0, 1)"])
+KIND = ([None, "matrix", 3], ['"hidden"', '"embedding"', '"unembedding"', '"vector"'])
+DEPTH_POWER = ([None, "1", 0.0, 2.0, NAN], ["[0.5, 1]"])
+POWER = ([None, "1", [1.0], -1.0, NAN], ["at least 0"])
+SIZE = mc.scaling.Size(64, 2, 512, 100)
+TUNED = {"learning_rate": 0.02, "weight_decay": 0.1}
+MAY_BE_POSITIVE = (POSITIVE[0][1:], POSITIVE[1])
+
 
 # function: (it, what it needs, the options with their wrong values and the words that tell better)
 FUNCTIONS = {
@@ -493,6 +505,103 @@ FUNCTIONS = {
             "symmetric": FLAG,
         },
     ),
+    "shape_scale": (mc.scaling.shape_scale, {"rule": "none", "ins": 4, "outs": 8}, OF_SHAPE),
+    "muon_update_rms": (
+        mc.scaling.muon_update_rms,
+        {"rule": "none", "ins": 4, "outs": 8},
+        OF_SHAPE,
+    ),
+    "adam_update_rms": (
+        mc.scaling.adam_update_rms,
+        {},
+        {"b1": BETA, "signal": ([None, "1", -1.0, NAN, math.inf], BOUND[1])},
+    ),
+    "match_rate": (
+        mc.scaling.match_rate,
+        {"adam_rate": 1e-3, "rule": "none", "ins": 4, "outs": 8},
+        {**OF_SHAPE, "adam_rate": RATIO, "rms": RATIO},
+    ),
+    "muon_by_width": (
+        mc.scaling.muon_by_width,
+        {"rule": "none", "small": (4, 8), "large": (8, 16)},
+        {
+            "rule": UPDATE_RMS,
+            **dict.fromkeys(("small", "large"), ([None, 3, (4,), [4, 8]], ["(in, out)"])),
+        },
+    ),
+    "adam_by_width": (
+        mc.scaling.adam_by_width,
+        {"kind": "hidden", "ratio": 2.0},
+        {"kind": KIND, "ratio": RATIO},
+    ),
+    "init_by_width": (
+        mc.scaling.init_by_width,
+        {"kind": "hidden", "ratio": 2.0},
+        {"kind": KIND, "ratio": RATIO},
+    ),
+    "residual_by_depth": (
+        mc.scaling.residual_by_depth,
+        {"ratio": 2.0},
+        {"ratio": RATIO, "power": DEPTH_POWER},
+    ),
+    "rate_by_depth": (
+        mc.scaling.rate_by_depth,
+        {"ratio": 2.0},
+        {"ratio": RATIO, "power": DEPTH_POWER},
+    ),
+    "rate_by_batch": (
+        mc.scaling.rate_by_batch,
+        {"small": 32, "large": 64},
+        {
+            "small": RATIO,
+            "large": RATIO,
+            "power": ([None, "1", -0.5, 1.5, NAN], ["[0, 1]"]),
+            "critical": (RATIO[0][1:], RATIO[1]),
+        },
+    ),
+    "beta_by_batch": (
+        mc.scaling.beta_by_batch,
+        {"beta": 0.95, "ratio": 2.0},
+        {"beta": BETA, "ratio": RATIO},
+    ),
+    "rate_by_length": (
+        mc.scaling.rate_by_length,
+        {"ratio": 2.0},
+        {"ratio": RATIO, "power": POWER},
+    ),
+    "decay_product": (
+        mc.scaling.decay_product,
+        {},
+        dict.fromkeys(("width", "batch", "length"), RATIO),
+    ),
+    "Size": (
+        mc.scaling.Size,
+        {"width": 64, "depth": 2, "batch": 512, "steps": 100},
+        dict.fromkeys(("width", "depth", "batch", "steps"), ([None, *COUNT], WHOLE)),
+    ),
+    "Tuned": (
+        mc.scaling.Tuned,
+        TUNED,
+        {
+            **dict.fromkeys(("learning_rate", "logit_multiplier", "residual_multiplier"), POSITIVE),
+            **dict.fromkeys(("other_learning_rate", "init_std"), MAY_BE_POSITIVE),
+            "weight_decay": BOUND,
+            **dict.fromkeys(("b1", "b2"), (BETA[0][1:], BETA[1])),
+        },
+    ),
+    "transfer": (
+        mc.scaling.transfer,
+        {"tuned": mc.scaling.Tuned(**TUNED), "small": SIZE, "large": SIZE},
+        {
+            "tuned": ([None, 3, TUNED], ["Tuned"]),
+            **dict.fromkeys(("small", "large"), ([None, 64, (64, 2)], ["Size"])),
+            "update_rms": (["arbitrary", None, math.hypot], ['"match_adam"', '"jordan"']),
+            "decay": ([None, "linear", 3], ['"width"', '"length"', '"fixed"']),
+            "depth_power": DEPTH_POWER,
+            "critical_batch": MAY_BE_POSITIVE,
+            "length_power": POWER,
+        },
+    ),
     "inverse_low_rank_triangular": (
         mc.linalg.inverse_low_rank_triangular,
         {"diagonal": jnp.ones(3), "q": jnp.ones((3, 1)), "k": jnp.ones((3, 1))},
@@ -567,7 +676,7 @@ NO_OPTIONS = {
 
 
 def public_functions():
-    for module in (mc, mc.layouts, mc.schedules, mc.linalg):
+    for module in (mc, mc.layouts, mc.schedules, mc.linalg, mc.scaling):
         for name in module.__all__:
             if callable(fn := getattr(module, name)) and not hasattr(fn, "__origin__"):
                 yield name, fn

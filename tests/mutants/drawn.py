@@ -50,6 +50,7 @@ MODULES = [
     "_diagnostics/activations.py",
     "_diagnostics/heads.py",
     "_diagnostics/measures.py",
+    "scaling.py",
 ]
 
 # Of each operator its text, and what stands in its place.

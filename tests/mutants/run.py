@@ -33,6 +33,7 @@ from tests.mutants.drawn import PACKAGE, Break, draw
 
 # The tests that are near a module, the nearest first.
 FOLDERS = {
+    "scaling": ["test_scaling.py", "cases/test_options.py"],
     "_core/axes": ["parameters", "layouts", "core"],
     "_core/masks": ["cases/test_frozen.py"],
     "_core": [
