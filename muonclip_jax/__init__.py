@@ -37,6 +37,8 @@ from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, acc
 from muonclip_jax._transforms.clip import ClipState, ScheduledClipState, clip_by_signal
 from muonclip_jax._transforms.elsewhere import from_optax_muon, from_torch_muon
 from muonclip_jax._transforms.muon import scale_by_muon
+from muonclip_jax._transforms.neuron_rms import NeuronRMSState, scale_by_neuron_rms
+from muonclip_jax._transforms.normalize_rms import normalize_rms
 from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
 from muonclip_jax._transforms.output_clip import max_output_clip
 from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
@@ -69,6 +71,9 @@ __all__ = [
     "scale_by_muon",
     "scale_by_orthogonalization",
     "scale_by_update_rms",
+    "normalize_rms",
+    "scale_by_neuron_rms",
+    "NeuronRMSState",
     "scale_by_quack",
     "QuackState",
     "quack_state",

@@ -54,8 +54,8 @@ def scale_by_update_rms(
 
     In bfloat16 more steps raise rounding errors too, which lie in directions that the momentum does
     not have: of the eight, 0.081 after 8 steps and 0.186 after 12. Adam's RMS is a typical figure
-    itself: whoever needs the same size for every spectrum divides by the norm (CONTRIBUTING has the
-    link).
+    itself: whoever needs the same size for every spectrum puts `normalize_rms(0.2)` in this link's
+    place.
 
     Args:
       rule: One of the names above, or a function of `(in, out)`, both ints.

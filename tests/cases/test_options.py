@@ -193,6 +193,28 @@ FUNCTIONS = {
         {},
         {"rule": UPDATE_RMS, "dimension_numbers": DIMENSION_NUMBERS},
     ),
+    "normalize_rms": (
+        mc.normalize_rms,
+        {},
+        {
+            "rms": ([*NUMBER, 0.0, -1.0, NAN, math.inf], ["above 0"]),
+            "of": ([None, 3, "rows"], ['"matrix"', '"outputs"']),
+            "dimension_numbers": DIMENSION_NUMBERS,
+            "shardings": SHARDINGS,
+        },
+    ),
+    "scale_by_neuron_rms": (
+        mc.scale_by_neuron_rms,
+        {},
+        {
+            "b2": MOMENTUM,
+            "eps": ([*NUMBER, -1.0, NAN, math.inf], ["at least 0"]),
+            "of": ([None, 3, "matrix"], ['"outputs"', '"longer"']),
+            "keep_rms": FLAG,
+            "dimension_numbers": DIMENSION_NUMBERS,
+            "shardings": SHARDINGS,
+        },
+    ),
     "scale_by_quack": (mc.scale_by_quack, {"layout": LAYOUT}, QUACK),
     "qk_clip": (mc.qk_clip, {"layout": LAYOUT}, QK_CLIP),
     "measure_max_output": (
@@ -654,6 +676,7 @@ def test_the_right_options_raise_nothing(fn, needed):
 WITHOUT_OPTIONS = {
     *("AccumulateState", "AttentionReport", "ClipState", "HeadReport", "QKClipState", "QuackState"),
     *("ClipReport", "SignalReport", "ScheduledClipState", "SpectralNormState"),
+    "NeuronRMSState",
     *("accumulate_state", "qk_clip_state", "quack_state"),  # take any state, test_errors.py
     "clip_report",  # the same, test_output_clip.py
     *("participation_ratio", "eigenvalue_participation_ratio", "nuclear_rank", "stable_rank"),

@@ -39,6 +39,8 @@ _LONG_ON_MESHES = (
     "scale_by_orthogonalization",
     "muonclip",
     "cap_spectral_norm",
+    "normalize_rms",
+    "scale_by_neuron_rms",
 )
 
 

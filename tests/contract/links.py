@@ -136,6 +136,15 @@ LINKS = [
         place=True,
     ),
     Link("scale_by_update_rms", mc.scale_by_update_rms, params=matrices),
+    Link("normalize_rms", mc.normalize_rms, {"rms": 0.2}, {"of": "both"}, matrices, place=True),
+    Link(
+        "scale_by_neuron_rms",
+        mc.scale_by_neuron_rms,
+        {"b2": 0.9, "eps": 1e-8},
+        {"keep_rms": True},
+        matrices,
+        place=True,
+    ),
     Link("muon_direction", mc.muon_direction, {"momentum": 0.9}, _EXACT | _TRACE, place=True),
     Link("muon", mc.muon, {"learning_rate": 0.01, "momentum": 0.9}, _EXACT | _LAYOUT, place=True),
     Link(

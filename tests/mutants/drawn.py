@@ -43,6 +43,8 @@ MODULES = [
     "_transforms/arrivals.py",
     "_transforms/clip.py",
     "_transforms/momentum.py",
+    "_transforms/neuron_rms.py",
+    "_transforms/normalize_rms.py",
     "_transforms/qk_clip.py",
     "_transforms/quack.py",
     "_transforms/spectral.py",
