@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.extras import on_values_side
 from muonclip_jax._layouts.pieces import Part
-from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES
+from muonclip_jax._layouts.roles import KEY_ROLES, QUERY_ROLES, ROLES
 
 Shapes = Mapping[Path, tuple[int, ...]]
 
@@ -17,6 +17,7 @@ _QK_NORM = re.compile(
 )
 _LOGIT_SCALE = re.compile(r"^(\w+_)?logits?_scale$")  # of cosine attention
 _KEY_GAIN = re.compile(r"^(k|key)_(scale|gain)$")  # queries alone may have a temperature
+_KEYS_ALONE = re.compile(r"^_?(k|key)(?!_?v)")  # not kv_norm: keys and values share a latent
 _IN_FRONT = re.compile(r"^(pre|in|input|before)_|_(in|input)$")
 _QK_BIAS = re.compile(r"^(q|k|qkv|kv|query|key)\w*bias$|^b(q|k|qkv)$|^bias_(q|k|qkv|query|key)$")
 
@@ -52,7 +53,9 @@ def qk_norms(
     projections = [part for part in parts if part.role in sides and not part.is_vector]
     depth = len(projections[0].stack)
     per_head = {(part.heads, part.view.sizes["features"]) for part in projections}
-    inputs = {part.ins for part in projections}
+    # A latent whose norm is a part has no other one; a head may well be as long as it.
+    gained = {ROLES[part.role].behind for part in parts if ROLES[part.role].side == "gain"}
+    inputs = {part.ins for part in projections if ROLES[part.role].behind not in gained}
     one_head = {part.features for part in projections} | {size for _, size in per_head}
     outputs = one_head | {part.heads * part.features for part in projections}
     single = {part.features for part in projections if part.heads == 1}
@@ -78,6 +81,7 @@ def qk_norms(
         ):
             # MLA's latent norms are in front, and some are called q_norm.
             in_front = latent and len(lengths) == 1 and lengths[0] in inputs
+            in_front = in_front and not _KEYS_ALONE.search(module[-1])
             values = on_values_side(module[len(block) :])
             behind = lengths in per_head or (len(lengths) == 1 and lengths[0] in outputs - inputs)
             if len(lengths) == 1 and lengths[0] in one_head - single:

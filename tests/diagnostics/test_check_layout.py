@@ -377,6 +377,7 @@ def check_example(config, layout=None):
         {},
         pytest.param({"q_rank": 0, "dtype": "bfloat16"}, marks=pytest.mark.slow),
         {"qk_norm": "partial"},
+        {"qk_norm": "full"},  # as long as the latent
         pytest.param({"attention": "gqa", "qk_norm": "full"}, marks=pytest.mark.slow),
         pytest.param({"soft_cap": 0.5}, marks=pytest.mark.slow),
         pytest.param({"attention": "mha"}, marks=pytest.mark.slow),

@@ -744,6 +744,32 @@ def test_latent_norms_of_mla_are_in_front_of_the_projections():
         refuse_qk_norm(blocks)
 
 
+@pytest.mark.parametrize("q_rank", [0, 6, 12])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("norm", ["k_norm", "key_layernorm", "k_head_norm", "q_head_norm"])
+def test_a_head_of_mla_may_be_as_long_as_a_latent(q_rank, named, norm):
+    """Then only names tell norms of heads (6 features) from those of latents (6 and q_rank)."""
+    mla = {
+        **({"wq_a": {"kernel": (16, q_rank)}} if q_rank else {}),
+        "wq_b": {"kernel": (q_rank or 16, 12)},
+        "wkv_a": {"kernel": (16, 8)},
+        "wkv_b": {"kernel": (6, 14)},
+        "wo": {"kernel": (6, 16)},
+        "kv_norm": {"scale": (6,)},
+        **({"q_norm": {"scale": (q_rank,)}} if q_rank else {}),
+    }
+    told = (
+        {"query_norm": "q_norm" if q_rank else None, "key_value_norm": "kv_norm"} if named else {}
+    )
+    layout = mc.layouts.mla(4, 2, 3, query=("wq_a", "wq_b") if q_rank else "wq_b", **told)
+    refuse_qk_norm(find_blocks(layout, shapes({"a": mla})))
+    blocks = find_blocks(layout, shapes({"a": {**mla, norm: {"scale": (6,)}}}))
+    if norm == "q_head_norm" and not named:
+        return  # it may as well be on a latent: layouts that leave out the norms cannot tell
+    with pytest.raises(ValueError, match=f"a/{norm}/scale \\(6,\\) normalises queries or keys"):
+        refuse_qk_norm(blocks)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_norms_of_stacked_layers(axis):
     """The stack is as long as one head, which must not be taken for the norm's own length."""
