@@ -552,7 +552,11 @@ MISTAKES = [
     ("zero threshold", lambda: flags("--threshold", "0"), ["--threshold must be above 0", "0"]),
     ("misspelt flag", lambda: flags("--stepz", "3"), ["--stepz", "--help"]),
     ("odd RoPE", lambda: ModelConfig(64, rope=7), ["turns pairs", "7 rotary features is odd"]),
-    ("QK-norm with MLA", lambda: ModelConfig(64, qk_norm="full"), ["MLA", "partial"]),
+    (
+        "partial QK-norm without MLA",
+        lambda: ModelConfig(64, attention="mha", qk_norm="partial"),
+        ["mla", "full"],
+    ),
     ("no layers", lambda: ModelConfig(64, layers=0), ["layers", "at least 1", "0"]),
     (
         "kv_heads",

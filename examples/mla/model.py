@@ -9,8 +9,18 @@ Axis names, used in every shape comment and einops pattern below:
     c  key/value latent
 
 Each attention has two forms: `__call__` for training, and `decode` for one token with a cache.
-MLA's decode is *absorbed*: it never forms keys or values, only the cached latent. That is why
-QK-norm does not fit MLA, and QK-Clip, which changes nothing but weights, does.
+MLA's decode is *absorbed*: of earlier tokens it forms no keys or values, only reads their latents.
+QK-Clip changes weights alone, so it changes nothing there. QK-norm fits too, exactly (arXiv
+2606.16310). Of a head, with k = [k_nope | k_rope]:
+
+    training    k̂ = gain * k / rms(k), then RoPE on its rope features
+    decoding    q̂ · k̂ = inverse_rms * (W_UK (gain_nope * q̂_nope) · latent
+                                       + q̂_rope · RoPE(gain_rope * k_rope))
+
+The gain is a weight, so it moves: of nope features to the query, of rope features, which all heads
+share, into the rotary key, before that is cached. What depends on the token is one number a head,
+inverse_rms = 1 / √(mean(k²) + ε). It is worked out once, from the keys of the new token, and is
+cached: c + r + h numbers a token and layer instead of c + r.
 """
 
 import math
@@ -70,8 +80,9 @@ class ModelConfig:
     attention: Literal["mla", "mha", "gqa"] = "mla"
     """Multi-head latent attention, or for comparison multi-head or grouped-query attention."""
     qk_norm: Literal["none", "full", "partial"] = "none"
-    """RMSNorm on queries and keys: full for mha and gqa, partial for mla (on q_nope, q_rope and
-    k_rope, the parts that exist in decoding). Does not go with an optimizer that clips."""
+    """RMSNorm on queries and keys: full on whole heads, before RoPE, for which mla caches one more
+    number a token and head; partial for mla, on q_nope, q_rope and k_rope, each by itself. Does not
+    go with an optimizer that clips."""
     soft_cap: float | None = None
     """Caps logits smoothly: cap * tanh(logit / cap)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -96,11 +107,6 @@ class ModelConfig:
             raise ValueError(
                 f"A token goes to {ACTIVE} experts and a shared one: experts must be 0 or at least "
                 f"{ACTIVE}, got {self.experts}, and {ACTIVE + 1} must divide d_ff, got {self.d_ff}."
-            )
-        if self.qk_norm == "full" and self.attention == "mla":
-            raise ValueError(
-                "qk_norm=full needs whole queries and keys, which MLA's decoding never forms; use "
-                "qk_norm=partial, or attention=mha or gqa."
             )
         if self.qk_norm == "partial" and self.attention != "mla":
             raise ValueError("qk_norm=partial is for attention=mla; use qk_norm=full.")
@@ -188,33 +194,45 @@ class LatentAttention(nnx.Module):
             self.q_nope_norm = rms_norm(config.nope, config, rngs)
             self.q_rope_norm = rms_norm(config.rope, config, rngs)
             self.k_rope_norm = rms_norm(config.rope, config, rngs)
+        if config.qk_norm == "full":
+            self.q_head_norm = rms_norm(per_head, config, rngs)
+            self.k_head_norm = rms_norm(per_head, config, rngs)
 
     def queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`b t d` → q_nope `b t h n`, q_rope `b t h r`."""
         config = self.config
         q = self.wq_b(self.q_norm(self.wq_a(x))) if config.q_rank else self.wq(x)
         q = rearrange(q, "b t (h f) -> b t h f", h=config.heads)
+        if config.qk_norm == "full":
+            q = self.q_head_norm(q)
         q_nope, q_rope = jnp.split(q, [config.nope], axis=-1)
         if config.qk_norm == "partial":
             q_nope, q_rope = self.q_nope_norm(q_nope), self.q_rope_norm(q_rope)
         return q_nope, apply_rope(q_rope, positions, config.rope_base)
 
-    def latents(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`b s d` → latent `b s c`, shared rotary key `b s r`: all that decoding keeps."""
-        config = self.config
-        latent, k_rope = jnp.split(self.wkv_a(x), [config.kv_rank], axis=-1)
-        if config.qk_norm == "partial":
+    def latents(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`b s d` → latent `b s c`, the key that all heads share `b s 1 r`, before RoPE."""
+        latent, k_rope = jnp.split(self.wkv_a(x), [self.config.kv_rank], axis=-1)
+        if self.config.qk_norm == "partial":
             k_rope = self.k_rope_norm(k_rope)
-        k_rope = apply_rope(rearrange(k_rope, "b s r -> b s 1 r"), positions, config.rope_base)
-        return self.kv_norm(latent), rearrange(k_rope, "b s 1 r -> b s r")
+        return self.kv_norm(latent), rearrange(k_rope, "b s r -> b s 1 r")
 
     def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`b s d` → k `b s h f`, v `b s h v`, as training sees them; decoding never forms them."""
-        latent, k_rope = self.latents(x, jnp.arange(x.shape[1]))
-        kv = rearrange(self.wkv_b(latent), "b s (h f) -> b s h f", h=self.config.heads)
-        k_nope, v = jnp.split(kv, [self.config.nope], axis=-1)
-        k_rope = repeat(k_rope, "b s r -> b s h r", h=self.config.heads)
-        return jnp.concatenate([k_nope, k_rope], axis=-1), v
+        """`b s d` → k `b s h f`, v `b s h v`, as training sees them; decoding keeps neither."""
+        config = self.config
+        latent, k_rope = self.latents(x)
+        kv = rearrange(self.wkv_b(latent), "b s (h f) -> b s h f", h=config.heads)
+        k_nope, v = jnp.split(kv, [config.nope], axis=-1)
+        if config.qk_norm == "full":
+            k = self.k_head_norm(self.whole_keys(k_nope, k_rope))
+            k_nope, k_rope = jnp.split(k, [config.nope], axis=-1)
+        k_rope = apply_rope(k_rope, jnp.arange(x.shape[1]), config.rope_base)
+        return self.whole_keys(k_nope, k_rope), v
+
+    def whole_keys(self, k_nope: jax.Array, k_rope: jax.Array) -> jax.Array:
+        """`b s h n` and `b s h r`, or what all heads share, `b s 1 r` → `b s h f`."""
+        k_rope = repeat(k_rope, "b s k r -> b s (k g) r", g=k_nope.shape[2] // k_rope.shape[2])
+        return jnp.concatenate([k_nope, k_rope], axis=-1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
@@ -228,29 +246,41 @@ class LatentAttention(nnx.Module):
 
     def init_cache(self, batch: int) -> Cache:
         config = self.config
-        return {
-            "latent": jnp.zeros((batch, config.max_length, config.kv_rank)),
-            "k_rope": jnp.zeros((batch, config.max_length, config.rope)),
-        }
+        sizes = {"latent": config.kv_rank, "k_rope": config.rope}
+        if config.qk_norm == "full":
+            sizes["inverse_rms"] = config.heads
+        return {name: jnp.zeros((batch, config.max_length, size)) for name, size in sizes.items()}
 
     def decode(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
         """One token `b 1 d`; the key and value up-projections are absorbed into q and o."""
         config = self.config
         q_nope, q_rope = self.queries(x, position[None])
-        latent, k_rope = self.latents(x, position[None])
-        cache = {
-            "latent": store(cache["latent"], latent, position),
-            "k_rope": store(cache["k_rope"], k_rope, position),
-        }
+        latent, k_rope = self.latents(x)
         up = rearrange(self.wkv_b.kernel[...], "c (h f) -> c h f", h=config.heads)
         up_key, up_value = jnp.split(up, [config.nope], axis=-1)
+        entry = {"latent": latent}
+        if config.qk_norm == "full":
+            nope_gain, rope_gain = jnp.split(jnp.asarray(self.k_head_norm.scale), [config.nope])
+            entry["inverse_rms"] = self.inverse_rms(latent, k_rope, up_key)
+            q_nope, k_rope = q_nope * nope_gain, k_rope * rope_gain
+        k_rope = apply_rope(k_rope, position[None], config.rope_base)
+        entry["k_rope"] = rearrange(k_rope, "b s 1 r -> b s r")
+        cache = {name: store(cache[name], new, position) for name, new in entry.items()}
         q_latent = einsum(q_nope, up_key, "b t h n, c h n -> b t h c")
         logits = einsum(q_latent, cache["latent"], "b t h c, b s c -> b t h s")
         logits += einsum(q_rope, cache["k_rope"], "b t h r, b s r -> b t h s")
+        if config.qk_norm == "full":
+            logits *= rearrange(cache["inverse_rms"], "b s h -> b 1 h s")
         weights = attend_to_cache(logits * config.scale, position, config)
         mixed = einsum(weights, cache["latent"], "b t h s, b s c -> b t h c")
         out = einsum(mixed, up_value, "b t h c, c h v -> b t h v")
         return self.wo(rearrange(out, "b t h v -> b t (h v)")), cache
+
+    def inverse_rms(self, latent: jax.Array, k_rope: jax.Array, up_key: jax.Array) -> jax.Array:
+        """What `k_head_norm` multiplies the keys of new tokens by, but for its gain: `b s h`."""
+        k_nope = einsum(latent, up_key, "b s c, c h n -> b s h n")
+        k = self.whole_keys(k_nope, k_rope).astype(jnp.float32)
+        return jax.lax.rsqrt(jnp.square(k).mean(axis=-1) + self.k_head_norm.epsilon)
 
 
 class GroupedAttention(nnx.Module):

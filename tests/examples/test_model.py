@@ -20,6 +20,7 @@ TINY = ModelConfig(
 VARIANTS = {
     "mla": TINY,
     "mla without query compression": dataclasses.replace(TINY, q_rank=0),
+    "mla with QK-norm": dataclasses.replace(TINY, qk_norm="full"),
     "mla with partial QK-norm": dataclasses.replace(TINY, qk_norm="partial"),
     "mla with soft cap": dataclasses.replace(TINY, soft_cap=0.5),
     "mha": dataclasses.replace(TINY, attention="mha"),
@@ -28,10 +29,13 @@ VARIANTS = {
 
 
 def make(config, gain=4.0):
-    """A model whose weights are large enough for logits that matter."""
+    """A model whose weights are large enough for logits that matter, and no norm's gain is 1."""
     model = Decoder(config, nnx.Rngs(0))
-    params = jax.tree.map(lambda p: gain * p if p.ndim == 2 else p, nnx.state(model, nnx.Param))
-    nnx.update(model, params)
+
+    def scaled(p):
+        return p * (gain if p.ndim == 2 else 1 + 0.5 * jnp.sin(1 + jnp.arange(p.size)))
+
+    nnx.update(model, jax.tree.map(scaled, nnx.state(model, nnx.Param)))
     return model
 
 
@@ -53,7 +57,7 @@ def decode_all(model, tokens):
 TOKENS = jax.random.randint(jax.random.key(2), (2, 7), 0, TINY.vocab_size)
 
 
-QUICK = ["mla"]  # the model that `make train` trains
+QUICK = ["mla", "mla with QK-norm"]  # the model that `make train` trains; the longest decode
 
 
 @pytest.mark.parametrize(
@@ -70,8 +74,10 @@ def test_decode_equals_training_before_and_after_a_clip(config):
     # float32 throughout; absorption reorders the sums, so 1e-5 of the largest logit.
     np.testing.assert_allclose(decode_all(model, TOKENS), trained, atol=1e-5 * scale)
     if config.qk_norm != "none":
-        with pytest.raises(ValueError, match="normalises queries or keys"):
-            mc.qk_clip(attention_layout(config)).init(nnx.state(model, nnx.Param))
+        layout = attention_layout(config)
+        for transformation in (mc.qk_clip(layout), mc.scale_by_quack(layout)):
+            with pytest.raises(ValueError, match="normalises queries or keys"):
+                transformation.init(nnx.state(model, nnx.Param))
         return
 
     maxima = mc.read_max_logits(sown)
@@ -88,7 +94,7 @@ def test_decode_equals_training_before_and_after_a_clip(config):
     np.testing.assert_allclose(first, threshold, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mla", "gqa with QK-norm"])
+@pytest.mark.parametrize("name", ["mla", "mla with QK-norm", "gqa with QK-norm"])
 def test_keys_are_those_of_the_logits(name):
     """The maxima recomputed from queries and keys of the first layer."""
     model = make(VARIANTS[name])
@@ -103,6 +109,51 @@ def test_keys_are_those_of_the_logits(name):
     logits = config.scale * np.einsum("bthf,bshf->hbts", q, k)
     maxima = np.where(np.tri(7, dtype=bool), logits, -np.inf).max(axis=(1, 2, 3))
     np.testing.assert_allclose(mc.read_max_logits(sown)[("layers", "0", "attn")], maxima, rtol=1e-5)
+
+
+def normalized(x, norm):
+    """gain * x / √(mean(x²) + ε), in float64."""
+    return np.float64(norm.scale[...]) * x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+def rotated(x):
+    """RoPE in float64: `b t h r`, turned by the position t."""
+    half = x.shape[-1] // 2
+    angles = np.arange(x.shape[1])[:, None, None] * TINY.rope_base ** (-np.arange(half) / half)
+    turned = np.exp(1j * angles) * (x[..., :half] + 1j * x[..., half:])
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def test_qk_norm_of_mla_is_of_whole_heads_before_rope():
+    """By the formula, from the weights; and what decoding caches for it."""
+    config = VARIANTS["mla with QK-norm"]
+    model = make(config)
+    attn, n, heads = model.layers[0].attn, config.nope, config.heads
+    x = model.layers[0].attn_norm(model.embed(TOKENS))
+    project = lambda x, module: x @ np.float64(module.kernel[...])  # noqa: E731
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+    q = split(project(normalized(project(np.float64(x), attn.wq_a), attn.q_norm), attn.wq_b))
+    down = project(np.float64(x), attn.wkv_a)
+    latent = normalized(down[..., : config.kv_rank], attn.kv_norm)
+    k_nope = split(project(latent, attn.wkv_b))[..., :n]
+    k_rope = np.repeat(down[..., None, config.kv_rank :], heads, axis=2)
+    k = np.concatenate([k_nope, k_rope], axis=-1)
+    for got, raw, norm in (
+        (jnp.concatenate(attn.queries(x, jnp.arange(7)), axis=-1), q, attn.q_head_norm),
+        (attn.keys_and_values(x)[0], k, attn.k_head_norm),
+    ):
+        whole = normalized(raw, norm)
+        wanted = np.concatenate([whole[..., :n], rotated(whole[..., n:])], axis=-1)
+        # float32 against numbers of order 1.
+        np.testing.assert_allclose(got, wanted, atol=3e-6)
+
+    cache = attn.init_cache(2)
+    assert {name: each.shape[2:] for name, each in cache.items()} == {
+        "latent": (config.kv_rank,), "k_rope": (config.rope,), "inverse_rms": (heads,)
+    }  # fmt: skip
+    _, cache = attn.decode(x[:, :1], cache, jnp.asarray(0))
+    inverse = 1 / np.sqrt(np.square(k[:, 0]).mean(axis=-1) + 1e-6)
+    np.testing.assert_allclose(cache["inverse_rms"][:, 0], inverse, rtol=1e-5)
 
 
 def test_a_plain_call_stores_nothing_in_the_model():

@@ -214,11 +214,15 @@ WRONG_FLAGS = {
     "one expert": ({"experts": 1, "d_ff": 24}, "experts must be 0 or at least 2, got 1, and 3 "),
     "width of experts": ({"experts": 4}, "at least 2, got 4, and 3 must divide d_ff, got 16"),
     "QK-norm": (
-        {"qk_norm": "full", "optimizer": "muon"},
-        "qk_norm=full needs whole queries and keys",
+        {"attention": "mha", "qk_norm": "partial", "optimizer": "muon"},
+        "qk_norm=partial is for attention=mla",
+    ),
+    "QK-norm and QuacK": (
+        {"qk_norm": "full", "optimizer": "quack"},
+        "--qk-norm full takes the norms that QuacK controls out of the logits",
     ),
     "QK-norm and clip": (
-        {"attention": "mha", "qk_norm": "full"},
+        {"qk_norm": "full"},
         "--qk-norm full undoes what QK-Clip does to the kernels before it; take --qk-norm none, or "
         "--optimizer muon",
     ),
