@@ -36,6 +36,7 @@ from muonclip_jax._trainers.linen import TrainState
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
 from muonclip_jax._transforms.clip import ClipState, ScheduledClipState, clip_by_signal
 from muonclip_jax._transforms.elsewhere import from_optax_muon, from_torch_muon
+from muonclip_jax._transforms.hyperball import HyperballState, hyperball
 from muonclip_jax._transforms.muon import scale_by_muon
 from muonclip_jax._transforms.neuron_rms import NeuronRMSState, scale_by_neuron_rms
 from muonclip_jax._transforms.normalize_rms import normalize_rms
@@ -89,6 +90,8 @@ __all__ = [
     "cap_spectral_norm",
     "decay_spectral_norm",
     "SpectralNormState",
+    "hyperball",
+    "HyperballState",
     "accumulate",
     "AccumulateState",
     "accumulate_state",

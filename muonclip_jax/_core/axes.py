@@ -79,6 +79,11 @@ class View:
         count, rows, cols = map(self.length, (self.batch, self.rows, self.cols))
         return count, rows, cols
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Of one number for each matrix, as `take` has them."""
+        return tuple(self.length((name,)) for name in self.batch)
+
     def length(self, names: Names) -> int:
         """How many entries of these axes together belong to the view."""
         return math.prod(len(range(self.sizes[name])[self._cut(name)]) for name in names)

@@ -12,13 +12,15 @@ There are three ways to say how a parameter is read: a pattern in einops notatio
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip_jax._core import paths
@@ -207,6 +209,17 @@ def take_matrices(
         }
 
     return [array for arrays in of_each.values() for array in arrays], put_back
+
+
+def by_path(
+    values: Iterable[jax.Array], specs: Mapping[Path, MatrixSpec], dtype: DTypeLike | None = None
+) -> dict[str, tuple[jax.Array, ...]]:
+    """What each kind of matrices has, in the order of `take_matrices`, by its parameter's path."""
+    rest = iter(values)
+    return {
+        paths.show(path): tuple(jnp.asarray(next(rest), dtype) for _ in spec.views)
+        for path, spec in specs.items()
+    }
 
 
 def is_pattern(node: Any) -> bool:

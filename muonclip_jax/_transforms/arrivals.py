@@ -1,9 +1,17 @@
 """Updates after which a parameter is what a link behind the learning rate wants it to be."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from muonclip_jax._core.dtypes import accumulation_dtype
+
+
+def check_params(owner: str, params: Any) -> None:
+    """Raises ValueError where `update` was called without the weights."""
+    if params is None:
+        raise ValueError(f"{owner} acts on weights: call tx.update(grads, state, params).")
 
 
 def arrived(update: jax.Array, param: jax.Array) -> jax.Array:

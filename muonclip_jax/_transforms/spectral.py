@@ -7,7 +7,7 @@ spaces.ac.cn; power iteration, warm: Miyato et al., arXiv 1802.05957.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,10 +30,15 @@ from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton
 from muonclip_jax._orthogonalize.normalization import nonzero
 from muonclip_jax._orthogonalize.schedules import polar_express
 from muonclip_jax._parameters import routing
-from muonclip_jax._parameters.matrices import MatrixSpec, take_matrices
+from muonclip_jax._parameters.matrices import MatrixSpec, by_path, take_matrices
 from muonclip_jax._spread.plan import DevicesPerMatrix, check_devices_per_matrix
 from muonclip_jax._spread.stacks import MatrixArray, orthogonalize_all
-from muonclip_jax._transforms.arrivals import arrive_at, arrive_at_multiple, arrived
+from muonclip_jax._transforms.arrivals import (
+    arrive_at,
+    arrive_at_multiple,
+    arrived,
+    check_params,
+)
 from muonclip_jax._transforms.orthogonalization import warn_of_unknown
 
 _Pair = tuple[jax.Array, jax.Array]  # singular vectors, [batch..., in] and [batch..., out]
@@ -137,7 +142,7 @@ def clip_singular_values(
         return optax.EmptyState()
 
     def update(updates, state, params=None):
-        _check_params(owner, params)
+        check_params(owner, params)
         specs = _resolved(dimension_numbers, params)
         known = shardings_of(params, shardings)
         warn_of_unknown(params, known, owner)
@@ -351,13 +356,13 @@ class _ByPowerIteration:
             arrays, _ = take_matrices(_trained(params, specs), specs, known)
             starts = list(map(_start, arrays))
             norms, _, vectors = _look(arrays, starts, _FIRST)
-            return _by_path(norms, specs), _by_path(vectors, specs)
+            return by_path(norms, specs, jnp.float32), by_path(vectors, specs, jnp.float32)
 
         norms, vectors = in_auto_axes(first, PartitionSpec())(params)
         return SpectralNormState(norms, vectors, jnp.zeros([], jnp.int32))
 
     def _update(self, updates, state, params=None):
-        _check_params(self.owner, params)
+        check_params(self.owner, params)
         specs = _resolved(self.dimension_numbers, params)
         known = shardings_of(params, self.shardings)
         _check_vectors(state.vectors, specs)
@@ -369,7 +374,8 @@ class _ByPowerIteration:
             number = _of(self.number, traced)
             changes = put_back(self.change(arrays, norms, pairs, number, state.step))
             step = jnp.asarray(optax.safe_increment(state.step))
-            after = SpectralNormState(_by_path(norms, specs), _by_path(vectors, specs), step)
+            norms, vectors = (by_path(each, specs, jnp.float32) for each in (norms, vectors))
+            after = SpectralNormState(norms, vectors, step)
             return _with(updates, changes, params, self.arrive), after
 
         split, traced = (specs_of(updates), PartitionSpec()), _traced(self.number)
@@ -387,25 +393,13 @@ def _look(
     return norms, pairs, list(map(_kept, shorter, before))
 
 
-def _by_path(
-    values: Iterable[jax.Array], specs: Mapping[Path, MatrixSpec]
-) -> dict[str, tuple[jax.Array, ...]]:
-    """What each kind of matrices has, by the path of its parameter."""
-    rest = iter(values)
-    return {
-        paths.show(path): tuple(next(rest).astype(jnp.float32) for _ in spec.views)
-        for path, spec in specs.items()
-    }
-
-
 def _check_vectors(
     vectors: dict[str, tuple[jax.Array, ...]], specs: Mapping[Path, MatrixSpec]
 ) -> None:
     """Raises ValueError for the state of other parameters, or of other matrices of them."""
 
     def wanted(view: View) -> jax.ShapeDtypeStruct:
-        batch = (view.length((name,)) for name in view.batch)
-        return jax.ShapeDtypeStruct((*batch, min(view.matrices[1:])), jnp.float32)
+        return jax.ShapeDtypeStruct((*view.batch_shape, min(view.matrices[1:])), jnp.float32)
 
     now = {paths.show(path): tuple(map(wanted, spec.views)) for path, spec in specs.items()}
     check_same("vectors", vectors, now, "the parameters or their routing")
@@ -510,8 +504,3 @@ def _limits(arrays: Sequence[MatrixArray], limit: Limit) -> list[Any]:
 def _check_limit(limit: Limit, owner: str) -> None:
     if not callable(limit):
         check_number("limit", limit, lambda x: x > 0, "above 0 (a singular value)", owner)
-
-
-def _check_params(owner: str, params: Any) -> None:
-    if params is None:
-        raise ValueError(f"{owner} acts on weights: call tx.update(grads, state, params).")

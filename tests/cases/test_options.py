@@ -266,6 +266,15 @@ FUNCTIONS = {
             "shardings": SHARDINGS,
         },
     ),
+    "hyperball": (
+        mc.hyperball,
+        {"learning_rate": 0.1},
+        {
+            "learning_rate": RATE,
+            "dimension_numbers": DIMENSION_NUMBERS,
+            "shardings": SHARDINGS,
+        },
+    ),
     "accumulate": (
         mc.accumulate,
         {"tx": optax.sgd(0.1), "every": 2},
@@ -677,6 +686,7 @@ WITHOUT_OPTIONS = {
     *("AccumulateState", "AttentionReport", "ClipState", "HeadReport", "QKClipState", "QuackState"),
     *("ClipReport", "SignalReport", "ScheduledClipState", "SpectralNormState"),
     "NeuronRMSState",
+    "HyperballState",
     *("accumulate_state", "qk_clip_state", "quack_state"),  # take any state, test_errors.py
     "clip_report",  # the same, test_output_clip.py
     *("participation_ratio", "eigenvalue_participation_ratio", "nuclear_rank", "stable_rank"),

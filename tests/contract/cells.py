@@ -41,6 +41,7 @@ _LONG_ON_MESHES = (
     "cap_spectral_norm",
     "normalize_rms",
     "scale_by_neuron_rms",
+    "hyperball",
 )
 
 

@@ -189,6 +189,7 @@ LINKS = [
     ),
     Link("cap_spectral_norm", mc.cap_spectral_norm, {"limit": 0.5}, _ONCE, place=True),
     Link("decay_spectral_norm", mc.decay_spectral_norm, {"rate": 0.5}, _ONCE, place=True),
+    Link("hyperball", mc.hyperball, {"learning_rate": 0.1}, params=matrices, place=True),
     Link("scale_by_quack", mc.scale_by_quack, {"relative_learning_rate": 0.5}, _LAYOUT),
     Link(
         "quack",

@@ -42,6 +42,7 @@ MODULES = [
     "_transforms/accumulate.py",
     "_transforms/arrivals.py",
     "_transforms/clip.py",
+    "_transforms/hyperball.py",
     "_transforms/momentum.py",
     "_transforms/neuron_rms.py",
     "_transforms/normalize_rms.py",
