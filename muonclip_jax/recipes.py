@@ -101,7 +101,7 @@ def muon(
         prints the outcome.
       frozen: What gets no updates and no decay, and has no state: a mask or globs, as in
         `qk_clip`. It may be quantized. (The routing reads it all the same.)
-      mu_dtype: The dtype of Muon's momentum.
+      mu_dtype: The dtype of Muon's momentum; "int8" is a quarter of float32, see `scale_by_muon`.
       shardings: How the parameters are split over a mesh with Auto axes, as in `scale_by_muon`.
       devices_per_matrix: How many devices make a group, which holds one matrix among them, as
         in `scale_by_muon`; None chooses. `describe` prints the outcome.
@@ -217,7 +217,7 @@ def muonclip(
       rules: What to do with parameters by path.
       dimension_numbers: Which parameters are Muon's, in place of `layout`, `granularity` and `rules`.
       frozen: What gets no updates, and is not clipped either, as in `qk_clip`.
-      mu_dtype: The dtype of Muon's momentum.
+      mu_dtype: The dtype of Muon's momentum; "int8" is a quarter of float32, see `scale_by_muon`.
       shardings: How the parameters are split over a mesh with Auto axes.
       devices_per_matrix: How many devices make a group, which holds one matrix among them.
 
@@ -324,7 +324,7 @@ def kimi_muonclip(
       weight_decay_mask: What decays.
       rules: What to do with parameters by path.
       frozen: What gets no updates, and is not clipped either, as in `qk_clip`.
-      mu_dtype: The dtype of Muon's momentum.
+      mu_dtype: The dtype of Muon's momentum; "int8" is a quarter of float32, see `scale_by_muon`.
       shardings: How the parameters are split over a mesh with Auto axes.
       devices_per_matrix: How many devices make a group, which holds one matrix among them.
 
@@ -469,7 +469,7 @@ def muon_direction(
       rules: What to do with parameters by path.
       dimension_numbers: Which parameters are Muon's, in place of these three.
       frozen: What gets no updates.
-      mu_dtype: The dtype of Muon's momentum.
+      mu_dtype: The dtype of Muon's momentum; "int8" is a quarter of float32, see `scale_by_muon`.
       shardings: How the parameters are split over a mesh with Auto axes.
       devices_per_matrix: How many devices make a group, which holds one matrix among them.
 

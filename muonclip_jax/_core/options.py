@@ -111,11 +111,12 @@ def check_choice(name: str, value: Any, choices: Collection[str], beside: str = 
         raise ValueError(f"{name} must be one of {names}{beside}, got {value!r}.")
 
 
-def check_float(name: str, dtype: Any, optional: bool = True) -> None:
-    """Raises TypeError for what is no dtype to compute in, None excepted where it is optional."""
+def check_float(name: str, dtype: Any, optional: bool = True, beside: tuple[str, ...] = ()) -> None:
+    """Raises TypeError for what is no dtype to compute in, None excepted where it is optional;
+    `beside` says what else it may be."""
     found = as_dtype(dtype)
     if (found is None or found.name not in FLOATS) and not (optional and dtype is None):
-        wanted = ", ".join(FLOATS) + ", or None" * optional
+        wanted = ", ".join((*FLOATS, *beside)) + ", or None" * optional
         got = repr(dtype) if found is None else found.name
         raise TypeError(f"{name} must be one of {wanted}, got {got}.")
 

@@ -13,7 +13,8 @@ from muonclip_jax._core.dtypes import accumulation_dtype
 from muonclip_jax._core.options import check_count, check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._transforms.momentum import CorrectedTraceState
-from muonclip_jax._transforms.upgrade import as_like
+from muonclip_jax._transforms.quantized import QuantizedTrace, floats_like, quantized
+from muonclip_jax._transforms.upgrade import all_as_like, as_like
 
 _OF_TORCH = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
@@ -178,7 +179,10 @@ class _Source:
         return node
 
     def _trace(self, tree: Any) -> Any:
-        return self._tree(tree, self.momentum, 1 / (1 - self.beta), "Muon's momentum")
+        in_bits = isinstance(tree, QuantizedTrace)
+        wanted = floats_like(tree) if in_bits else tree
+        found = self._tree(wanted, self.momentum, 1 / (1 - self.beta), "Muon's momentum")
+        return all_as_like(quantized(found), tree) if in_bits else found
 
     def _tree(self, tree: Any, values: Mapping[Path, Any], scale: float, what: str) -> Any:
         wanted = [path for path, _ in paths.leaves(tree)]

@@ -34,6 +34,32 @@ def scale_by_muon(
     sends the others to another optimizer. Memory: one momentum array per parameter, in the
     parameter's sharding.
 
+    In 8 bits (`mu_dtype="int8"`; arXiv 2509.23106, linear) the state is a quarter of float32's:
+    int8 values of the parameter's shape and, for each block of 128 entries along the last axis, one
+    float32 scale, its largest absolute value,
+
+        M → scale / 127 · round(127 M / scale)
+
+    The source's blocks have 2048 entries and run over the flat array; these lie within a row, so
+    that values and scales are split as the parameter is. A step decodes M, takes its update from
+    the new M before that is rounded, and rounds it to be stored. On a mesh that costs no
+    collective, unless a device's share of the last axis is no whole number of blocks. Last axes
+    shorter than 128 are one block: 26% of float32 for heads of 64 features, 31% for 16, more than
+    float32 for 1. Rounding is 1/254 of a block's largest entry. A NaN or an infinity takes its
+    block with it.
+
+    How far that moves weights `[256, 512]` from those of float32 momentum in 20 steps,
+    `‖difference‖ / ‖moved‖`:
+
+    | gradients | 8 bits | bfloat16 |
+    | --- | --- | --- |
+    | a constant and as much noise | 0.8% | 0.4% |
+    | a constant and ten times the noise | 1.2% | 0.6% |
+    | least squares, inputs of very different sizes | 2.1% | 0.6% |
+    | the same, orthogonalized in 12 steps in float32 | 10% | 3.6% |
+
+    The last is why: msign raises small singular values, and rounding with them.
+
     Args:
       momentum: μ in [0, 1).
       nesterov: Orthogonalize `G + μM` instead of `M`.
@@ -42,7 +68,7 @@ def scale_by_muon(
         `scale_by_orthogonalization`.
       bias_correction: Weigh Nesterov's two terms as `optax.contrib.muon` does, `β M/(1-β^{t+1})`
         and `G/(1-β^t)`. Without Nesterov it changes nothing, since `msign` ignores scale.
-      mu_dtype: The dtype of the momentum; None keeps the parameter's.
+      mu_dtype: The dtype of the momentum; None keeps the parameter's; `"int8"` as above.
       shardings: On meshes with Auto axes, how each parameter is split, as in
         `scale_by_orthogonalization`. Momentum is kept there (over the Explicit axes alone where one
         axis of an array is split over an Auto and then an Explicit axis of a mesh that has both:
@@ -53,12 +79,14 @@ def scale_by_muon(
       A transformation whose updates have the gradients' shapes and dtypes (what passes between its
       links has the wider of the gradient's dtype and the momentum's). Its state is
       `(optax.TraceState(trace), optax.EmptyState())`; with `bias_correction` the first holds the
-      steps taken as well.
+      steps taken as well. In 8 bits `trace` is `QuantizedTrace(values, scales)`, two trees like the
+      parameters.
 
     Raises:
       TypeError: An option of the wrong type, when built.
       ValueError: momentum outside [0, 1) when built; at init and update, as
-        `scale_by_orthogonalization`; at update, a state of other matrices.
+        `scale_by_orthogonalization`; at update, a state of other matrices, or one in 8 bits where
+        floats are wanted, or the other way around (`upgrade_state` rounds floats to 8 bits).
 
     Example:
         >>> tx = optax.chain(mc.scale_by_muon(), mc.scale_by_update_rms())

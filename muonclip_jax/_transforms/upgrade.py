@@ -13,6 +13,7 @@ from muonclip_jax._transforms.accumulate import AccumulateState
 from muonclip_jax._transforms.clip import ClipState
 from muonclip_jax._transforms.momentum import CorrectedTraceState
 from muonclip_jax._transforms.qk_clip import QKClipState
+from muonclip_jax._transforms.quantized import QuantizedTrace, floats_like, quantized
 
 
 def upgrade_state(old: Any, like: optax.OptState) -> optax.OptState:
@@ -24,6 +25,7 @@ def upgrade_state(old: Any, like: optax.OptState) -> optax.OptState:
     | `QuackState(initial_norms, factors, vectors)` | `QuackState(initial_norms, factors)` |
     | `AccumulateState(..., max_logits={block: x}, ...)` | `AccumulateState(..., maxima={"max_logits": {block: x}}, ...)` |
     | `QKClipState`, `ClipState` without `ineffective_clips` | with them, counted from 0 |
+    | momentum in floats, where `like` has it in 8 bits (`mu_dtype="int8"`) | rounded to 8 bits |
     | `ClipState(maxima={block: x}, ...)` | `ClipState(maxima={signal: {block: x}}, ...)` |
 
     Everything else is as it was, and a state of today comes back unchanged.
@@ -61,6 +63,8 @@ def _upgrade(old: Any, like: Any, path: Path) -> Any:
             step = as_like(_child(old, "count", 0, path), first.step, (*path, "count"))
             return CorrectedTraceState(trace, step), *like[1:]
         return optax.TraceState(trace), *like[1:]
+    if isinstance(like, QuantizedTrace) and not _in_bits(old):
+        return all_as_like(quantized(_upgrade(old, floats_like(like), path)), like)
     if isinstance(like, AccumulateState) and like.maxima:
         old = _with_maxima(old)
     if isinstance(like, QKClipState | ClipState):
@@ -80,6 +84,12 @@ def _is_muon_state(old: Any) -> bool:
     if isinstance(old, Mapping):
         return "momentum" in old
     return len(old) == 2 and jnp.ndim(jax.tree.leaves(old[0])[0]) == 0
+
+
+def _in_bits(old: Any) -> bool:
+    """Whether it has momentum in 8 bits; there may be no matrices at all."""
+    found = jax.tree.leaves(old)
+    return not found or any(paths.dtype_of(x) == jnp.int8 for x in found)
 
 
 def _with_maxima(old: Any) -> Any:
@@ -140,3 +150,8 @@ def as_like(old: Any, like: Any, path: Path) -> jax.Array:
         )
     new = jnp.asarray(old, like.dtype)
     return jax.device_put(new, like.sharding) if isinstance(like, jax.Array) else new
+
+
+def all_as_like(old: Any, like: Any) -> Any:
+    """The same for trees of one structure."""
+    return paths.map_with_path(lambda path, new, x: as_like(x, new, path), like, old)

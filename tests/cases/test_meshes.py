@@ -243,7 +243,7 @@ def test_accumulate_outside_of_jit(kind, set_mesh):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "int8"])
 def test_a_states_shapes_without_set_mesh(kind, mu_dtype):
     """A tracer of `jax.eval_shape` tells its mesh, and zeros like it do not, under JAX 0.12."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=MESHES[kind], devices=jax.devices()[:4])

@@ -36,6 +36,7 @@ _LONG_ANYWHERE = (
 )
 _LONG_ON_MESHES = (
     "scale_by_muon",
+    "scale_by_muon in 8 bits",
     "scale_by_orthogonalization",
     "muonclip",
     "cap_spectral_norm",

@@ -65,7 +65,7 @@ class Link:
       place: Whether it takes `shardings=`.
       tolerance: Of runs that round at other places, relative to the largest entry. float32 products
         in another order of summation differ by 1e-6; the iteration takes that of small singular
-        values up to a tenfold. Momentum in bfloat16 is rounded to 4e-3.
+        values up to a tenfold. Momentum in bfloat16 is rounded to 4e-3, in 8 bits to 8e-3.
     """
 
     name: str
@@ -127,6 +127,15 @@ LINKS = [
         matrices,
         place=True,
         tolerance=5e-3,
+    ),
+    Link(
+        "scale_by_muon in 8 bits",
+        mc.scale_by_muon,
+        {"momentum": 0.9},
+        _EXACT | {"mu_dtype": "int8"},
+        matrices,
+        place=True,
+        tolerance=2e-2,
     ),
     Link(
         "scale_by_orthogonalization",

@@ -48,6 +48,7 @@ MODULES = [
     "_transforms/normalize_rms.py",
     "_transforms/qk_clip.py",
     "_transforms/quack.py",
+    "_transforms/quantized.py",
     "_transforms/spectral.py",
     "_transforms/update_rms.py",
     "_diagnostics/activations.py",
