@@ -35,6 +35,7 @@ from muonclip_jax._parameters.routing import muon_dimension_numbers
 from muonclip_jax._trainers.linen import TrainState
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
 from muonclip_jax._transforms.clip import ClipState, ScheduledClipState, clip_by_signal
+from muonclip_jax._transforms.decay import add_decayed_weights
 from muonclip_jax._transforms.elsewhere import from_optax_muon, from_torch_muon
 from muonclip_jax._transforms.hyperball import HyperballState, hyperball
 from muonclip_jax._transforms.muon import scale_by_muon
@@ -42,6 +43,7 @@ from muonclip_jax._transforms.neuron_rms import NeuronRMSState, scale_by_neuron_
 from muonclip_jax._transforms.normalize_rms import normalize_rms
 from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
 from muonclip_jax._transforms.output_clip import max_output_clip
+from muonclip_jax._transforms.partition import partition_matrices
 from muonclip_jax._transforms.qk_clip import QKClipState, apply_qk_clip, qk_clip, qk_clip_state
 from muonclip_jax._transforms.quack import QuackState, quack_state, scale_by_quack
 from muonclip_jax._transforms.spectral import (
@@ -72,9 +74,14 @@ __all__ = [
     "scale_by_muon",
     "scale_by_orthogonalization",
     "scale_by_update_rms",
+<<<<<<< HEAD
     "normalize_rms",
     "scale_by_neuron_rms",
     "NeuronRMSState",
+=======
+    "partition_matrices",
+    "add_decayed_weights",
+>>>>>>> 3d4cb56 (Links of one's own for the routing's matrices, and decay as a link, cautious too: recipes are chains of what anyone can chain)
     "scale_by_quack",
     "QuackState",
     "quack_state",

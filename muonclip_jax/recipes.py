@@ -1,26 +1,25 @@
 """The chains: Muon, Muon with QK-Clip (and as published), Muon or another optimizer with QuacK."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core import paths
-from muonclip_jax._core.masks import Frozen, Mask, check_frozen, check_mask, read_frozen
+from muonclip_jax._core.masks import Frozen, Mask, read_frozen
 from muonclip_jax._core.maxima import AxisName
 from muonclip_jax._core.options import check_ascent, check_flag, check_not_frozen, check_rate
-from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._parameters import routing
-from muonclip_jax._parameters.decay import decays
 from muonclip_jax._parameters.granularity import PER_HEAD, Granularity
 from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.clip import Scope, Threshold
+from muonclip_jax._transforms.decay import decayed_weights
 from muonclip_jax._transforms.muon import scale_by_muon
+from muonclip_jax._transforms.partition import partition_matrices
 from muonclip_jax._transforms.qk_clip import SharedKeys, qk_clip
 from muonclip_jax._transforms.quack import QuackRule, scale_by_quack
 from muonclip_jax._transforms.update_rms import Rule, check_rule, scale_by_update_rms
@@ -138,7 +137,7 @@ def muon(
         devices_per_matrix=devices_per_matrix,
     )
     numbers = routing.choose(dimension_numbers, layout, granularity, rules)
-    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
+    decay = decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
     if weight_decay_mask is None:
         check_not_frozen("other", other, weight_decay)
     return optax.chain(direction, decay, _rates(learning_rate, other_learning_rate, numbers))
@@ -428,7 +427,7 @@ def quack(
         scale_weight_decay = rule == "fixed"
     check_flag("scale_weight_decay", scale_weight_decay)
     factors = scale_by_quack(layout, relative_learning_rate, rule=rule, floor=floor, frozen=frozen)
-    decay = _decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
+    decay = decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
     return optax.chain(
         direction,
         *((decay, factors) if scale_weight_decay else (factors, decay)),
@@ -481,11 +480,9 @@ def muon_direction(
         >>> updates, _ = scaled.update(grads, scaled.init(params), params)
     """
     check_ascent("other", other)
-    check_frozen(frozen)
     check_rule("update_rms", update_rms)
-    dimension_numbers = routing.choose(dimension_numbers, layout, granularity, rules)
 
-    def for_matrices(numbers: Any) -> optax.GradientTransformation:
+    def links(numbers: routing.DimensionNumbers | None) -> optax.GradientTransformation:
         return optax.chain(
             scale_by_muon(
                 momentum,
@@ -499,39 +496,15 @@ def muon_direction(
             scale_by_update_rms(update_rms, dimension_numbers=numbers),
         )
 
-    for_matrices(None)  # checks its options
-    return _partition(for_matrices, other, dimension_numbers, frozen)
-
-
-def _decayed_weights(
-    weight_decay: optax.ScalarOrSchedule,
-    mask: Mask | None,
-    dimension_numbers: routing.DimensionNumbers | None,
-    layout: Layouts | None,
-    frozen: Frozen | None,
-) -> optax.GradientTransformation:
-    check_rate("weight_decay", weight_decay)
-    check_mask("weight_decay_mask", mask)
-
-    def which(params: Any) -> Any:
-        found = decays(mask, params, dimension_numbers, layout)
-        still = read_frozen(frozen, params)
-        return paths.map_with_path(lambda path, _: found[path] and path not in still, params)
-
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.masked(optax.identity(), which)  # the same state, and needs no parameters
-    decay = optax.add_decayed_weights(weight_decay, which)
-
-    def update(updates, state, params=None):
-        if params is None:
-            raise ValueError(
-                f"weight_decay={weight_decay} takes a share of the parameters: call "
-                "tx.update(grads, state, params). In a trainer that gives no params (Brax): "
-                "weight_decay=0.0."
-            )
-        return decay.update(updates, state, params)
-
-    return optax.GradientTransformation(decay.init, update)
+    return partition_matrices(
+        links,
+        other,
+        layout=layout,
+        granularity=granularity,
+        rules=rules,
+        dimension_numbers=dimension_numbers,
+        frozen=frozen,
+    )
 
 
 def _without(frozen: Frozen) -> optax.GradientTransformation:
@@ -556,42 +529,4 @@ def _rates(
         return rate
     check_rate("other_learning_rate", other_learning_rate)
     other = optax.scale_by_learning_rate(other_learning_rate)
-    return _partition(lambda _: rate, other, dimension_numbers)
-
-
-def _partition(
-    for_matrices: Callable[[Any], optax.GradientTransformation],
-    other: optax.GradientTransformation,
-    dimension_numbers: routing.DimensionNumbers,
-    frozen: Frozen | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.partition` by dimension numbers, which are worked out before anything is masked:
-    inside a partition the norms and biases that tell stacked kernels apart are out of sight."""
-
-    def build(tree: Any) -> optax.GradientTransformationExtraArgs:
-        specs = routing.resolve(dimension_numbers, tree)
-        still = read_frozen(frozen, tree)
-
-        def label(path: Path, _: Any) -> str:
-            return "frozen" if path in still else "other" if specs[path] is None else "muon"
-
-        labels = paths.map_with_path(label, tree)
-        groups: dict[Hashable, optax.GradientTransformation] = {
-            "muon": for_matrices(routing.Resolved(specs)),
-            "other": other,
-        }
-        if frozen is not None:
-            groups["frozen"] = optax.set_to_zero()
-        # As a function: Optax would call a tree of labels that can be called.
-        return optax.partition(groups, lambda _: labels)
-
-    def init(params):
-        still = read_frozen(frozen, params)
-        training = {path: leaf for path, leaf in paths.leaves(params) if path not in still}
-        paths.check_trainable("muon", training, jnp.inexact)  # `other` may take complex numbers
-        return build(params).init(params)
-
-    def update(updates, state, params=None, **extra_args):
-        return build(updates).update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return partition_matrices(lambda _: rate, other, dimension_numbers=dimension_numbers)

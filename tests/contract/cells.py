@@ -24,6 +24,7 @@ PASSED_OVER = [
 # Programs that take long to compile, and say what others here have said: `make contract` has them.
 _LONG_ANYWHERE = (
     "scale_by_muon corrected",
+    "partition_matrices",
     "muon_direction",
     "muon",
     "kimi_muonclip",

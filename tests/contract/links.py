@@ -111,6 +111,15 @@ def _accumulated(learning_rate, threshold, newton_schulz=FLOAT32, shardings=None
     return mc.accumulate(chain, every=2)
 
 
+def _partitioned(momentum, layout, shardings=None):
+    def links(numbers):
+        return mc.scale_by_muon(
+            momentum, newton_schulz=FLOAT32, dimension_numbers=numbers, shardings=shardings
+        )
+
+    return mc.partition_matrices(links, optax.trace(0.9), layout=layout)
+
+
 _EXACT = {"newton_schulz": FLOAT32}
 _ONCE = {"iterations": 1}
 _LAYOUT = {"layout": LAYOUT}
@@ -145,6 +154,7 @@ LINKS = [
         place=True,
     ),
     Link("scale_by_update_rms", mc.scale_by_update_rms, params=matrices),
+<<<<<<< HEAD
     Link("normalize_rms", mc.normalize_rms, {"rms": 0.2}, {"of": "both"}, matrices, place=True),
     Link(
         "scale_by_neuron_rms",
@@ -154,6 +164,15 @@ LINKS = [
         matrices,
         place=True,
     ),
+=======
+    Link(
+        "add_decayed_weights",
+        mc.add_decayed_weights,
+        {"weight_decay": 0.1},
+        _LAYOUT | {"cautious": True},
+    ),
+    Link("partition_matrices", _partitioned, {"momentum": 0.9}, _LAYOUT, place=True),
+>>>>>>> 3d4cb56 (Links of one's own for the routing's matrices, and decay as a link, cautious too: recipes are chains of what anyone can chain)
     Link("muon_direction", mc.muon_direction, {"momentum": 0.9}, _EXACT | _TRACE, place=True),
     Link("muon", mc.muon, {"learning_rate": 0.01, "momentum": 0.9}, _EXACT | _LAYOUT, place=True),
     Link(
