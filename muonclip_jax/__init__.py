@@ -34,6 +34,10 @@ from muonclip_jax._parameters.granularity import Granularity
 from muonclip_jax._parameters.routing import muon_dimension_numbers
 from muonclip_jax._trainers.linen import TrainState
 from muonclip_jax._transforms.accumulate import AccumulateState, accumulate, accumulate_state
+from muonclip_jax._transforms.block_periodic import (
+    PeriodicOrthogonalizationState,
+    scale_by_periodic_orthogonalization,
+)
 from muonclip_jax._transforms.clip import ClipState, ScheduledClipState, clip_by_signal
 from muonclip_jax._transforms.decay import add_decayed_weights
 from muonclip_jax._transforms.elsewhere import from_optax_muon, from_torch_muon
@@ -73,6 +77,8 @@ __all__ = [
     # transformations
     "scale_by_muon",
     "scale_by_orthogonalization",
+    "scale_by_periodic_orthogonalization",
+    "PeriodicOrthogonalizationState",
     "scale_by_update_rms",
 <<<<<<< HEAD
     "normalize_rms",

@@ -211,6 +211,18 @@ def take_matrices(
     return [array for arrays in of_each.values() for array in arrays], put_back
 
 
+def change_matrices(
+    change: Callable[[list[MatrixArray]], Sequence[jax.Array]],
+    tree: Any,
+    specs: Mapping[Path, MatrixSpec],
+    shardings: Mapping[Path, NamedSharding | None],
+) -> Any:
+    """The tree with what `change` makes of all its matrices in their place; see `take_matrices`."""
+    arrays, put_back = take_matrices(dict(paths.leaves(tree)), specs, shardings)
+    done = put_back(change(arrays))
+    return paths.map_with_path(lambda path, _: done[path], tree)
+
+
 def by_path(
     values: Iterable[jax.Array], specs: Mapping[Path, MatrixSpec], dtype: DTypeLike | None = None
 ) -> dict[str, tuple[jax.Array, ...]]:

@@ -15,7 +15,7 @@ from muonclip_jax._core.options import check_choice, check_number
 from muonclip_jax._core.shardings import Shardings, check_shardings, shardings_of
 from muonclip_jax._orthogonalize.normalization import nonzero
 from muonclip_jax._parameters import routing
-from muonclip_jax._parameters.matrices import take_matrices
+from muonclip_jax._parameters.matrices import change_matrices
 from muonclip_jax._spread.stacks import MatrixArray
 
 Of = Literal["matrix", "inputs", "outputs", "both"]
@@ -100,9 +100,8 @@ def normalize_rms(
         known = shardings_of(updates, shardings)
 
         def normalized(tree, rms):
-            arrays, put_back = take_matrices(dict(paths.leaves(tree)), specs, known)
-            done = put_back([_normalized(array, of, rms) for array in arrays])
-            return paths.map_with_path(lambda path, _: done[path], tree)
+            change = lambda arrays: [_normalized(array, of, rms) for array in arrays]  # noqa: E731
+            return change_matrices(change, tree, specs, known)
 
         return in_auto_axes(normalized, specs_of(updates))(updates, rms), state
 

@@ -1,5 +1,6 @@
 """Orthogonalization: what comes in as matrices goes out with singular values near 1."""
 
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -92,11 +93,10 @@ def scale_by_orthogonalization(
         warn_of_unknown(updates, known)
 
         def orthogonalized(tree):
-            arrays, put_back = matrices.take_matrices(dict(paths.leaves(tree)), specs, known)
-            done = put_back(
-                orthogonalize_all(arrays, newton_schulz, devices_per_matrix=devices_per_matrix)
+            run = functools.partial(
+                orthogonalize_all, how=newton_schulz, devices_per_matrix=devices_per_matrix
             )
-            return paths.map_with_path(lambda path, _: done[path], tree)
+            return matrices.change_matrices(run, tree, specs, known)
 
         return in_auto_axes(orthogonalized, specs_of(updates))(updates), state
 

@@ -188,6 +188,18 @@ FUNCTIONS = {
         {},
         {"newton_schulz": NEWTON_SCHULZ, "dimension_numbers": DIMENSION_NUMBERS, **ON_A_MESH},
     ),
+    "scale_by_periodic_orthogonalization": (
+        mc.scale_by_periodic_orthogonalization,
+        {"period": 5},
+        {
+            "period": ([None, *COUNT], WHOLE),
+            "newton_schulz": NEWTON_SCHULZ,
+            "blocks": ([3, (1,), [1, 2], (0, 1), (1, 1.5), "device"], WHOLE),
+            "block_scale": ([*NUMBER, 0.0, -1.0, NAN, math.inf], ["above 0"]),
+            "dimension_numbers": DIMENSION_NUMBERS,
+            **ON_A_MESH,
+        },
+    ),
     "scale_by_update_rms": (
         mc.scale_by_update_rms,
         {},
@@ -706,7 +718,7 @@ WITHOUT_OPTIONS = {
     *("AccumulateState", "AttentionReport", "ClipState", "HeadReport", "QKClipState", "QuackState"),
     *("ClipReport", "SignalReport", "ScheduledClipState", "SpectralNormState"),
     "NeuronRMSState",
-    "HyperballState",
+    *("HyperballState", "PeriodicOrthogonalizationState"),
     *("accumulate_state", "qk_clip_state", "quack_state"),  # take any state, test_errors.py
     "clip_report",  # the same, test_output_clip.py
     *("participation_ratio", "eigenvalue_participation_ratio", "nuclear_rank", "stable_rank"),

@@ -33,6 +33,7 @@ _LONG_ANYWHERE = (
     "qk_clip until a step",
     "max_output_clip",
     "clip_singular_values",
+    "scale_by_periodic_orthogonalization",
     "decay_spectral_norm",
 )
 _LONG_ON_MESHES = (

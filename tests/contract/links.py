@@ -153,6 +153,14 @@ LINKS = [
         params=matrices,
         place=True,
     ),
+    Link(
+        "scale_by_periodic_orthogonalization",
+        mc.scale_by_periodic_orthogonalization,
+        {"block_scale": 0.5},
+        _EXACT | {"period": 2, "blocks": (2, 2)},
+        matrices,
+        place=True,
+    ),
     Link("scale_by_update_rms", mc.scale_by_update_rms, params=matrices),
 <<<<<<< HEAD
     Link("normalize_rms", mc.normalize_rms, {"rms": 0.2}, {"of": "both"}, matrices, place=True),

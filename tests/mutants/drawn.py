@@ -41,6 +41,7 @@ MODULES = [
     "_parameters/matrices.py",
     "_transforms/accumulate.py",
     "_transforms/arrivals.py",
+    "_transforms/block_periodic.py",
     "_transforms/clip.py",
 <<<<<<< HEAD
     "_transforms/hyperball.py",
