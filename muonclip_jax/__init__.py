@@ -80,14 +80,11 @@ __all__ = [
     "scale_by_periodic_orthogonalization",
     "PeriodicOrthogonalizationState",
     "scale_by_update_rms",
-<<<<<<< HEAD
     "normalize_rms",
     "scale_by_neuron_rms",
     "NeuronRMSState",
-=======
     "partition_matrices",
     "add_decayed_weights",
->>>>>>> 3d4cb56 (Links of one's own for the routing's matrices, and decay as a link, cautious too: recipes are chains of what anyone can chain)
     "scale_by_quack",
     "QuackState",
     "quack_state",

@@ -205,7 +205,6 @@ FUNCTIONS = {
         {},
         {"rule": UPDATE_RMS, "dimension_numbers": DIMENSION_NUMBERS},
     ),
-<<<<<<< HEAD
     "normalize_rms": (
         mc.normalize_rms,
         {},
@@ -227,7 +226,7 @@ FUNCTIONS = {
             "dimension_numbers": DIMENSION_NUMBERS,
             "shardings": SHARDINGS,
         },
-=======
+    ),
     "partition_matrices": (
         mc.partition_matrices,
         {
@@ -245,7 +244,6 @@ FUNCTIONS = {
         mc.add_decayed_weights,
         {"weight_decay": 0.1},
         {**DECAY, "cautious": FLAG, **ROUTING, "frozen": FROZEN},
->>>>>>> 3d4cb56 (Links of one's own for the routing's matrices, and decay as a link, cautious too: recipes are chains of what anyone can chain)
     ),
     "scale_by_quack": (mc.scale_by_quack, {"layout": LAYOUT}, QUACK),
     "qk_clip": (mc.qk_clip, {"layout": LAYOUT}, QK_CLIP),

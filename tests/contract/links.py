@@ -162,7 +162,6 @@ LINKS = [
         place=True,
     ),
     Link("scale_by_update_rms", mc.scale_by_update_rms, params=matrices),
-<<<<<<< HEAD
     Link("normalize_rms", mc.normalize_rms, {"rms": 0.2}, {"of": "both"}, matrices, place=True),
     Link(
         "scale_by_neuron_rms",
@@ -172,7 +171,6 @@ LINKS = [
         matrices,
         place=True,
     ),
-=======
     Link(
         "add_decayed_weights",
         mc.add_decayed_weights,
@@ -180,7 +178,6 @@ LINKS = [
         _LAYOUT | {"cautious": True},
     ),
     Link("partition_matrices", _partitioned, {"momentum": 0.9}, _LAYOUT, place=True),
->>>>>>> 3d4cb56 (Links of one's own for the routing's matrices, and decay as a link, cautious too: recipes are chains of what anyone can chain)
     Link("muon_direction", mc.muon_direction, {"momentum": 0.9}, _EXACT | _TRACE, place=True),
     Link("muon", mc.muon, {"learning_rate": 0.01, "momentum": 0.9}, _EXACT | _LAYOUT, place=True),
     Link(

@@ -43,11 +43,8 @@ MODULES = [
     "_transforms/arrivals.py",
     "_transforms/block_periodic.py",
     "_transforms/clip.py",
-<<<<<<< HEAD
     "_transforms/hyperball.py",
-=======
     "_transforms/decay.py",
->>>>>>> 3d4cb56 (Links of one's own for the routing's matrices, and decay as a link, cautious too: recipes are chains of what anyone can chain)
     "_transforms/momentum.py",
     "_transforms/neuron_rms.py",
     "_transforms/normalize_rms.py",
