@@ -6,6 +6,7 @@ decay     logits grow linearly or faster; decay helps and costs loss; later they
 finetune  fine-tuning with another optimizer than the pretraining's costs, by the ranks
 rank      QK-norm makes the keys of models trained with Muon collapse
 spectrum  Muon's updates have full rank, and so make singular values grow
+transfer  scaled by muP's rule, or on a sphere, Muon has one best learning rate at every width
 quack     QuacK is as stable as QK-norm, at any learning rate and with MLA
 
 In each: __main__.py (the grid, and what is measured), report.py (tables and pictures from the

@@ -47,7 +47,7 @@ class Optimizer:
     shared_keys: Literal["untouched", "split", "least_change", "each_head"] = "untouched"
     """What a clip per head does to a key that several query heads read: `mc.qk_clip`'s two options,
     what moves the weights least, or what each head would do to a key of its own."""
-    update_rms: Literal["match_adam", "jordan"] = "match_adam"
+    update_rms: Literal["match_adam", "jordan", "unit_rms_norm", "none"] = "match_adam"
     """How large Muon's updates are."""
     other_rate: float = 1.0
     """The learning rate of what is not Muon's, relative to Muon's."""

@@ -75,6 +75,7 @@ class Study:
         pictures, to Markdown; pictures go into that folder.
       measure: What is measured beside what `train` measures anyway.
       aside: What is measured once for a grid and is no training run.
+      optimizer: The class of the settings' optimizers, where it is the study's own.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Study:
     report: Callable[[Runs, Json | None, Path], str]
     measure: Measure | None = None
     aside: Callable[[Grid], Mapping[str, Any]] | None = None
+    optimizer: type[Optimizer] = Optimizer
 
     def record_file(self, size: Size) -> Path:
         """The file of records."""
@@ -108,8 +110,9 @@ class Study:
 
     def code_hash(self) -> str:
         """The hash of the code that makes a run's numbers."""
-        measured = [sources.place(self.measure)] if self.measure else []
-        return sources.digest(TRAIN, *measured)
+        own = [self.measure] if self.measure else []
+        own += [self.optimizer] if self.optimizer is not Optimizer else []
+        return sources.digest(TRAIN, *map(sources.place, own))
 
     def aside_hash(self) -> str:
         """The same of what is measured aside."""

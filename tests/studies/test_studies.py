@@ -23,10 +23,11 @@ from studies.quack.__main__ import STUDY as QUACK
 from studies.rank.__main__ import STUDY as RANK
 from studies.shared_keys.__main__ import STUDY as SHARED_KEYS
 from studies.spectrum.__main__ import STUDY as SPECTRUM
+from studies.transfer.__main__ import STUDY as TRANSFER
 
 STUDIES = {
     study.folder.name: study
-    for study in (ABILITIES, CLIP, SHARED_KEYS, DECAY, FINETUNE, RANK, SPECTRUM, QUACK)
+    for study in (ABILITIES, CLIP, SHARED_KEYS, DECAY, FINETUNE, RANK, SPECTRUM, QUACK, TRANSFER)
 }
 SIZES = [(name, size) for name, study in STUDIES.items() for size in study.grids]
 
