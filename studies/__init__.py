@@ -4,6 +4,7 @@ abilities QK-norm's better loss is paid for elsewhere; partial QK-norm ruins lon
 clip      QK-Clip keeps logits at a threshold, at no loss; per head, not all heads alike
 decay     logits grow linearly or faster; decay helps and costs loss; later they fall
 finetune  fine-tuning with another optimizer than the pretraining's costs, by the ranks
+mla_norm  QK-norm in MLA ends at a lower loss than QK-Clip
 rank      QK-norm makes the keys of models trained with Muon collapse
 spectrum  Muon's updates have full rank, and so make singular values grow
 transfer  scaled by muP's rule, or on a sphere, Muon has one best learning rate at every width

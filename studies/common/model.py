@@ -45,8 +45,8 @@ class ModelConfig:
     """Separate projections; queries, keys, values and outputs in one kernel; or MLA."""
     mlp: Literal["relu2", "swiglu"] = "relu2"
     qk_norm: bool = False
-    """RMSNorm with gains on whole queries and keys, before RoPE. In latent attention that is for
-    training only: absorbed decoding never forms these keys."""
+    """RMSNorm with gains on whole queries and keys, before RoPE. In latent attention absorbed
+    decoding keeps one number more a token and head for it, see `examples/mla/model.py`."""
     partial_qk_norm: bool = False
     """In latent attention, RMSNorm with gains on all that absorbed decoding can form: queries
     without position, rotary queries and the shared rotary keys, each by itself, before RoPE."""

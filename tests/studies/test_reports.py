@@ -10,7 +10,7 @@ from scipy import stats
 
 import muonclip_jax as mc
 from studies.clip import report as clip
-from studies.common import clips, records
+from studies.common import clips, records, sweeps
 from studies.common.before import old_runs, side_by_side
 from studies.common.tables import by_seed, paired, smooth, spread, table, tail
 from studies.quack import report as quack
@@ -185,10 +185,10 @@ def quack_record(losses, maxima=((1.0,),), changes=((9.0,), (0.5,)), warmup=1):
 
 def test_divergence_is_counted_and_told():
     fine, worse, broken = map(quack_record, ([5.0, 3.0], [5.0, 6.0], [5.0, None]))
-    assert list(map(quack.diverged, (fine, worse, broken))) == [False, True, True]
-    assert quack.cell([fine, fine], quack.valid_loss, ".1f") == "3.0 ± 0.0"
-    assert quack.cell([fine, worse], quack.valid_loss, ".1f") == "4.5 ± 2.1, 1 of 2 diverged"
-    assert quack.cell([broken], quack.valid_loss, ".1f") == "1 of 1 not finite, 1 of 1 diverged"
+    assert list(map(sweeps.diverged, (fine, worse, broken))) == [False, True, True]
+    assert sweeps.cell([fine, fine], sweeps.valid_loss, ".1f") == "3.0 ± 0.0"
+    assert sweeps.cell([fine, worse], sweeps.valid_loss, ".1f") == "4.5 ± 2.1, 1 of 2 diverged"
+    assert sweeps.cell([broken], sweeps.valid_loss, ".1f") == "1 of 1 not finite, 1 of 1 diverged"
 
 
 def test_quack_compares_methods_at_each_rate():
@@ -201,7 +201,9 @@ def test_quack_compares_methods_at_each_rate():
             ("Q and K at 0.1", 0.1, [3.0, 3.4]),
         )
     }
-    text = quack.differences("MHA", quack.by_method(runs, "MHA"))
+    text = sweeps.differences(
+        "MHA, validation loss", sweeps.by_method(runs, "MHA, "), quack.VERDICTS
+    )
     assert text.splitlines()[0] == (
         "| MHA, validation loss | QuacK less none | QuacK less Q and K at 0.1 "
         "| Q and K at 0.1 less none |"
@@ -212,7 +214,7 @@ def test_quack_compares_methods_at_each_rate():
 
 
 def test_largest_change_leaves_out_the_warm_up():
-    assert quack.largest_change(quack_record([5.0, 3.0])) == 0.5
+    assert sweeps.largest_change(quack_record([5.0, 3.0])) == 0.5
 
 
 def test_spread():

@@ -19,6 +19,7 @@ from studies.common.rehash import compare, rehash
 from studies.common.study import main, rebuild
 from studies.decay.__main__ import STUDY as DECAY
 from studies.finetune.__main__ import STUDY as FINETUNE
+from studies.mla_norm.__main__ import STUDY as MLA_NORM
 from studies.quack.__main__ import STUDY as QUACK
 from studies.rank.__main__ import STUDY as RANK
 from studies.shared_keys.__main__ import STUDY as SHARED_KEYS
@@ -27,7 +28,18 @@ from studies.transfer.__main__ import STUDY as TRANSFER
 
 STUDIES = {
     study.folder.name: study
-    for study in (ABILITIES, CLIP, SHARED_KEYS, DECAY, FINETUNE, RANK, SPECTRUM, QUACK, TRANSFER)
+    for study in (
+        ABILITIES,
+        CLIP,
+        SHARED_KEYS,
+        DECAY,
+        FINETUNE,
+        MLA_NORM,
+        RANK,
+        SPECTRUM,
+        QUACK,
+        TRANSFER,
+    )
 }
 SIZES = [(name, size) for name, study in STUDIES.items() for size in study.grids]
 
