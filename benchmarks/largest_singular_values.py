@@ -34,7 +34,7 @@ ALLOWED = 0.1
 _AT_ONCE = 512  # matrices
 Name = Literal["bfloat16", "float16", "float32"]
 
-CUBIC = Schedule("cubic", ((1.5, -0.5, 0.0),) * 12, lower=0.1)
+CLASSIC = Schedule("classic cubic", ((1.5, -0.5, 0.0),) * 12, lower=0.1)
 SCHEDULES = {
     schedule.name: schedule
     for schedule in (
@@ -53,7 +53,9 @@ SCHEDULES = {
         schedules.cans(),
         schedules.aol(),
         schedules.deepseek_v4(),
-        CUBIC,
+        CLASSIC,
+        schedules.cubic(),
+        schedules.cubic(5, lower=2e-2),
     )
 }
 

@@ -8,6 +8,7 @@ Factors of products are in the dtype of X; sums, norms and coefficients in its a
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from muonclip_jax._orthogonalize.products import (
     rounded,
     symmetric,
 )
-from muonclip_jax._orthogonalize.schedules import Schedule, Step, widen
+from muonclip_jax._orthogonalize.schedules import Schedule, Step, is_cubic, widen
 
 
 def iterate(
@@ -58,31 +59,40 @@ def standard_iteration(
     """X ← aX + (bR + cR²)X, with R = XXᵀ formed at every step.
 
     Cost for each matrix and step: 4n²m + 2n³ FLOPs, less what `method.smallest_block` saves of the
-    2n²m + 2n³ that are symmetric. A device group shares them evenly: each device multiplies its
-    columns, and its share of the rows of what is n × n.
+    2n²m + 2n³ that are symmetric; where c = 0 there is no R², and no 2n³. A device group shares
+    them evenly: each device multiplies its columns, and its share of the rows of what is n × n.
     """
 
-    def step(x, abc, first):
+    def step(x, abc, first, cubic):
         square = group.sum_rows(gram(x, method))
         # Products are scaled, not X: that costs and rounds nothing.
         scale = scale_at(first, x, square, schedule, group)
-        z = _polynomial(each(lambda g: scale**2 * g, square), abc, x.dtype, method, group)
+        r = each(lambda g: scale**2 * g, square)
+        z = _polynomial(r, abc, x.dtype, method, cubic, group)
         return _multiplied(x, scale, abc[0], z, method, group)
 
-    coefficients = jnp.asarray(schedule.coefficients, accumulation_dtype(x.dtype))
-    # A scan costs as much as an unrolled loop at run time and compiles once for all steps.
-    if group.size > 1:  # the first step by itself: only there the devices sum up a norm
-        x = step(x, coefficients[0], True)
-        return lax.scan(lambda x, abc: (step(x, abc, False), None), x, coefficients[1:])[0]
-    first = jnp.arange(len(coefficients)) == 0
-    return lax.scan(lambda x, this: (step(x, *this), None), x, (coefficients, first))[0]
+    # A scan costs as much as an unrolled loop at run time and compiles once for all its steps.
+    first = True
+    for cubic, some in itertools.groupby(schedule.coefficients, key=is_cubic):
+        coefficients = jnp.asarray(list(some), accumulation_dtype(x.dtype))
+        take = functools.partial(step, cubic=cubic)
+        if group.size > 1:  # the first step by itself: only there the devices sum up a norm
+            if first:
+                x, coefficients = take(x, coefficients[0], True), coefficients[1:]
+            x, _ = lax.scan(lambda x, abc, take=take: (take(x, abc, False), None), x, coefficients)
+        else:
+            firsts = first & (jnp.arange(len(coefficients)) == 0)
+            steps = coefficients, firsts
+            x, _ = lax.scan(lambda x, this, take=take: (take(x, *this), None), x, steps)
+        first = False
+    return x
 
 
 def gram_iteration(x: jax.Array, schedule: Schedule, method: Method) -> jax.Array:
     """X ← (W₂W₁)X by R alone, with a restart, R = XXᵀ, every two steps at most.
 
-    Cost for each matrix: 8n³ FLOPs a step, and 4n²m - 6n³ for each restart; less what
-    `method.smallest_block` saves of all but 2n²m of a restart.
+    Cost for each matrix: 8n³ FLOPs a step (6n³ where c = 0), and 4n²m - 6n³ for each restart; less
+    what `method.smallest_block` saves of all but 2n²m of a restart.
 
     Between restarts rounding is not made good. Where it makes R's small eigenvalues negative, or
     the next polynomial's argument leave its interval, they grow: in bfloat16 five steps without a
@@ -102,13 +112,13 @@ def gram_iteration(x: jax.Array, schedule: Schedule, method: Method) -> jax.Arra
     #   R = XXᵀ;  W₅;  X ← W₅X
     first = True
     restarts = steps_between_restarts(schedule, x.dtype)
-    # Those with equally many steps compile once.
-    for _, group in itertools.groupby(restarts, key=len):
+    # Those with equally many steps compile once, if the same of them are cubic.
+    for cubic, group in itertools.groupby(restarts, key=lambda steps: tuple(map(is_cubic, steps))):
         equal = jnp.asarray(list(group), accumulation_dtype(x.dtype))
 
-        def restart(x, this):
+        def restart(x, this, cubic=cubic):
             coefficients, first = this
-            return _until_restart(x, coefficients, first, schedule, method), None
+            return _until_restart(x, coefficients, first, schedule, method, cubic), None
 
         x, _ = lax.scan(restart, x, (equal, first & (jnp.arange(len(equal)) == 0)))
         first = False
@@ -116,13 +126,18 @@ def gram_iteration(x: jax.Array, schedule: Schedule, method: Method) -> jax.Arra
 
 
 def _until_restart(
-    x: jax.Array, coefficients: jax.Array, first: jax.Array, schedule: Schedule, method: Method
+    x: jax.Array,
+    coefficients: jax.Array,
+    first: jax.Array,
+    schedule: Schedule,
+    method: Method,
+    cubic: tuple[bool, ...],
 ) -> jax.Array:
     """Some steps by the Gram matrix of X, whose coefficients are `[steps, 3]`."""
 
-    def polynomial(r, abc):
-        r = rounded(r, x.dtype)
-        return r, abc[0], _polynomial(r, abc, x.dtype, method)
+    def polynomial(r, number):
+        r, abc = rounded(r, x.dtype), coefficients[number]
+        return r, abc[0], _polynomial(r, abc, x.dtype, method, cubic[number])
 
     def next_gram(r, a, z):  # WRW = a(aR + RZ) + (aR + RZ)Z
         whole = joined(z)
@@ -138,10 +153,10 @@ def _until_restart(
 
     square = gram(x, method)
     scale = scale_at(first, x, square, schedule, ONE_DEVICE)
-    r, a, z = polynomial(each(lambda block: scale**2 * block, square), coefficients[0])
+    r, a, z = polynomial(each(lambda block: scale**2 * block, square), 0)
     s, q = a, rounded(z, accumulation_dtype(x.dtype))
-    for abc in coefficients[1:]:
-        r, a, z = polynomial(next_gram(r, a, z), abc)
+    for number in range(1, len(cubic)):
+        r, a, z = polynomial(next_gram(r, a, z), number)
         s, q = product(s, q, a, z)
     return _multiplied(x, scale, s, q, method)
 
@@ -151,10 +166,14 @@ def _polynomial(
     abc: jax.Array,
     dtype: jnp.dtype,
     method: Method,
+    cubic: bool,
     group: OneDevice = ONE_DEVICE,
 ) -> Symmetric:
-    """Z = bR + cR², rounded. A device group has some rows of R, and of Z, on each device."""
+    """Z = bR + cR², rounded; R² is left out of a cubic. A device group has some rows of R, and of
+    Z, on each device."""
     _, b, c = abc
+    if cubic:
+        return each(lambda r: (b * r.astype(b.dtype)).astype(dtype), r)
     rows = joined(rounded(r, dtype))
     square = symmetric(rows, group.all_rows(rows), method)
     return each(lambda r, rr: (b * r.astype(rr.dtype) + c * rr).astype(dtype), r, square)

@@ -25,7 +25,7 @@ class Method:
       iteration: `"standard"` multiplies the matrix `[n, m]`, n <= m, at every step: 4n²m + 2n³
         FLOPs. `"gram"` multiplies polynomials of its Gram matrix XXᵀ, which is smaller, and the
         matrix itself at restarts, every two steps: 8n³ FLOPs a step, and 4n²m - 6n³ a
-        restart (see `iterations.gram_iteration`).
+        restart (see `iterations.gram_iteration`). A cubic step, c = 0, takes 2n³ less in both.
       smallest_block: Symmetric products compute only blocks on and below the diagonal, cut in
         halves of at least so many rows. None: they compute both sides of it.
       row_major: Copy factors that are transposed views before multiplying them.
@@ -67,7 +67,7 @@ MethodName = Iteration | Literal["auto"]
 
 # The least m/n at which "auto" takes the Gram iteration, on every backend, so that all give the
 # same numbers. By FLOPs it wins from 1.2 on where the halves of symmetric products are left out,
-# and from 1.5 on where they are not.
+# and from 1.5 on where they are not; of cubic steps from 1 and 1.5 on.
 _GRAM_FROM = 1.5
 # The least n. The standard iteration needs no margins, and of fewer rows it costs little.
 _GRAM_ROWS = 64

@@ -44,8 +44,9 @@ def orthogonalize(
     with `polar_express(12)`, and 9% to 61% away with the default, whose singular values are near 1
     while their derivatives are not near 0. `linalg.msign` has that gradient, exactly.
 
-    Cost: at most 2n³ + 4n²m FLOPs for each step and matrix, n ≤ m being its sides; less where
-    `method` is "gram" or computes symmetric products by half. `schedules.aol()` adds 2n²m.
+    Cost: at most 2n³ + 4n²m FLOPs for each step and matrix, n ≤ m being its sides (4n²m where c is
+    0, as in `schedules.cubic()`); less where `method` is "gram" or computes symmetric products by
+    half. `schedules.aol()` adds 2n²m.
 
     Args:
         x: Matrices [..., n, m] in bfloat16, float16, float32 or float64, real, not empty.

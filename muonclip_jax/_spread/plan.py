@@ -95,11 +95,13 @@ class Plan:
       stack: The matrices.
       factors: The mesh, in its axes' order.
       steps: Of the iteration.
+      cubic: How many of them are cubic, which need no square of the Gram matrix.
     """
 
     stack: MatrixStack
     factors: tuple[Factor, ...]
     steps: int
+    cubic: int = 0
 
     @property
     def devices_per_matrix(self) -> int:
@@ -114,14 +116,14 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """2n³ + 4n²m for each step and matrix, shared by a device group: those of the
-        standard iteration. What one device holds may take fewer (`Method`)."""
-        return self.matrices_per_device * _flops(self.stack, self.steps) // self.devices_per_matrix
+        """2n³ + 4n²m for each step and matrix (4n²m of a cubic), shared by a device group: those
+        of the standard iteration. What one device holds may take fewer (`Method`)."""
+        return self.matrices_per_device * self._flops // self.devices_per_matrix
 
     @property
     def ratio_to_even_share(self) -> float:
         """FLOPs over those of a device if all devices did equal parts of the work."""
-        return self.flops * self.stack.devices / (self.stack.count * _flops(self.stack, self.steps))
+        return self.flops * self.stack.devices / (self.stack.count * self._flops)
 
     @property
     def bytes_sent(self) -> int:
@@ -132,7 +134,7 @@ class Plan:
             self.stack.sent
             + 2 * share // shared * self._exchanges
             + share * (shared > 1)
-            + self.steps * self.matrices_per_device * self._bytes_in_group
+            + self.matrices_per_device * self._bytes_in_group
         )
 
     @property
@@ -140,7 +142,8 @@ class Plan:
         """How many times devices wait for each other."""
         split = self._size(lambda f: f.stored in ("rows", "cols")) > 1  # for the largest entry
         shared = self._size(lambda f: f.stored == "replicated" != f.working) > 1
-        in_group = (3 * self.steps + 1) * (self.devices_per_matrix > 1)  # the one is for the norm
+        in_group = 3 * self.steps - self.cubic + 1  # the one is for the norm
+        in_group *= self.devices_per_matrix > 1
         return 2 * self._exchanges + split + shared + in_group
 
     @property
@@ -157,12 +160,19 @@ class Plan:
         return any(f.stored not in (f.working, "replicated") for f in self.factors)
 
     @property
+    def _flops(self) -> int:
+        """Of a matrix."""
+        n, m = self.stack.n, self.stack.m
+        return self.steps * (2 * n**3 + 4 * n**2 * m) - self.cubic * 2 * n**3
+
+    @property
     def _bytes_in_group(self) -> int:
-        """Of a step and matrix: the Gram matrix is summed in float32 (float64 if that is what is
-        sent), and its rows and the polynomial's are shown to all."""
-        group, summed = self.devices_per_matrix, max(4, self.stack.item_bytes)
+        """Of a matrix: at every step the Gram matrix is summed in float32 (float64 if that is what
+        is sent), and the polynomial's rows are shown to all; its own too where it is squared."""
+        group, sent = self.devices_per_matrix, self.stack.item_bytes
         n = _up_to_multiple(self.stack.n, group)
-        return (summed + 2 * self.stack.item_bytes) * n**2 * (group > 1)
+        entry = self.steps * (max(4, sent) + 2 * sent) - self.cubic * sent
+        return entry * n**2 * (group > 1)
 
     def _padded(self, axis: Split) -> int:
         """`MatrixStack.local`, with the zeros that make the working sharding's shares equal."""
@@ -193,7 +203,10 @@ def _are_counts(numbers: Any, how_many: int) -> bool:
 
 
 def choose(
-    stack: MatrixStack, steps: int, devices_per_matrix: DevicesPerMatrix | None = None
+    stack: MatrixStack,
+    steps: int,
+    devices_per_matrix: DevicesPerMatrix | None = None,
+    cubic: int = 0,
 ) -> Plan:
     """The plan that takes the least time by `Plan.seconds`.
 
@@ -202,6 +215,7 @@ def choose(
       steps: Steps of the iteration.
       devices_per_matrix: Only plans with device groups of so many; by shape `{(n, m): devices}`
         for those that differ, either side first. None: all plans. One device makes no groups.
+      cubic: How many of the steps are cubic.
 
     Raises:
       ValueError: No device group of that size can be made of the mesh's axes.
@@ -209,10 +223,11 @@ def choose(
     forced = devices_per_matrix if stack.devices > 1 else None
     if isinstance(forced, Mapping):
         forced = forced.get((stack.n, stack.m), forced.get((stack.m, stack.n)))
-    plans = [plan for plan in _plans(stack, steps) if forced in (None, plan.devices_per_matrix)]
+    every = list(_plans(stack, steps, cubic))
+    plans = [plan for plan in every if forced in (None, plan.devices_per_matrix)]
     if not plans:
         shown = " × ".join(f"{axis}={size}" for axis, size in stack.mesh)
-        possible = sorted({plan.devices_per_matrix for plan in _plans(stack, steps)})
+        possible = sorted({plan.devices_per_matrix for plan in every})
         raise ValueError(
             f"devices_per_matrix={forced} for matrices [{stack.n}, {stack.m}]: no device group of "
             f"so many can be made of the mesh {shown}; choose from {possible}."
@@ -220,14 +235,14 @@ def choose(
     return min(plans, key=lambda plan: plan.seconds)
 
 
-def _plans(stack: MatrixStack, steps: int) -> Iterator[Plan]:
+def _plans(stack: MatrixStack, steps: int, cubic: int) -> Iterator[Plan]:
     """Every size of device group, with replicated work shared or repeated."""
     sizes = [size for size in range(1, stack.devices + 1) if stack.devices % size == 0]
     options: tuple[Split, ...] = ("stack", "replicated")
     for size, replicated in itertools.product(sizes, options):
         factors = _factors(stack, size, replicated)
         if factors is not None:
-            yield Plan(stack, factors, steps)
+            yield Plan(stack, factors, steps, cubic)
 
 
 def _factors(stack: MatrixStack, group: int, replicated: Split) -> tuple[Factor, ...] | None:
@@ -247,10 +262,6 @@ def _factors(stack: MatrixStack, group: int, replicated: Split) -> tuple[Factor,
         outer = replicated if stored == "replicated" else "stack"
         factors += [Factor(size // inner[axis], stored, outer), Factor(inner[axis], stored, "cols")]
     return tuple(factor for factor in factors if factor.size > 1)
-
-
-def _flops(stack: MatrixStack, steps: int) -> int:
-    return steps * (2 * stack.n**3 + 4 * stack.n**2 * stack.m)
 
 
 def _up_to_multiple(number: int, of: int) -> int:

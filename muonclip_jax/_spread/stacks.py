@@ -16,6 +16,7 @@ from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import orthogonalize, orthogonalize_stack
 from muonclip_jax._orthogonalize.products import concatenate
+from muonclip_jax._orthogonalize.schedules import is_cubic
 from muonclip_jax._spread.exchange import orthogonalize_spread
 from muonclip_jax._spread.plan import DevicesPerMatrix, MatrixStack, Plan, Split, choose
 
@@ -115,6 +116,7 @@ def plans(
     if isinstance(devices_per_matrix, Mapping):
         _check_shapes(devices_per_matrix, arrays)
     steps = len(how.schedule.coefficients)
+    cubic = sum(map(is_cubic, how.schedule.coefficients))
     sizes = {} if mesh is None else {axis: mesh.shape[axis] for axis in free_axes(mesh)}
     on_mesh = tuple((axis, size) for axis, size in sizes.items() if size > 1)
     groups: dict[Any, list[int]] = {}
@@ -127,7 +129,7 @@ def plans(
         if alone is not None:
             unknown: tuple[Split, ...] = ("unknown",) * len(on_mesh)
             yield (
-                Plan(MatrixStack(arrays[alone].shape[0], n, m, on_mesh, unknown), (), steps),
+                Plan(MatrixStack(arrays[alone].shape[0], n, m, on_mesh, unknown), (), steps, cubic),
                 members,
             )
             continue
@@ -136,7 +138,7 @@ def plans(
             count = sum(arrays[i].shape[0] for i in some)
             sent = sum(arrays[i].sent for i in some)
             stack = MatrixStack(count, n, m, on_mesh, stored, dtype.itemsize, sent)
-            yield choose(stack, steps, devices_per_matrix), some
+            yield choose(stack, steps, devices_per_matrix, cubic), some
 
 
 def orthogonalize_all(

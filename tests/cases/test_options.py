@@ -56,6 +56,12 @@ SCOPE = ([None, "model", 3], ['"head"', '"layer"'])
 MODULE = ([None, "attn", 3], ["flax.linen.Module", "flax.nnx.Module"])
 AXES = ([3, ["data"], ("data", 3)], ["name of an axis", "tuple"])
 
+GENERATED = {
+    "steps": ([None, *COUNT], WHOLE),
+    "lower": ([None, "0.1", 0.0, 1.0, NAN], ["between 0 and 1"]),
+    "safety": ([None, "1", 0.5, NAN, math.inf], ["finite", "at least 1"]),
+    "normalization": ([None, "spectral"], ['"frobenius"', '"schatten4"', '"aol"']),
+}
 ROUTING = {
     "layout": LAYOUT_WANTED,
     "granularity": GRANULARITY,
@@ -377,16 +383,8 @@ FUNCTIONS = {
         },
     ),
     "jordan": (mc.schedules.jordan, {}, {"steps": ([None, *COUNT], WHOLE)}),
-    "polar_express": (
-        mc.schedules.polar_express,
-        {},
-        {
-            "steps": ([None, *COUNT], WHOLE),
-            "lower": ([None, "0.1", 0.0, 1.0, NAN], ["between 0 and 1"]),
-            "safety": ([None, "1", 0.5, NAN, math.inf], ["finite", "at least 1"]),
-            "normalization": ([None, "spectral"], ['"frobenius"', '"schatten4"', '"aol"']),
-        },
-    ),
+    "polar_express": (mc.schedules.polar_express, {}, GENERATED),
+    "cubic": (mc.schedules.cubic, {}, GENERATED),
     "cans": (mc.schedules.cans, {}, {"safety": ([None, "1", 0.5, NAN], ["at least 1"])}),
     "mha": (mc.layouts.mha, {}, {"heads": (COUNT, WHOLE), **PROJECTION, "block": MAY_BE_SEVERAL}),
     "gqa": (

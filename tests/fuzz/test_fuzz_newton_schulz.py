@@ -26,6 +26,7 @@ def draw_schedule(rng):
             schedules.polar_express(5),
             schedules.polar_express(steps),
             schedules.polar_express(steps, lower=lower),
+            schedules.cubic(steps, lower=lower),
             schedules.jordan(),
             schedules.you(),
             schedules.cans(),

@@ -26,6 +26,7 @@ SCHEDULES = [
     schedules.cans(),
     schedules.aol(),
     schedules.deepseek_v4(),
+    schedules.cubic(),
 ]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 each_normalization = pytest.mark.parametrize(

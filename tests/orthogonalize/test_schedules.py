@@ -64,6 +64,29 @@ def test_one_generated_step_equioscillates(lower):
     assert 1 + np.count_nonzero(np.diff(signs)) == 4
 
 
+@settings(deadline=None)
+@given(lower=st.floats(0.025, 0.99))
+def test_one_cubic_equioscillates(lower):
+    """The same for the best of two coefficients: three times."""
+    sigma = np.linspace(lower, 1, 200_001)
+    error = 1 - schedules.cubic(1, lower, safety=1).apply(sigma)
+    worst = np.abs(error).max()
+    signs = np.sign(error[np.abs(error) >= worst - 1e-8 * worst - 1e-15])
+    assert 1 + np.count_nonzero(np.diff(signs)) == 3
+
+
+@pytest.mark.parametrize("lower", [0.5, 0.1, 1e-3, 1e-9])
+def test_cubics_converge_and_keep_to_their_widths(lower):
+    schedule = schedules.cubic(60, lower)
+    assert schedule.worst_error() < 1e-12 and schedule.coefficients[-1] == (1.5, -0.5, 0)
+    assert all(c == 0 for _, _, c in schedule.coefficients)
+    plain = schedules.cubic(3, lower, safety=1).coefficients
+    widened = np.divide(plain, (1.01, 1.01**3, 1.01**5))
+    np.testing.assert_allclose(schedules.cubic(3, lower).coefficients, widened, rtol=1e-14)
+    errors = [schedules.cubic(steps, lower, safety=1).worst_error() for steps in range(1, 40)]
+    assert (np.diff(errors) <= 1e-12).all()
+
+
 @pytest.mark.slow
 @settings(deadline=None)
 @given(exponent=st.floats(-14, -0.01), steps=st.integers(1, 40))
@@ -95,6 +118,7 @@ ACCURACY = {
     schedules.aol(safety=1): (147, 0.853, 0.059),
     schedules.polar_express(8, lower=1e-3): (6363, 0, 0),
     schedules.deepseek_v4(): (79263, 5e-4, 5e-4),
+    schedules.cubic(): (601, 0.446, 0.001),
 }
 
 
@@ -186,6 +210,7 @@ def test_coefficients_that_turn_the_matrix_around_are_refused(steps):
             lambda: schedules.polar_express(safety=0.9),
             "safety must be finite and at least 1",
         ),
+        (lambda: schedules.cubic(lower=0), "cubic: lower must .*got 0"),
         (lambda: schedules.you().worst_error(2), "worst_error: lower must .*got 2"),
     ],
 )
@@ -274,6 +299,6 @@ def test_only_cans_takes_large_singular_values_nearly_to_zero():
         return np.min(shares[1:])
 
     others = (schedules.polar_express(), schedules.polar_express(8), schedules.jordan())
-    others += (schedules.you(), schedules.aol(), schedules.deepseek_v4())
+    others += (schedules.you(), schedules.aol(), schedules.deepseek_v4(), schedules.cubic())
     assert min(map(smallest_share, others)) > 0.09
     assert smallest_share(schedules.cans()) < 0.0043

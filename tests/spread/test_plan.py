@@ -16,6 +16,9 @@ from muonclip_jax._spread.plan import MatrixStack, choose
 
 POD = (("fsdp", 64), ("tp", 8))
 STEPS = 5
+MIXED = mc.Schedule(
+    "mixed", ((1.5, -0.5, 0.0),) + ((2.0, -1.5, 0.5),) * 2 + ((1.5, -0.5, 0.0),) * 2
+)
 
 
 def test_few_large_matrices_are_shared_by_device_groups():
@@ -78,7 +81,8 @@ def test_forced_by_shape():
 
 
 @pytest.mark.parametrize("devices_per_matrix", [1, 2, 8])
-def test_costs_are_those_of_the_compiled_program(devices_per_matrix):
+@pytest.mark.parametrize("schedule", [mc.schedules.polar_express(5), MIXED], ids=lambda s: s.name)
+def test_costs_are_those_of_the_compiled_program(devices_per_matrix, schedule):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, P(None, "fsdp", "tp"))
     grads = {"w": jax.ShapeDtypeStruct((8, 256, 512), jnp.float32, sharding=sharding)}
@@ -86,7 +90,7 @@ def test_costs_are_those_of_the_compiled_program(devices_per_matrix):
         "dimension_numbers": {"w": MuonDimensionNumbers(-2, -1)},
         "shardings": sharding,
         "devices_per_matrix": devices_per_matrix,
-        "newton_schulz": mc.NewtonSchulz(dtype="float32", method=mc.Method("standard")),
+        "newton_schulz": mc.NewtonSchulz(schedule, "float32", mc.Method("standard")),
     }
     tx = mc.scale_by_muon(**options)
     compiled = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads)).compile()
