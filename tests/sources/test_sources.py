@@ -186,6 +186,15 @@ def mla_decoding():
 
 
 @check
+def absorbed_qk_norm():
+    out, _, _, params, w, x = latent_attention(qk_norm=True)
+    gains = (params[name]["scale"] for name in ("q_norm", "k_norm"))
+    heads = source.mla_decoding_normalized(x, w, (NOPE + ROPE) ** -0.5, *gains)
+    joined = np.moveaxis(heads, 0, 1).reshape(T, -1)
+    return difference(out, joined @ params["wo"]["kernel"])
+
+
+@check
 def partial_qk_norm():
     _, q, k, _, w, x = latent_attention(partial_qk_norm=True)
     expected_q, expected_k = [], []

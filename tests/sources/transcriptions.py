@@ -7,6 +7,8 @@ MuonClip's box is in `tests/recipes/published.py`, QuacK's algorithms in
 002       Su Jianlin, "QK-Clip", spaces.ac.cn/archives/11126
 003       an article on QuacK, arXiv 2511.21377
 004       a list of Su Jianlin's articles with their first formulas
+
+and, of the field since, Y. Han et al., "QK-Normed MLA", arXiv 2606.16310 (its abstract).
 """
 
 import numpy as np
@@ -88,6 +90,25 @@ def partly_normalized(x, qc, qr, key, kr):
     queries = np.concatenate([rms_norm(x @ qc), rotated(rms_norm(x @ qr))], axis=-1)
     keys = np.concatenate([key, rotated(rms_norm(x @ kr))], axis=-1)
     return queries, keys
+
+
+# 2606.16310: whole QK-norm in decoding. A key's gain is part of the query, and of the rotary key
+# that all heads share; what is left of the norm is one number a token and head.
+
+
+def mla_decoding_normalized(x, w, scale, q_gain, k_gain):
+    """As `mla_decoding`, of queries and keys that are normalized before RoPE."""
+    latent = x @ w["c"]
+    outputs = []
+    for qc, qr, kc, v in zip(w["qc"], w["qr"], w["kc"], w["v"], strict=True):
+        nope = qc.shape[1]
+        inverse_rms = np.mean(np.hstack([latent @ kc, x @ w["kr"]]) ** 2, axis=-1) ** -0.5
+        q = q_gain * rms_norm(np.hstack([x @ qc, x @ qr]))
+        absorbed = np.hstack([(q[:, :nope] * k_gain[:nope]) @ kc.T, rotated(q[:, nope:])])
+        cached = np.hstack([latent, rotated(x @ w["kr"] * k_gain[nope:])])
+        logits = scale * absorbed @ cached.T * inverse_rms
+        outputs.append(softmax(np.where(visible(len(x)), logits, -np.inf)) @ latent @ v)
+    return np.stack(outputs)
 
 
 # 002, the clips.
