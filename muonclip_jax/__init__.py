@@ -15,6 +15,7 @@ from muonclip_jax._core.sowing import read_signal, sow_signal
 from muonclip_jax._diagnostics.activations import read_activations, sow_activations
 from muonclip_jax._diagnostics.check_layout import LayoutProof, check_layout
 from muonclip_jax._diagnostics.clip_report import ClipReport, SignalReport, clip_report
+from muonclip_jax._diagnostics.coordinate_check import CoordinateCheck, coordinate_check
 from muonclip_jax._diagnostics.heads import head_matrices
 from muonclip_jax._diagnostics.measures import (
     effective_rank,
@@ -152,6 +153,8 @@ __all__ = [
     "head_matrices",
     "sow_activations",
     "read_activations",
+    "coordinate_check",
+    "CoordinateCheck",
     "plots",
     # read-only: matrices
     "singular_values",

@@ -1,7 +1,7 @@
-"""Pictures of heads, drawn with matplotlib: `pip install 'muonclip_jax[plots]'`.
+"""Pictures of heads and activations, drawn with matplotlib: `pip install 'muonclip_jax[plots]'`.
 
-Each takes numbers by block, as the other diagnostics give them, and returns a `Figure` to save,
-`mc.plots.head_map(...).savefig("heads.png")`. Nothing is shown on a screen.
+Each takes what the other diagnostics give, most often numbers by block, and returns a `Figure` to
+save, `mc.plots.head_map(...).savefig("heads.png")`. Nothing is shown on a screen.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from muonclip_jax._diagnostics.coordinate_check import CoordinateCheck
 from muonclip_jax._diagnostics.report import layers
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
-__all__ = ["curves", "head_map", "spectra"]
+__all__ = ["coordinates", "curves", "head_map", "spectra"]
 
 INK, FAINT, WARNING = "#1f2933", "#9aa5b1", "#dc2626"
 STYLE: "dict[RcKeyType, Any]" = {
@@ -179,6 +180,47 @@ def spectra(values: Mapping[str, ArrayLike], label: str = "σ over the largest")
         for matrix, color in zip(matrices, shades(len(matrices)), strict=True):
             axes.plot(range(1, len(matrix) + 1), matrix / (matrix[0] or 1), color=color, lw=1)
         axes.set_yscale("log")
+    return figure
+
+
+@_drawing
+def coordinates(checks: Mapping[str, CoordinateCheck]) -> "Figure":
+    """Draws how much activations change over widths: a panel a check, a line an activation.
+
+    Args:
+      checks: By a title, what `coordinate_check` gave: one for each optimizer, say. Lines are of
+        the change after the last step, the mean over seeds; a change of 0 has no point.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: There are no checks.
+
+    Example:
+      >>> changes = {"mlp": np.array([[[1.0]], [[2.0]]])}
+      >>> check = mc.CoordinateCheck((64, 128), {"mlp": np.ones((2, 1))}, changes, tolerance=0.25)
+      >>> len(mc.plots.coordinates({"Adam": check}).axes)
+      1
+    """
+    if not checks:
+        raise ValueError("plots.coordinates: no checks to draw.")
+    figure, panels = _panels(list(checks), "width", "RMS of the change")
+    names = list(dict.fromkeys(name for check in checks.values() for name in check.changes))
+    colors = dict(zip(names, shades(len(names)), strict=True))
+    for axes, check in zip(panels, checks.values(), strict=True):
+        for name, change in check.changes.items():
+            means = change[..., -1].mean(axis=1)
+            drawn = np.where(means > 0, means, np.nan)
+            axes.plot(check.widths, drawn, color=colors[name], marker="o", ms=3, lw=1, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=_COLUMNS)
     return figure
 
 

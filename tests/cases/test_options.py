@@ -152,6 +152,7 @@ DEPTH_POWER = ([None, "1", 0.0, 2.0, NAN], ["[0.5, 1]"])
 POWER = ([None, "1", [1.0], -1.0, NAN], ["at least 0"])
 SIZE = mc.scaling.Size(64, 2, 512, 100)
 TUNED = {"learning_rate": 0.02, "weight_decay": 0.1}
+TOY = (lambda key: jnp.ones(2), lambda params: (params.sum(), {"x": params}))
 MAY_BE_POSITIVE = (POSITIVE[0][1:], POSITIVE[1])
 
 
@@ -564,6 +565,18 @@ FUNCTIONS = {
             "symmetric": FLAG,
         },
     ),
+    "coordinate_check": (
+        mc.coordinate_check,
+        {"model": lambda width: TOY, "optimizer": lambda w: optax.sgd(0.1), "widths": (2, 4)},
+        {
+            "model": ([None, 3], ["function of a width"]),
+            "optimizer": ([None, optax.sgd(0.1)], ["function of a width"]),
+            "widths": ([None, 64, (64,), "64", (64, 32), (64, 64), (64, 1.5), (0, 4)], []),
+            "steps": (COUNT, WHOLE),
+            "seeds": (COUNT, WHOLE),
+            "tolerance": POSITIVE,
+        },
+    ),
     "shape_scale": (mc.scaling.shape_scale, {"rule": "none", "ins": 4, "outs": 8}, OF_SHAPE),
     "muon_update_rms": (
         mc.scaling.muon_update_rms,
@@ -711,7 +724,15 @@ def test_the_right_options_raise_nothing(fn, needed):
 
 # What has no rows here, and why.
 WITHOUT_OPTIONS = {
-    *("AccumulateState", "AttentionReport", "ClipState", "HeadReport", "QKClipState", "QuackState"),
+    *(
+        "AccumulateState",
+        "AttentionReport",
+        "ClipState",
+        "CoordinateCheck",
+        "HeadReport",
+        "QKClipState",
+        "QuackState",
+    ),
     *("ClipReport", "SignalReport", "ScheduledClipState", "SpectralNormState"),
     "NeuronRMSState",
     *("HyperballState", "PeriodicOrthogonalizationState"),

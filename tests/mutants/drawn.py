@@ -54,6 +54,7 @@ MODULES = [
     "_transforms/spectral.py",
     "_transforms/update_rms.py",
     "_diagnostics/activations.py",
+    "_diagnostics/coordinate_check.py",
     "_diagnostics/heads.py",
     "_diagnostics/measures.py",
     "scaling.py",
