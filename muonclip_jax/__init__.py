@@ -60,7 +60,8 @@ from muonclip_jax._transforms.spectral import (
 from muonclip_jax._transforms.update_rms import scale_by_update_rms
 from muonclip_jax._transforms.upgrade import upgrade_state
 from muonclip_jax.layouts import Layout, find_layout
-from muonclip_jax.recipes import kimi_muonclip, muon, muon_direction, muonclip, quack
+from muonclip_jax.published import kimi_muonclip, moonlight, muonh, nanochat, normuon
+from muonclip_jax.recipes import muon, muon_direction, muonclip, quack
 from muonclip_jax.schedules import Schedule
 
 if TYPE_CHECKING:  # these import NNX, which takes as long as this package: who uses them waits
@@ -113,6 +114,10 @@ __all__ = [
     "muon",
     "muonclip",
     "kimi_muonclip",
+    "moonlight",
+    "normuon",
+    "muonh",
+    "nanochat",
     "quack",
     "muon_direction",
     "scaling",

@@ -1,4 +1,4 @@
-"""The chains: Muon, Muon with QK-Clip (and as published), Muon or another optimizer with QuacK."""
+"""The chains: Muon, Muon with QK-Clip, Muon or another optimizer with QuacK."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from muonclip_jax._core import paths
 from muonclip_jax._core.masks import Frozen, Mask, read_frozen
 from muonclip_jax._core.maxima import AxisName
-from muonclip_jax._core.options import check_ascent, check_flag, check_not_frozen, check_rate
+from muonclip_jax._core.options import check_ascent, check_flag, check_not_frozen
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
@@ -19,19 +19,19 @@ from muonclip_jax._spread.plan import DevicesPerMatrix
 from muonclip_jax._transforms.clip import Scope, Threshold
 from muonclip_jax._transforms.decay import decayed_weights
 from muonclip_jax._transforms.muon import scale_by_muon
-from muonclip_jax._transforms.partition import partition_matrices
+from muonclip_jax._transforms.partition import learning_rates, partition_matrices
 from muonclip_jax._transforms.qk_clip import SharedKeys, qk_clip
 from muonclip_jax._transforms.quack import QuackRule, scale_by_quack
 from muonclip_jax._transforms.update_rms import Rule, check_rule, scale_by_update_rms
 
-_ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
+ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
 
 
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     other_learning_rate: optax.ScalarOrSchedule | None = None,
-    other: optax.GradientTransformation = _ADAM,
+    other: optax.GradientTransformation = ADAM,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
@@ -140,7 +140,9 @@ def muon(
     decay = decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
     if weight_decay_mask is None:
         check_not_frozen("other", other, weight_decay)
-    return optax.chain(direction, decay, _rates(learning_rate, other_learning_rate, numbers))
+    return optax.chain(
+        direction, decay, learning_rates(learning_rate, other_learning_rate, numbers)
+    )
 
 
 def muonclip(
@@ -154,7 +156,7 @@ def muonclip(
     axis_name: AxisName = None,
     heads_axis_name: AxisName = None,
     other_learning_rate: optax.ScalarOrSchedule | None = None,
-    other: optax.GradientTransformation = _ADAM,
+    other: optax.GradientTransformation = ADAM,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
@@ -262,109 +264,6 @@ def muonclip(
     )
 
 
-def kimi_muonclip(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    layout: Layouts,
-    threshold: Threshold = 100.0,
-    axis_name: AxisName = None,
-    other_learning_rate: optax.ScalarOrSchedule | None = None,
-    other: optax.GradientTransformation = _ADAM,
-    momentum: ArrayLike = 0.95,
-    newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
-    weight_decay: optax.ScalarOrSchedule = 0.1,
-    weight_decay_mask: Mask | None = None,
-    rules: routing.Rules | None = None,
-    frozen: Frozen | None = None,
-    mu_dtype: DTypeLike | None = None,
-    shardings: Shardings | None = None,
-    devices_per_matrix: DevicesPerMatrix | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """MuonClip as published: the optimizer of Kimi K2, with whole kernels and without Nesterov.
-
-        M ← μ M + G
-        O ← msign(M) · 0.2 · sqrt(max(n, m))      of each kernel, n × m, whole as it is stored
-        W ← W − η (O + λ W)                       W on the right is the weight before the step
-        then, for each head whose largest logit S is above τ, with γ = τ / S:
-            its queries and its own keys (of MLA q_nope, k_nope) ← · sqrt(γ)
-            its queries of a key that heads share (of MLA q_rope) ← · γ, the shared key as it is
-
-    It is `muonclip` with these settings, and is called alike. Where each comes from:
-
-    | setting | source |
-    | --- | --- |
-    | the four lines, without Nesterov | Su Jianlin, "QK-Clip", spaces.ac.cn/archives/11126; Kimi K2, arXiv 2507.20534, Algorithm 1 |
-    | τ = 100 | both |
-    | λ = 0.1 | the Kimi K2 report, section 2.5 |
-    | μ = 0.95; Adam with b1 = 0.9, b2 = 0.95 for embeddings, unembeddings, norms, with Muon's η and λ | Moonlight's code (github.com/MoonshotAI/Moonlight; arXiv 2502.16982), on which the article builds |
-    | one matrix a kernel, all heads of it | Moonlight's code, which takes every parameter of two axes as it is stored. The other two write W as n × m, and name heads in the clip only |
-    | fused queries, keys and values as one matrix | this library's reading of the same; Kimi's models store MLA's kernels apart, so no source had to say |
-    | a key of GQA or MQA that heads share is not clipped | this library's; the article says it of MLA's shared rope key, for a reason that holds here too: the clip would hit innocent heads |
-    | five Polar Express steps in bfloat16 for msign | this library's; the report says Newton–Schulz, Moonlight's code takes five of Jordan's steps with Nesterov |
-    | what does not decay: biases, gains, norms (the table of `muon`) | this library's; Moonlight's code lets all of them decay |
-
-    How far it is from the box, given the same gradients and maxima, after 20 steps, as a share of
-    the way that each kernel went, beside a float64 transcription with an SVD for msign: 3e-7 with
-    `newton_schulz=NewtonSchulz(schedules.polar_express(12), "float32")`, and 0.3% with the default
-    schedule (small kernels, gradients with singular values 1/k; `scale_by_update_rms` says what
-    five steps do to steeper ones). `tests/recipes/published.py` is the transcription.
-
-    Args:
-      learning_rate: η, a number or an Optax schedule. Kimi K2's was 2e-4 at most.
-      layout: Where queries, keys, values and outputs are, as in `muonclip`.
-      threshold: τ of `qk_clip`, or a schedule of it.
-      axis_name: As in `qk_clip`: inside `jax.shard_map` and `jax.pmap`, the axes of the data.
-        (There is no `heads_axis_name`: kernels whose heads are spread by hand are not whole.)
-      other_learning_rate: This and all that follow are as in `muon`.
-      other: What parameters that are not Muon's get.
-      momentum: μ.
-      newton_schulz: How to orthogonalize.
-      weight_decay: λ.
-      weight_decay_mask: What decays.
-      rules: What to do with parameters by path.
-      frozen: What gets no updates, and is not clipped either, as in `qk_clip`.
-      mu_dtype: The dtype of Muon's momentum; "int8" is a quarter of float32, see `scale_by_muon`.
-      shardings: How the parameters are split over a mesh with Auto axes.
-      devices_per_matrix: How many devices make a group, which holds one matrix among them.
-
-    Raises:
-      TypeError, ValueError: As `muonclip`, and for kernels whose pieces are no one matrix, because their
-        inputs lie along different axes.
-
-    Example:
-        >>> optimizer = mc.kimi_muonclip(2e-4, layout=layout)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(grads, state, params, max_logits=sown)
-        >>> params = optax.apply_updates(params, updates)
-        >>> rows = mc.describe(params, layout, granularity=mc.Granularity.kimi_k2())
-        >>> [str(row.matrices[0]) for row in rows if row.path == "attn/query/kernel"]
-        ['q 1 × [8, 8] of 2 heads']
-    """  # noqa: E501
-    return muonclip(
-        learning_rate,
-        layout=layout,
-        threshold=threshold,
-        alpha=0.5,
-        shared_keys="untouched",
-        scope="head",
-        axis_name=axis_name,
-        other_learning_rate=other_learning_rate,
-        other=other,
-        momentum=momentum,
-        nesterov=False,
-        newton_schulz=newton_schulz,
-        update_rms="match_adam",
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        granularity=Granularity.kimi_k2(),
-        rules=rules,
-        frozen=frozen,
-        mu_dtype=mu_dtype,
-        shardings=shardings,
-        devices_per_matrix=devices_per_matrix,
-    )
-
-
 def quack(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -431,13 +330,13 @@ def quack(
     return optax.chain(
         direction,
         *((decay, factors) if scale_weight_decay else (factors, decay)),
-        _rates(learning_rate, None, None),
+        learning_rates(learning_rate, None, None),
     )
 
 
 def muon_direction(
     *,
-    other: optax.GradientTransformation = _ADAM,
+    other: optax.GradientTransformation = ADAM,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     newton_schulz: NewtonSchulz = NewtonSchulz(),  # noqa: B008 (frozen)
@@ -515,18 +414,3 @@ def _without(frozen: Frozen) -> optax.GradientTransformation:
         return paths.map_with_path(lambda path, _: path in still, tree)
 
     return optax.masked(optax.set_to_zero(), which)
-
-
-def _rates(
-    learning_rate: optax.ScalarOrSchedule,
-    other_learning_rate: optax.ScalarOrSchedule | None,
-    dimension_numbers: routing.DimensionNumbers | None,
-) -> optax.GradientTransformation:
-    """Behind the decay, so that each group's decay follows its own rate."""
-    check_rate("learning_rate", learning_rate)
-    rate = optax.scale_by_learning_rate(learning_rate)
-    if other_learning_rate is None or dimension_numbers is None:
-        return rate
-    check_rate("other_learning_rate", other_learning_rate)
-    other = optax.scale_by_learning_rate(other_learning_rate)
-    return partition_matrices(lambda _: rate, other, dimension_numbers=dimension_numbers)

@@ -21,6 +21,7 @@ ORDER = [
     "schedules",
     "linalg",
     "recipes",
+    "published",
     "scaling",
     "_trainers",
     "_diagnostics",

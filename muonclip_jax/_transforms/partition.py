@@ -8,7 +8,7 @@ import optax
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.masks import Frozen, check_frozen, read_frozen
-from muonclip_jax._core.options import check_transformation
+from muonclip_jax._core.options import check_rate, check_transformation
 from muonclip_jax._core.paths import Path
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._parameters import routing
@@ -109,3 +109,19 @@ def partition_matrices(
         return build(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def learning_rates(
+    learning_rate: optax.ScalarOrSchedule,
+    other_learning_rate: optax.ScalarOrSchedule | None,
+    dimension_numbers: routing.DimensionNumbers | None,
+) -> optax.GradientTransformation:
+    """The learning rate, or that of matrices and that of all others; behind the decay, so that each
+    group's decay follows its own."""
+    check_rate("learning_rate", learning_rate)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    if other_learning_rate is None or dimension_numbers is None:
+        return rate
+    check_rate("other_learning_rate", other_learning_rate)
+    other = optax.scale_by_learning_rate(other_learning_rate)
+    return partition_matrices(lambda _: rate, other, dimension_numbers=dimension_numbers)

@@ -156,6 +156,16 @@ TOY = (lambda key: jnp.ones(2), lambda params: (params.sum(), {"x": params}))
 MAY_BE_POSITIVE = (POSITIVE[0][1:], POSITIVE[1])
 
 
+TWO_RATES = {"learning_rate": 1e-2, "other_learning_rate": 1e-3}
+
+
+def _of(function, options):
+    """Those of the options that a function has."""
+    return {
+        name: o for name, o in options.items() if name in inspect.signature(function).parameters
+    }
+
+
 # function: (it, what it needs, the options with their wrong values and the words that tell better)
 FUNCTIONS = {
     "muon": (mc.muon, {"learning_rate": 1e-3}, RECIPE),
@@ -167,12 +177,17 @@ FUNCTIONS = {
     "kimi_muonclip": (
         mc.kimi_muonclip,
         {"learning_rate": 1e-3, "layout": LAYOUT},
-        {
-            name: wrong
-            for name, wrong in (RECIPE | CLIP).items()
-            if name in inspect.signature(mc.kimi_muonclip).parameters
-        },
+        _of(mc.kimi_muonclip, RECIPE | CLIP),
     ),
+    **{
+        name: (recipe, needed, _of(recipe, RECIPE | {"b2": MOMENTUM}))
+        for name, recipe, needed in (
+            ("moonlight", mc.moonlight, {"learning_rate": 1e-3}),
+            ("normuon", mc.normuon, {"learning_rate": 1e-3}),
+            ("muonh", mc.muonh, TWO_RATES),
+            ("nanochat", mc.nanochat, TWO_RATES),
+        )
+    },
     "quack": (
         mc.quack,
         {"learning_rate": 1e-3, "layout": LAYOUT},

@@ -16,7 +16,12 @@ from tests.contract.places import ONE_DEVICE, PLACES, Place
 # What is passed over: the behaviour, the link and the place as patterns, and the reason.
 PASSED_OVER = [
     ("inject", "^scale_by_(orthogonalization|update_rms)$", "", "it has no numbers to inject"),
-    ("strict", "^(kimi_)?muon(clip)?$", "", "optax.scale_by_adam multiplies floats with counts"),
+    (
+        "strict",
+        "^((kimi_)?muon(clip)?|moonlight|normuon|muonh|nanochat)$",
+        "",
+        "optax.scale_by_adam multiplies floats with counts",
+    ),
     ("masked", "clip|accumulate", "", "a clip must see all parameters"),
 ]
 
@@ -28,6 +33,10 @@ _LONG_ANYWHERE = (
     "muon_direction",
     "muon",
     "kimi_muonclip",
+    "moonlight",
+    "normuon",
+    "muonh",
+    "nanochat",
     "quack",
     "accumulate",
     "qk_clip until a step",

@@ -121,6 +121,7 @@ def _partitioned(momentum, layout, shardings=None):
 
 
 _EXACT = {"newton_schulz": FLOAT32}
+_TWO_RATES = {"learning_rate": 0.01, "other_learning_rate": 0.001}
 _ONCE = {"iterations": 1}
 _LAYOUT = {"layout": LAYOUT}
 # In place of Adam, which does not itself keep to strict promotion.
@@ -196,6 +197,10 @@ LINKS = [
         signal="max_logits",
         place=True,
     ),
+    Link("moonlight", mc.moonlight, {"learning_rate": 0.01}, _EXACT | _LAYOUT, place=True),
+    Link("normuon", mc.normuon, {"learning_rate": 0.01, "b2": 0.9}, _EXACT | _LAYOUT, place=True),
+    Link("muonh", mc.muonh, _TWO_RATES, _EXACT | _LAYOUT, place=True),
+    Link("nanochat", mc.nanochat, _TWO_RATES, _EXACT | _LAYOUT, place=True),
     Link("qk_clip", mc.qk_clip, {"threshold": 10.0, "alpha": 0.5}, _LAYOUT, signal="max_logits"),
     Link(
         "clip_by_signal",
