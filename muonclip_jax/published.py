@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from muonclip_jax._core.masks import Frozen, Mask
 from muonclip_jax._core.maxima import AxisName
-from muonclip_jax._core.options import check_ascent
+from muonclip_jax._core.options import check_ascent, check_rate
 from muonclip_jax._core.shardings import Shardings
 from muonclip_jax._layouts.blocks import Layouts
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
@@ -360,6 +360,8 @@ def muonh(
         >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
     """
     check_ascent("other", other)
+    check_rate("learning_rate", learning_rate)
+    check_rate("other_learning_rate", other_learning_rate)
 
     def steps(numbers: routing.DimensionNumbers | None) -> optax.GradientTransformation:
         return optax.chain(
@@ -376,7 +378,7 @@ def muonh(
 
     return partition_matrices(
         steps,
-        optax.chain(other, learning_rates(other_learning_rate, None, None)),
+        optax.chain(other, optax.scale_by_learning_rate(other_learning_rate)),
         layout=layout,
         granularity=granularity,
         rules=rules,
@@ -444,6 +446,8 @@ def nanochat(
         >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
     """
     check_ascent("other", other)
+    check_rate("learning_rate", learning_rate)
+    check_rate("other_learning_rate", other_learning_rate)
 
     def steps(numbers: routing.DimensionNumbers | None) -> optax.GradientTransformation:
         return optax.chain(
@@ -467,12 +471,12 @@ def nanochat(
             ),
             decayed_weights(weight_decay, _everything, None, None, None, cautious=True),
             scale_by_update_rms("jordan", dimension_numbers=numbers),  # the decay too
-            learning_rates(learning_rate, None, None),
+            optax.scale_by_learning_rate(learning_rate),
         )
 
     return partition_matrices(
         steps,
-        optax.chain(other, learning_rates(other_learning_rate, None, None)),
+        optax.chain(other, optax.scale_by_learning_rate(other_learning_rate)),
         layout=layout,
         granularity=granularity,
         rules=rules,

@@ -13,6 +13,8 @@ import pytest
 from tests.contract.links import LINKS, Link
 from tests.contract.places import ONE_DEVICE, PLACES, Place
 
+_WITH_ADAM = "^((kimi_)?muon(clip)?|moonlight|normuon|muonh|nanochat)$"
+
 # What is passed over: the behaviour, the link and the place as patterns, and the reason.
 PASSED_OVER = [
     ("inject", "^scale_by_(orthogonalization|update_rms)$", "", "it has no numbers to inject"),
