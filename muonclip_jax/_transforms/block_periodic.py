@@ -79,10 +79,10 @@ def scale_by_periodic_orthogonalization(
     each matrix in two along its input and four along its output, on every mesh alike: then results
     do not depend on it, and blocks travel where a device does not hold whole ones.
 
-    Cost: a full step's is `scale_by_orthogonalization`'s. One of blocks `[b, c]`, b <= c, takes at
-    most `(4c/b + 2) b³` FLOPs a block and step of the schedule. All blocks of a
-    square matrix that is cut into k columns take `(4k + 2)/(6k²)` of the FLOPs of the whole one,
-    those of k × k blocks `1/k`. Bytes sent: on average a full step's divided by `period`. Both
+    Cost: a full step's is `scale_by_orthogonalization`'s, whose plan `describe` prints. One of
+    blocks `[b, c]`, b <= c, takes at most `(4c/b + 2) b³` FLOPs a block and step of the schedule:
+    all blocks of a square matrix that is cut into k columns `(4k + 2)/(6k²)` of the whole one's,
+    those of a k × k grid `1/k`. Bytes sent: on average a full step's divided by `period`. Both
     kinds of step are in the compiled program, as branches of a condition, at which GPUs wait for
     their host. State: four bytes.
 

@@ -25,6 +25,7 @@ from muonclip_jax._core.options import check_rate
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings, check_shardings, shardings_of
 from muonclip_jax._core.states import check_same, without_parameters
+from muonclip_jax._orthogonalize.normalization import nonzero
 from muonclip_jax._parameters import routing
 from muonclip_jax._parameters.matrices import MatrixSpec, by_path, take_matrices
 from muonclip_jax._spread.stacks import MatrixArray
@@ -91,10 +92,10 @@ def hyperball(
     0.001 three quarters of them do in a step, so keep masters in float32. A direction of zeros
     leaves its matrix on the sphere where it is; one with NaN makes its own matrix NaN, no other.
 
-    Cost: reads weights and directions three times and writes the updates, with no product. On a
-    mesh nothing travels but four numbers a matrix, whose parts may lie anywhere; a parameter that
-    is split across its matrices moves as for `scale_by_orthogonalization`. State: four bytes a
-    matrix.
+    Cost: weights are read twice, directions four times, and no matrices are multiplied. On a mesh
+    three numbers a matrix are summed up, wherever its parts lie, and nothing else travels; but a
+    parameter that is split across its matrices moves as for `scale_by_orthogonalization`. State:
+    four bytes a matrix.
 
     Args:
       learning_rate: η, at least 0, or an Optax schedule of it: a function of the steps so far.
@@ -169,11 +170,12 @@ def hyperball(
 def _step(weights: MatrixArray, direction: jax.Array, radius: jax.Array, rate: Any) -> jax.Array:
     """Where the weights `[batch..., rows..., cols...]` go, with radii `[batch...]`."""
     # W [4 heads, 64, 16] and radii [4]: all in units of the RMS that a matrix on its sphere has,
-    # in which W and N(U) have an RMS of 1, and a step has one of `rate`.
+    # in which W and N(U) have an RMS of 1, and a step has one of `rate`: squares are in range.
     w, (rows, cols) = weights.values, sides(weights)
     rms = jnp.expand_dims(radius.astype(w.dtype), rows + cols) / _root_of_size(weights)
-    step = jnp.asarray(rate, w.dtype) * unit_rms(direction, rows + cols)[0]
-    return rms * unit_rms(w / rms - step, rows + cols)[0]
+    moved = w / rms - jnp.asarray(rate, w.dtype) * unit_rms(direction, rows + cols)[0]
+    size = jnp.sqrt(nonzero(jnp.mean(jnp.square(moved), rows + cols, keepdims=True)))
+    return rms * (moved / size)
 
 
 def _norms(array: MatrixArray) -> jax.Array:
