@@ -260,7 +260,9 @@ class LatentAttention(nnx.Module):
         up_key, up_value = jnp.split(up, [config.nope], axis=-1)
         entry = {"latent": latent}
         if config.qk_norm == "full":
-            nope_gain, rope_gain = jnp.split(jnp.asarray(self.k_head_norm.scale), [config.nope])
+            gain = self.k_head_norm.scale
+            assert gain is not None
+            nope_gain, rope_gain = jnp.split(gain[...], [config.nope])
             entry["inverse_rms"] = self.inverse_rms(latent, k_rope, up_key)
             q_nope, k_rope = q_nope * nope_gain, k_rope * rope_gain
         k_rope = apply_rope(k_rope, position[None], config.rope_base)
