@@ -38,7 +38,7 @@ methods: $(VENV)/.train-$(JAX)  ## which method of orthogonalization is the fast
 	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 # One of them: make study-clip ARGS="--size cpu"
-study-%: $(VENV)/.train-$(JAX)  ## what a source claims, tested: abilities, clip, decay, finetune, shared_keys, rank, spectrum, transfer, quack
+study-%: $(VENV)/.train-$(JAX)  ## what a source claims, tested: abilities, clip, decay, family, finetune, mla_norm, shared_keys, rank, spectrum, transfer, quack
 	$(BIN)/python -m studies.$* $(ARGS)
 
 test: $(VENV)/.test-$(JAX)  ## the tests, but for the slow ones

@@ -3,6 +3,7 @@
 abilities QK-norm's better loss is paid for elsewhere; partial QK-norm ruins long contexts
 clip      QK-Clip keeps logits at a threshold, at no loss; per head, not all heads alike
 decay     logits grow linearly or faster; decay helps and costs loss; later they fall
+family    the links that others put around Muon's lower its loss, or save it tokens
 finetune  fine-tuning with another optimizer than the pretraining's costs, by the ranks
 mla_norm  QK-norm in MLA ends at a lower loss than QK-Clip
 rank      QK-norm makes the keys of models trained with Muon collapse

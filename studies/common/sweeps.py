@@ -67,7 +67,7 @@ def at_best_rates(title: str, sweep: Sweep, other: str) -> str:
 
     The rate is chosen by the seeds that all rates have; the loss is of all seeds that it has.
     """
-    best = {method: min(rates, key=_chosen_by(rates)) for method, rates in sweep.items()}
+    best = of_best_rates(sweep)
     reference = by_seed(best.get(other, []), valid_loss)
     rows = [
         (
@@ -79,6 +79,11 @@ def at_best_rates(title: str, sweep: Sweep, other: str) -> str:
         for method, seeds in best.items()
     ]
     return table((title, "η", "validation loss", f"less that of {other}"), rows)
+
+
+def of_best_rates(sweep: Sweep) -> dict[str, list[Json]]:
+    """Method → its records at the learning rate that `at_best_rates` takes."""
+    return {method: min(rates, key=_chosen_by(rates)) for method, rates in sweep.items()}
 
 
 def _chosen_by(rates: list[list[Json]]) -> Callable[[list[Json]], float]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from studies.common.chosen import around_the_best
 from studies.common.model import ModelConfig
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
-from studies.transfer.chosen import around_the_best, label_of
 from studies.transfer.optimizers import Scaled
 from studies.transfer.report import report
 
@@ -72,12 +72,18 @@ def rates(rule: str) -> list[float]:
 def grid(plan: Plan, widths: Sequence[int], warmup: int, size: str) -> Grid:
     """Two seeds of every setting, five of those around the best rate of the outer widths."""
     every = settings({width: model(width) for width in widths}, steps=plan.steps, warmup=warmup)
-    chosen = around_the_best(
-        FOLDER / "results" / f"{size}.jsonl",
-        {rule: rates(rule) for rule in RULES},
-        (widths[0], widths[-1]),
-    )
+    sweeps = [
+        [label_of(rule, width, rate) for rate in rates(rule)]
+        for rule in RULES
+        for width in (widths[0], widths[-1])  # which a verdict compares
+    ]
+    chosen = around_the_best(FOLDER / "results" / f"{size}.jsonl", sweeps)
     return Grid(plan, every, seeds=2, chosen=chosen)
+
+
+def label_of(rule: str, width: int, rate: float) -> str:
+    """A setting's label."""
+    return f"{rule}, width {width}, {rate:g}"
 
 
 TINY = {

@@ -8,9 +8,9 @@ import numpy as np
 
 import muonclip_jax as mc
 from studies.common import pictures
+from studies.common.chosen import GRID_SEEDS
 from studies.common.records import Json, Runs
 from studies.common.tables import by_seed, paired, spread, table, valid_loss
-from studies.transfer.chosen import GRID_SEEDS
 
 Sweep = dict[float, list[Json]]  # rate → records, one a seed; rates rise
 Rules = dict[str, dict[int, Sweep]]  # rule → width → sweep

@@ -18,6 +18,7 @@ from studies.common.records import ASIDE
 from studies.common.rehash import compare, rehash
 from studies.common.study import main, rebuild
 from studies.decay.__main__ import STUDY as DECAY
+from studies.family.__main__ import STUDY as FAMILY
 from studies.finetune.__main__ import STUDY as FINETUNE
 from studies.mla_norm.__main__ import STUDY as MLA_NORM
 from studies.quack.__main__ import STUDY as QUACK
@@ -33,6 +34,7 @@ STUDIES = {
         CLIP,
         SHARED_KEYS,
         DECAY,
+        FAMILY,
         FINETUNE,
         MLA_NORM,
         RANK,

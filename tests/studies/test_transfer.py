@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from studies.common import records
+from studies.common.chosen import around_the_best
 from studies.common.model import init_params
 from studies.common.study import Grid
-from studies.transfer.__main__ import RULES, STUDY, TINY, rates, settings
-from studies.transfer.chosen import around_the_best, label_of
+from studies.transfer.__main__ import RULES, STUDY, TINY, label_of, rates, settings
 from studies.transfer.report import by_rule, log_best, lowest, nearest, predicted, report
 
 SMOKE = settings(TINY, steps=20, warmup=2)
@@ -71,21 +71,21 @@ def test_reported_shifts_and_costs_are_those_of_the_records(tmp_path):
 
 def test_the_best_of_two_seeds_gets_more(tmp_path):
     file = tmp_path / "cpu.jsonl"
-    each = {"jordan": rates("jordan"), "none": rates("none")}
-
-    def chosen():
-        found = around_the_best(file, each, (64, 256))
-        return {tuple(map(float, (w.split()[-1], r))) for _, w, r in (x.split(", ") for x in found)}
-
-    middle = {(width, rate) for width in (64, 256) for rate in rates("jordan")[1:4]}
-    assert chosen() == middle
+    sweeps = {
+        (rule, width): [label_of(rule, width, rate) for rate in rates(rule)]
+        for rule in ("jordan", "none")
+        for width in (64, 256)
+    }
+    middle = {label for labels in sweeps.values() for label in labels[1:4]}
+    assert set(around_the_best(file, sweeps.values())) == middle
     for seeds in a_run_of("jordan", {64: 0.16, 256: 0.02}).values():
         for one in seeds:
             records.add(one, file)
-    jordan = set(around_the_best(file, {"jordan": rates("jordan")}, (64, 256)))
+    jordan = set(around_the_best(file, [sweeps["jordan", width] for width in (64, 256)]))
     moved = {64: (0.04, 0.08, 0.16), 256: (0.01, 0.02, 0.04)}
     assert jordan == {label_of("jordan", w, r) for w, three in moved.items() for r in three}
-    assert {label.split(", ")[0] for label in around_the_best(file, each, (64, 256))} == set(each)
+    none = set(around_the_best(file, [sweeps["none", width] for width in (64, 256)]))
+    assert none < middle and set(around_the_best(file, sweeps.values())) == jordan | none
 
 
 @pytest.mark.parametrize("rule", RULES)
