@@ -206,7 +206,7 @@ def coordinates(checks: Mapping[str, CoordinateCheck]) -> "Figure":
     """
     if not checks:
         raise ValueError("plots.coordinates: no checks to draw.")
-    figure, panels = _panels(list(checks), "width", "RMS of the change")
+    figure, panels = _panels(list(checks), "", "RMS of the change")
     names = list(dict.fromkeys(name for check in checks.values() for name in check.changes))
     colors = dict(zip(names, shades(len(names)), strict=True))
     for axes, check in zip(panels, checks.values(), strict=True):
@@ -215,7 +215,7 @@ def coordinates(checks: Mapping[str, CoordinateCheck]) -> "Figure":
             drawn = np.where(means > 0, means, np.nan)
             axes.plot(check.widths, drawn, color=colors[name], marker="o", ms=3, lw=1, label=name)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set(xlabel="width", yscale="log")
     entries: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()

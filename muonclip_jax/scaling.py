@@ -178,6 +178,11 @@ def muon_by_width(rule: ShapeRule, small: tuple[int, int], large: tuple[int, int
     `1/sqrt(r)` with `"match_adam"` and `"spectral"`. Only `"unit_rms_norm"` gives 1 for every
     shape.
 
+    A matrix is what is orthogonalized. Heads of an output projection that are orthogonalized one by
+    one, each `[head, out]`, all add to the same outputs: there are r times as many, so outputs
+    change more though each head's rate is right. `mc.Granularity({"o": "all"})` takes them whole
+    (docs/scaling.md shows both).
+
     Args:
       rule: As for `shape_scale`.
       small: `(in, out)` of a Flax kernel in the small model.
@@ -552,7 +557,9 @@ def transfer(
     | `b1`, `b2` | 1 - b (1 - β) | `beta_by_batch` |
 
     Here "batch" is `rate_by_batch(small.batch, large.batch, critical=critical_batch)`. It takes
-    pairs of sizes of any order, and equal ones change nothing. Muon's momentum stays. The decay of
+    pairs of sizes of any order, and equal ones change nothing. Muon's momentum stays. With a layout,
+    or Flax's own attention, give `mc.muon` the model's layout and
+    `granularity=mc.Granularity({"o": "all"})`: see `muon_by_width`. The decay of
     what is not Muon's is λ times its own rate; nothing was published for it. Sources differ, most
     on decay and length, so compare two values at a size in between where that can be paid for;
     `studies/transfer` measured these rules at small widths (docs/scaling.md).
