@@ -207,3 +207,27 @@ def test_what_is_transferred_goes_straight_to_muon():
     params = {"up": {"kernel": jnp.ones((8, 16))}, "norm": {"scale": jnp.ones(8)}}
     updates, _ = tx.update(params, tx.init(params), params)
     assert jax.tree.all(jax.tree.map(lambda u: jnp.isfinite(u).all(), updates))
+
+
+def test_outputs_of_heads_taken_one_by_one_change_more_with_the_width():
+    """muP's rates hold for an output projection taken whole: its heads, each a matrix of its own,
+    add up. Float64, steps along the gradient of four tokens."""
+    rng = np.random.default_rng(0)
+    head, tokens = 16, 4
+
+    def msign(x):
+        left, _, right = np.linalg.svd(x, full_matrices=False)
+        rank = min(tokens, *x.shape)
+        return left[:, :rank] @ right[:rank]
+
+    def change(width, whole):
+        inputs, errors = rng.normal(size=(2, tokens, width))
+        gradient = inputs.T @ errors
+        parts = [gradient] if whole else np.split(gradient, width // head)
+        scales = [mc.scaling.shape_scale("unit_rms_norm", *part.shape) for part in parts]
+        step = np.concatenate([s * msign(part) for s, part in zip(scales, parts, strict=True)])
+        return np.sqrt(np.mean((inputs @ step) ** 2))
+
+    whole, by_head = ([change(width, w) for width in (64, 1024)] for w in (True, False))
+    assert whole[1] == pytest.approx(whole[0], rel=0.1)
+    assert by_head[1] > 3 * by_head[0]
