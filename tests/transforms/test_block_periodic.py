@@ -192,6 +192,16 @@ def test_a_grid_that_lies_on_devices_sends_nothing():
     assert min(map(sent, by_branch(compiled))) == 0
 
 
+def test_halves_of_blocks_are_exchanged():
+    """Eight blocks [2, 8] of [16, 8], whose outputs tp splits: each device has two halves, and
+    gets a whole one, with one all-to-all there and one back; none is gathered."""
+    tx, given = on_mesh(AxisType.Auto, {"down": P("fsdp", "tp")}, blocks=(8, 1))
+    compiled = jax.jit(tx.update).lower(given, tx.init(given)).compile()
+    found = [totals(collectives(branch)) for branch in by_branch(compiled)]
+    # The largest entry of each of two blocks; two halves [2, 4] in float32, there and back.
+    assert {"all-reduce": (1, 2 * 4), "all-to-all": (2, 2 * 2 * 2 * 4 * 4)} in found
+
+
 def test_alone_a_block_is_the_whole_matrix():
     tx = mc.scale_by_periodic_orthogonalization(
         3, ACCURATE["float32"], dimension_numbers=NUMBERS, block_scale=0.5
