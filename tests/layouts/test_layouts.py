@@ -22,6 +22,8 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax._layouts.blocks import Layout, find_blocks
@@ -584,6 +586,19 @@ def test_put_with_any_order_of_axes(case):
     replaced = jax.jit(case.part.put)(case.array, -1 - case.heads)
     expected = np.where(np.isin(case.array, case.heads), -1 - case.array, case.array)
     np.testing.assert_array_equal(replaced, expected)
+
+
+@pytest.mark.parametrize(
+    ("groups", "split"), [(4, ("tp", "fsdp")), (8, ("tp",))], ids=["to the end", "not to the end"]
+)
+def test_heads_on_two_axes_keep_the_split_that_one_axis_can_have(groups, split):
+    """Of [in, 8 groups, 2 members, features], the groups on four devices, heads in a row are
+    g0m0 g0m1 g1m0 g1m1 …: two groups a device, and no more than that."""
+    axes = {"groups": groups, "members": 2, "features": 4}
+    part = Piece("q", "w", "in groups members features", axes).fit(("w",), (8, groups, 2, 4))
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tp"))
+    sharding = NamedSharding(mesh, P(None, "tp", "fsdp", None))
+    assert part.split_of_heads(sharding) == P(split, None, None)
 
 
 # Flax's own modules
