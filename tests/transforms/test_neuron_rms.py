@@ -138,6 +138,8 @@ def test_zeros_stay_zeros(keep_rms):
         assert not found["zeros"].any() and not found["w"][:, 3].any()
         assert np.isfinite(found["w"]).all() and found["w"].any(0).sum() == 15
         assert not state.nu["zeros"][0].any() and state.nu["w"][0][3] == 0
+        if keep_rms:  # neurons of zeros are no part of a norm
+            np.testing.assert_allclose(np.linalg.norm(found["w"]), np.linalg.norm(x), rtol=1e-6)
         grads = jax.grad(lambda x, s=state, tx=tx: tx.update({"w": x}, s)[0]["w"].sum())
         del state.nu["zeros"]
         assert np.isfinite(grads(jnp.asarray(x))).all()
