@@ -1,5 +1,6 @@
 """Momentum in 8 bits: int8 numbers, and for each block of them the largest entry."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -115,9 +116,7 @@ def _spec_of_scales(
     entries = (*spec, *[None] * (len(shape) - len(spec)))
     if not entries:
         return PartitionSpec()
-    devices = 1
-    for axis in mesh_axes(entries[-1]):
-        devices *= sizes[axis]
+    devices = math.prod(sizes[axis] for axis in mesh_axes(entries[-1]))
     whole_blocks = shape[-1] % (devices * _BLOCK) == 0
     return PartitionSpec(*entries[:-1], entries[-1] if whole_blocks else None)
 

@@ -161,6 +161,7 @@ def test_blocks_that_stay_on_a_device_cost_no_collective(kind):
         "down": ((64, 1024), P("tp", "fsdp")),
         "query": ((64, 8, 64), P("fsdp", "tp")),
         "layers": ((8, 16, 100), P("fsdp", "tp")),
+        "stack": ((2, 8, 256), P(None, "fsdp", "tp")),
     }
     split = {k: jax.NamedSharding(mesh, spec) for k, (_, spec) in shapes.items()}
     with jax.set_mesh(mesh):
@@ -171,12 +172,30 @@ def test_blocks_that_stay_on_a_device_cost_no_collective(kind):
         state = jax.jit(tx.init)(params)
         assert state.trace.scales["up"].sharding.spec == P("fsdp", "tp")
         assert state.trace.scales["down"].sharding.spec == P("tp", "fsdp")
+        assert state.trace.scales["stack"].sharding.spec == P(None, "fsdp", "tp")
         assert collectives(jax.jit(tx.init).lower(params).compile()) == []
         step = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile()
         assert collectives(step) == []
         # Given away, the state is written in its place.
         held = sum(x.nbytes for x in jax.tree.leaves(state)) // 8
         assert step.memory_analysis().alias_size_in_bytes == held
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_scales_of_blocks_that_devices_share_are_on_all_of_them(kind):
+    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=types)
+    split = jax.NamedSharding(mesh, P("fsdp", "tp"))
+    every = [{"w": np.float32(np.random.default_rng(i).normal(size=(8, 192)))} for i in range(3)]
+    wanted, _ = run(momentum_trace(0.9, True, mu_dtype="int8"), every)
+    with jax.set_mesh(mesh):
+        tx = momentum_trace(
+            0.9, True, mu_dtype="int8", shardings={"w": split} if kind == "Auto" else None
+        )
+        found, state = run(tx, [jax.device_put(each, split) for each in every])
+    scales = state.trace.scales["w"]
+    assert scales.sharding.is_equivalent_to(jax.NamedSharding(mesh, P("fsdp")), 2)
+    assert_close(found[-1], wanted[-1], 1e-6)
 
 
 def test_muon_in_8_bits_stays_near():
