@@ -326,7 +326,7 @@ def _split(block: Block, gamma: jax.Array, alpha: ArrayLike) -> tuple[jax.Array,
     kappa = smallest ** (1 - alpha)
     # γ/κ; of the smallest γ to the last bit, since XLA does not make 1 of γ/γ.
     beside = jnp.where(grouped == smallest, smallest**alpha, grouped / kappa).reshape(gamma.shape)
-    return beside, kappa[..., 0]
+    return beside, kappa.squeeze(-1)
 
 
 def _meetings(

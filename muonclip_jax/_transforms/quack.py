@@ -508,7 +508,7 @@ def _sensitivities(norms: PerRole) -> dict[Role, list[jax.Array]]:
             found[role].append(product.max(-1))
     for down, gain in gains.items():
         # Behind a norm only the latent's direction counts: relative changes of `down`.
-        if down and down in norms:
+        if down in norms:
             found[down] = [norms[gain] / norms[down] * s for s in found[gain]]
     return found
 

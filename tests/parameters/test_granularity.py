@@ -18,9 +18,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
+from muonclip_jax._core.axes import GROUPS
 from muonclip_jax._layouts.blocks import Layout
 from muonclip_jax._layouts.pieces import Piece
 from muonclip_jax._layouts.roles import Role
+from muonclip_jax._parameters.matrices import spec_of_parts
 
 WIDTH, F, OUT, HEADS, LAYERS = 10, 3, 7, 4, 2
 NOPE, ROPE, V, Q_RANK, KV_RANK = 4, 2, 3, 5, 6
@@ -491,6 +493,23 @@ def test_attention_without_positions_has_fewer_pairs():
         "wkv_b": ["k_nope + v 4 × [6, 7]"],
         "wo": ["o 1 × [12, 10] of 4 heads"],
     }
+
+
+@pytest.mark.parametrize(
+    ("lengths", "followed"),
+    [((4, 4), ("tp", "fsdp")), ((8, 2), ("tp",))],
+    ids=["to the end", "not"],
+)
+def test_pairs_of_heads_on_two_axes_keep_the_split_that_a_row_of_them_can_have(lengths, followed):
+    """Heads [a, b] in a row are a0b0 a0b1 … a1b0 …: where a device has two of `a`, a split of `b`
+    is no split of the row. Pairs of 16 heads are 8 matrices."""
+    a, b = lengths
+    piece = Piece("q", "w", "in a b features", {"a": a, "b": b, "features": 4})
+    part = piece.fit(("w",), (8, a, b, 4))
+    view = spec_of_parts([part], mc.Granularity(2)).views[0]
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tp"))
+    split = view.split(NamedSharding(mesh, P(None, "tp", "fsdp", None)))
+    assert split[GROUPS] == followed
 
 
 def test_a_granularity_is_a_value():
