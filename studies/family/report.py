@@ -67,6 +67,9 @@ def draw(sweep: Sweep, path: Path) -> Path:
         over = {method: over_rates(rates, valid_loss) for method, rates in sweep.items()}
         pictures.lines(left, over, of=over)
         left.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
+        rates = sorted({x for xs, _ in over.values() for x in xs})
+        left.set_xticks(rates, [f"{x:g}" for x in rates])
+        left.set_xticks([], minor=True)
         lowest = min(ys.min() for _, ys in over.values())
         left.set_ylim(lowest - 0.03, lowest + 0.6)
         curves = {}
@@ -74,5 +77,5 @@ def draw(sweep: Sweep, path: Path) -> Path:
             losses = np.array([measured(record, "valid_loss") for record in seeds])
             curves[method] = np.linspace(0, 1, losses.shape[1])[1:], losses[:, 1:]
         pictures.lines(right, curves, of=over)
-        right.set(xlabel="share of all tokens", ylim=left.get_ylim())
+        right.set(xlabel="share of all tokens", xlim=(0.4, 1.01), ylim=left.get_ylim())
     return path

@@ -15,8 +15,8 @@ from muonclip_jax._orthogonalize import schedules
 from muonclip_jax._orthogonalize.iterations import steps_between_restarts, with_margins
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
-from muonclip_jax._orthogonalize.orthogonalize import orthogonality_error, orthogonalize
-from muonclip_jax._orthogonalize.products import concatenate
+from muonclip_jax._orthogonalize.orthogonalize import in_chunks, orthogonality_error, orthogonalize
+from muonclip_jax._orthogonalize.products import concatenate, sum_of_squares, trace
 
 SCHEDULES = [
     schedules.jordan(),
@@ -649,3 +649,33 @@ def test_the_kernel_is_for_accelerators_only():
         .lower(lowering_platforms=("tpu",))
     )
     assert "tpu_custom_call" in lowered_for_tpu.as_text()
+
+
+@pytest.mark.parametrize("entries", [1, 12, 13, 24, 100])
+def test_chunks_of_a_stack_are_the_stack(entries):
+    """Five matrices of six entries: by ones, twos with one left, fours with one left, all."""
+    x = jnp.arange(30.0).reshape(5, 2, 3)
+    seen = []
+
+    def run(part):
+        seen.append(len(part))
+        return 2 * part
+
+    np.testing.assert_array_equal(in_chunks(run, x, entries), 2 * x)
+    assert max(seen) == min(5, max(1, entries // 6))
+
+
+def test_what_is_summed_of_a_triangle_is_that_of_the_matrix():
+    """Lower block triangles in each other: the blocks beside the diagonal count twice."""
+    x = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32)
+    x = x + x.swapaxes(1, 2)
+
+    def triangle(x):
+        half = x.shape[1] // 2
+        if half < 2:
+            return jnp.asarray(x)
+        return triangle(x[:, :half, :half]), x[:, half:, :half], triangle(x[:, half:, half:])
+
+    wanted = np.trace(x, axis1=1, axis2=2)
+    np.testing.assert_allclose(trace(triangle(x))[:, 0, 0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(sum_of_squares(triangle(x))[:, 0, 0], (x**2).sum((1, 2)), rtol=1e-5)

@@ -39,6 +39,17 @@ def test_generator_reproduces_the_published_table():
     np.testing.assert_allclose(coefficients, POLAR_EXPRESS, rtol=0, atol=1e-10)
 
 
+def test_a_tiny_lower_bound_fills_all_that_may_be_filled():
+    """Up to 8e-12 below 2, where rounding begins."""
+    assert 2 - 1e-11 < schedules.polar_express(1, lower=1e-12, safety=1).top < 2 + 1e-9
+
+
+def test_from_where_on_each_schedule_is_made_for():
+    """As their authors say, or as far as they bring 1e-2 to 1 at all; see docs/schedules.md."""
+    named = (schedules.jordan(), schedules.you(), schedules.aol(), schedules.cans())
+    assert [schedule.lower for schedule in named] == [1e-2, 1e-2, 1e-2, 1e-3]
+
+
 def test_safety_widens_every_step_short_of_convergence():
     plain = schedules.polar_express(10, lower=1e-3, safety=1)
     safe = schedules.polar_express(10, lower=1e-3, safety=1.01)

@@ -512,6 +512,18 @@ def test_pairs_of_heads_on_two_axes_keep_the_split_that_a_row_of_them_can_have(l
     assert split[GROUPS] == followed
 
 
+def test_pieces_that_lie_apart_along_two_axes_share_no_matrix():
+    """Queries and keys stand in opposite corners of [part, features]."""
+    corners = {"q": (0, 0), "v": (0, 2), "gate": (1, 0), "k": (1, 2)}
+    pieces = tuple(
+        Piece(role, "w", "part in heads features", select={"part": p, "features": (f, f + 2)})
+        for role, (p, f) in corners.items()
+    )
+    params = {"attn": {"w": {"kernel": jnp.ones((2, 10, 3, 4))}}}
+    with pytest.raises(ValueError, match="do not lie side by side"):
+        texts(params, Layout("odd", pieces), mc.Granularity(together=(("q", "k"),)))
+
+
 def test_a_granularity_is_a_value():
     by_role = mc.Granularity({"q": 2, "o": "all"}, (("q_nope", "q_rope"),))
     assert by_role == mc.Granularity({"o": "all", "q": 2}, (("q_nope", "q_rope"),))

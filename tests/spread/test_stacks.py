@@ -304,6 +304,22 @@ def test_aol_in_device_groups(name, spec):
     np.testing.assert_allclose(directions["w"], expected, atol=TOLERANCE)
 
 
+def test_a_device_groups_norm_is_of_all_its_columns():
+    """Half of the columns are 40 orders of magnitude smaller, and are on other devices: what is
+    scaled by their largest entry overflows, and norms of one device's columns are no norm."""
+    x = gradients()["wide"]
+    far = jnp.concatenate([1e15 * x[:, ::2], 1e-25 * x[:, 1::2]], axis=1)
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P(None, ("fsdp", "tp")))
+    schedule = mc.schedules.jordan()
+    tx = mc.scale_by_orthogonalization(
+        mc.NewtonSchulz(schedule, "float32"), shardings=sharding, devices_per_matrix=2
+    )
+    grads = {"w": jax.device_put(far, sharding)}
+    directions, _ = jax.jit(tx.update)(grads, tx.init(grads))
+    expected = mc.orthogonalize(far, schedule, dtype="float32")
+    np.testing.assert_allclose(directions["w"], expected, atol=TOLERANCE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("specs", [P(), P("fsdp", "tp")], ids=str)
 def test_results_share_a_kernel(specs):

@@ -524,3 +524,26 @@ def test_hyperparameters_of_half_precision():
     # τ = 0.5 and norms as they were: halves, exact in any dtype.
     expected = jax.tree.map(lambda x: x / 2, params["attn"]["key"])
     chex.assert_trees_all_equal(scaled["attn"]["key"], expected)
+
+
+def test_latent_attention_without_positions():
+    """No rotary queries and keys: one path, q_down · q_nope · k_nope · kv_down."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "wq_a": (WIDTH, 6),
+        "wq_b": (6, HEADS, NOPE),
+        "wkv_a": (WIDTH, 5),
+        "wkv_b": (5, HEADS, NOPE + V),
+        "wo": (HEADS, V, WIDTH),
+    }
+    kernels = {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}
+    tx = scale_by_quack(layouts.mla(NOPE, 0, V), rule="paper")
+    params = as_jax({"attn": kernels})
+    state = tx.init(params)
+    grown = jax.tree.map(lambda x: x, params)
+    grown["attn"]["wkv_b"]["kernel"] = params["attn"]["wkv_b"]["kernel"].at[..., :NOPE].mul(4.0)
+    _, state = tx.update(params, state, grown)
+    factors = quack_state(state).factors["attn"]
+    np.testing.assert_allclose(factors["q_nope"], 0.25, rtol=1e-6)
+    np.testing.assert_allclose(factors["k_nope"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(factors["kv_down"], 0.25, rtol=1e-6)
