@@ -137,8 +137,10 @@ def scale_by_quack(
       entry, and kv_down likewise; their factors rise with their own norms, which weight decay
       should hold. The gains' updates are scaled as well, by the entries alone. Paths are compared
       as in `"normalized_min"`. Gains are taken as they multiply: not for norms that store
-      `gain - 1`. Attention
-      without latents in the same model goes by the paper's rule.
+      `gain - 1`. Attention without latents in the same model goes by the paper's rule. With a
+      clip of queries and keys behind it factors of the down-projections have no bound: at ten
+      times the best rate four of five runs overflowed, which neither alone does (`mla_norm` in
+      docs/studies.md).
     - `"fixed"`: a lower learning rate for queries and keys, the paper's baseline; no norms. τ for
       every projection on the way to a query or a key, MLA's q_down and k_rope among them. Only
       kv_down keeps its rate, since values come from it as well: its factor is 1. (A rate multiplies

@@ -26,6 +26,9 @@ NONE, NORM, HIGH, LOW, QUACK, BOTH = METHODS = (
 )
 VERDICTS = (  # methods whose losses the verdicts compare
     *((NORM, other) for other in (NONE, HIGH, LOW, QUACK, BOTH)),
+    (HIGH, NONE),
+    (LOW, NONE),
+    (QUACK, LOW),
     (BOTH, QUACK),
     (BOTH, LOW),
 )
