@@ -138,7 +138,7 @@ def scale_by_quack(
       should hold. The gains' updates are scaled as well, by the entries alone. Paths are compared
       as in `"normalized_min"`. Gains are taken as they multiply: not for norms that store
       `gain - 1`. Attention without latents in the same model goes by the paper's rule. With a
-      clip of queries and keys behind it factors of the down-projections have no bound: at ten
+      clip of queries and keys behind it factors of the down-projections have no bound: at thirty
       times the best rate four of five runs overflowed, which neither alone does (`mla_norm` in
       docs/studies.md).
     - `"fixed"`: a lower learning rate for queries and keys, the paper's baseline; no norms. τ for
