@@ -382,7 +382,7 @@ def _as_steps(name: str, coefficients: ArrayLike) -> tuple[Step, ...]:
         table = np.asarray(coefficients, np.float64)
     except (TypeError, ValueError):
         table = np.empty(0)
-    if table.ndim != 2 or len(table) == 0 or table.shape[-1] != 3:
+    if table.size == 0 or table.shape[1:] != (3,):
         raise ValueError(
             f"schedule {name!r}: coefficients={coefficients!r}; "
             "give at least one step, each of three numbers (a, b, c)"

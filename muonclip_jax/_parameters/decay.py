@@ -36,7 +36,7 @@ def decays(
     specs = {} if dimension_numbers is None else routing.resolve(dimension_numbers, params)
     vectors = _vectors(layout, params)
     shapes = paths.shapes(params)
-    norms = {p: s[:-1] for p, s in shapes.items() if s and (_is_in_norm(p) or p[-1:] == ("scale",))}
+    norms = {p: s[:-1] for p, s in shapes.items() if s and _is_gain(p)}
     matrices = {p: _batch_in_front(spec) for p, spec in specs.items() if spec is not None}
 
     def is_matrix(path: Path) -> bool:
@@ -62,6 +62,10 @@ def _vectors(layout: Layouts | None, params: Any) -> set[Path]:
 def _is_vector_by_name(path: Path) -> bool:
     brief = names.words(names.leaf(path))[:1] in (("b",), ("g",))  # `b`, `b_Q`
     return brief or names.is_vector(path) or _is_in_norm(path)
+
+
+def _is_gain(path: Path) -> bool:
+    return _is_in_norm(path) or names.leaf(path) == "scale"
 
 
 def _is_in_norm(path: Path) -> bool:

@@ -32,5 +32,9 @@ def test_what_two_stacks_have_beside_a_batch_is_reduced(batch):
 
 
 def test_two_numbers_for_four_heads_are_not_for_all():
-    with pytest.raises(ValueError, match=r"sowed mlp_output of shape \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"sowed mlp_output of shape \(3, 2\)") as told:
         fit("mlp", (3, 4), jnp.ones((3, 2)), "mlp_output")
+    assert "or one for all, [..., 1]" in str(told.value)
+    with pytest.raises(ValueError, match=r"sowed max_logits of shape \(3, 2\)") as told:
+        fit("attn", (3, 4), jnp.ones((3, 2)), "max_logits")
+    assert "one for all" not in str(told.value)
