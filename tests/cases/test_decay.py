@@ -398,8 +398,8 @@ def test_frozen_by_a_partition_around_the_recipe():
 def test_a_norm_tells_the_whole_stack_that_it_is_in_and_no_more():
     """A norm [8] is in no stack, though all around it begin with 8; one of [2, 3, 8] is in two."""
     one = {"layer": {"norm": {"scale": ones(8)}, "relative": {"table": ones(8, 4)}}}
-    tx = mc.add_decayed_weights(0.1)
-    found = decay_of(one, tx)
+    found = decay_of(one, mc.add_decayed_weights(0.1, rules={"*/table": None}))
     assert found["layer/relative/table"] > 0 and found["layer/norm/scale"] == 0
+    tx = mc.add_decayed_weights(0.1, rules={"*/of": None})
     two = {"layers": {"norm": {"scale": ones(2, 3, 8)}, "mix": {"of": ones(2, 3, 4)}}}
     assert decay_of(two, tx)["layers/mix/of"] == 0
