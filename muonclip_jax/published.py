@@ -147,7 +147,7 @@ def kimi_muonclip(
         other_learning_rate=other_learning_rate,
         other=other,
         momentum=momentum,
-        nesterov=False,
+        nesterov=False,  # the box has none
         newton_schulz=newton_schulz,
         update_rms="match_adam",
         weight_decay=weight_decay,

@@ -65,6 +65,7 @@ FOLDERS = {
     "_transforms": ["transforms", "states", "cases", "recipes", "test_errors.py"],
     "_diagnostics": ["diagnostics"],
     "recipes": ["recipes", "cases"],
+    "published": ["recipes", "cases"],
 }
 IGNORED = ["-p", "no:cacheprovider", "--no-header", "-W", "ignore"]
 
