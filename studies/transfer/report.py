@@ -172,5 +172,7 @@ def draw(rules: Rules, path: Path) -> Path:
                 bands[f"width {width}"] = list(sweep), np.array(values).T
             pictures.lines(each, bands, of=colors)
             each.set(xscale="log", xlabel="learning rate", title=rule)
+            each.set_xticks([0.003, 0.01, 0.03, 0.1], ["0.003", "0.01", "0.03", "0.1"])
+            each.set_xticks([], minor=True)
         axes[0].set_ylabel("validation loss (nats per token)")
     return path
