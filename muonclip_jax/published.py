@@ -36,7 +36,7 @@ from muonclip_jax._transforms.normalize_rms import normalize_rms
 from muonclip_jax._transforms.orthogonalization import scale_by_orthogonalization
 from muonclip_jax._transforms.partition import learning_rates, partition_matrices
 from muonclip_jax._transforms.update_rms import scale_by_update_rms
-from muonclip_jax.recipes import ADAM, muon, muonclip
+from muonclip_jax.recipes import ADAM, check_decayed_other, muon, muonclip
 
 _JORDAN = NewtonSchulz(jordan(5))
 # Polar Express made with a safety factor of 1.02, and its matrix divided by 1.01 times its norm.
@@ -302,9 +302,11 @@ def normuon(
         )
 
     numbers = routing.choose(None, layout, granularity, rules)
+    decay = decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
+    check_decayed_other(other, weight_decay, weight_decay_mask)
     return optax.chain(
         partition_matrices(direction, other, dimension_numbers=numbers, frozen=frozen),
-        decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen),
+        decay,
         learning_rates(learning_rate, other_learning_rate, numbers),
     )
 
@@ -359,9 +361,6 @@ def muonh(
         >>> optimizer = mc.muonh(0.02, 6e-4, layout=layout)
         >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
     """
-    check_ascent("other", other)
-    check_rate("learning_rate", learning_rate)
-    check_rate("other_learning_rate", other_learning_rate)
 
     def steps(numbers: routing.DimensionNumbers | None) -> optax.GradientTransformation:
         return optax.chain(
@@ -378,7 +377,7 @@ def muonh(
 
     return partition_matrices(
         steps,
-        optax.chain(other, optax.scale_by_learning_rate(other_learning_rate)),
+        _descending(other, other_learning_rate),
         layout=layout,
         granularity=granularity,
         rules=rules,
@@ -445,9 +444,7 @@ def nanochat(
         >>> optimizer = mc.nanochat(0.02, 0.004, layout=layout)
         >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
     """
-    check_ascent("other", other)
     check_rate("learning_rate", learning_rate)
-    check_rate("other_learning_rate", other_learning_rate)
 
     def steps(numbers: routing.DimensionNumbers | None) -> optax.GradientTransformation:
         return optax.chain(
@@ -476,12 +473,21 @@ def nanochat(
 
     return partition_matrices(
         steps,
-        optax.chain(other, optax.scale_by_learning_rate(other_learning_rate)),
+        _descending(other, other_learning_rate),
         layout=layout,
         granularity=granularity,
         rules=rules,
         frozen=frozen,
     )
+
+
+def _descending(
+    other: optax.GradientTransformation, other_learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """`other` at its own rate, without decay."""
+    check_ascent("other", other)
+    check_rate("other_learning_rate", other_learning_rate)
+    return optax.chain(other, optax.scale_by_learning_rate(other_learning_rate))
 
 
 def _of_orthogonal(ins: int, outs: int) -> float:

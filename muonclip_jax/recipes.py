@@ -138,8 +138,7 @@ def muon(
     )
     numbers = routing.choose(dimension_numbers, layout, granularity, rules)
     decay = decayed_weights(weight_decay, weight_decay_mask, numbers, layout, frozen)
-    if weight_decay_mask is None:
-        check_not_frozen("other", other, weight_decay)
+    check_decayed_other(other, weight_decay, weight_decay_mask)
     return optax.chain(
         direction, decay, learning_rates(learning_rate, other_learning_rate, numbers)
     )
@@ -404,6 +403,16 @@ def muon_direction(
         dimension_numbers=dimension_numbers,
         frozen=frozen,
     )
+
+
+def check_decayed_other(
+    other: optax.GradientTransformation,
+    weight_decay: optax.ScalarOrSchedule,
+    weight_decay_mask: Mask | None,
+) -> None:
+    """Raises ValueError for an `other` without updates whose parameters would decay alone."""
+    if weight_decay_mask is None:
+        check_not_frozen("other", other, weight_decay)
 
 
 def _without(frozen: Frozen) -> optax.GradientTransformation:

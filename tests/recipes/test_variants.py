@@ -175,3 +175,10 @@ def test_the_sources_are_not_each_other():
 def test_nanochats_table_is_the_default():
     schedule = mc.published._NANOCHAT.schedule
     assert list(schedule.coefficients) == variants.NANOCHAT and schedule.norm_factor == 1.01
+
+
+def test_parameters_that_get_no_updates_may_not_decay_unseen():
+    """As in `mc.muon`; muonh and nanochat let no other parameter decay."""
+    with pytest.raises(ValueError, match="other"):
+        mc.normuon(RATE, other=optax.set_to_zero(), layout=LAYOUT)
+    mc.normuon(RATE, other=optax.set_to_zero(), weight_decay=0.0, layout=LAYOUT)
