@@ -239,10 +239,7 @@ def polar_express(
     steps, lower, safety = _whole(steps), float(lower), _safety("polar_express", safety)
     return Schedule(
         name=f"polar_express({steps}, lower={lower:g})",
-        coefficients=tuple(
-            step if step == _CONVERGED else widen(step, safety)
-            for step in _optimal_composition(steps, lower, _optimal_quintic)
-        ),
+        coefficients=_composition(steps, lower, safety, _optimal_quintic),
         norm_factor=safety,
         lower=lower,
         normalization=normalization,
@@ -289,10 +286,7 @@ def cubic(
     steps, lower, safety = _whole(steps), float(lower), _safety("cubic", safety)
     return Schedule(
         name=f"cubic({steps}, lower={lower:g})",
-        coefficients=tuple(
-            step if step == _CONVERGED_CUBIC else widen(step, safety)
-            for step in _optimal_composition(steps, lower, _optimal_cubic)
-        ),
+        coefficients=_composition(steps, lower, safety, _optimal_cubic),
         norm_factor=safety,
         lower=lower,
         normalization=normalization,
@@ -434,6 +428,16 @@ def is_cubic(step: Step) -> bool:
 
 
 @functools.cache
+def _composition(
+    steps: int, lower: float, safety: float, best: Callable[[float, float], Step]
+) -> tuple[Step, ...]:
+    """The optimal composition, with room for rounding at every step short of convergence."""
+    return tuple(
+        step if step in (_CONVERGED, _CONVERGED_CUBIC) else widen(step, safety)
+        for step in _optimal_composition(steps, lower, best)
+    )
+
+
 def _optimal_composition(
     steps: int, lower: float, best: Callable[[float, float], Step]
 ) -> tuple[Step, ...]:

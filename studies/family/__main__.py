@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from studies.common.chosen import around_the_best
-from studies.common.model import ModelConfig
+from studies.common.model import ModelConfig, large
 from studies.common.study import Grid, Study, main, smoke
 from studies.common.training import Plan, Setting
 from studies.family.optimizers import Member, Method
@@ -52,19 +52,7 @@ def grid(plan: Plan, model: ModelConfig, rates: tuple[float, ...], warmup: int, 
 
 
 TINY = replace(MODEL, vocab_size=257, d_model=32, rope=8, v=8, d_ff=64)
-LARGE = replace(
-    MODEL,
-    vocab_size=49152,
-    d_model=1024,
-    layers=12,
-    heads=16,
-    kv_heads=16,
-    rope=64,
-    v=64,
-    d_ff=4096,
-    init_std=0.02,
-    dtype="bfloat16",
-)
+LARGE = replace(large(MODEL), d_ff=4096, mlp="relu2")
 
 STUDY = Study(
     folder=FOLDER,
