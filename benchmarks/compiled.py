@@ -4,9 +4,11 @@
     totals(collectives(compiled))   # {"all-gather": Total(count=4, bytes=2097152), ...}
     flops(dots(compiled))           # of the matrix products that run
 
+`benchmarks.kernels` has the bytes of memory that it needs.
+
 Why not `compiled.cost_analysis()`: on CPU and on TPU alike its `flops`, `bytes accessed` and
-`optimal_seconds` count the body of a loop once, however often the loop runs. Here each operation
-comes with the number of its executions, read from the loops' counters.
+`optimal_seconds` count the body of a loop once, however often the loop runs; on GPU there is none.
+Here each operation comes with the number of its executions, read from the loops' counters.
 """
 
 import math
@@ -51,7 +53,7 @@ class Collective(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """One matrix product; TPU's compiler calls them convolutions.
+    """One matrix product; TPU's compiler calls them convolutions, GPU's may call cuBLAS.
 
     Attributes:
       flops: on one device, of one execution: two for each product of two numbers.
@@ -59,6 +61,8 @@ class Dot(NamedTuple):
       shape: of its result, such as `"f32[256,256]"`.
       times: how often it executes in one run of the program.
       conditional: it is in a branch, and executes only when that is taken.
+      precision: `"highest"`, `"high"`, or `"default"`, with which GPUs round float32 operands to
+        TF32, and TPUs to bfloat16.
     """
 
     flops: int
@@ -66,6 +70,7 @@ class Dot(NamedTuple):
     shape: str
     times: int
     conditional: bool
+    precision: str
 
 
 class Total(NamedTuple):
@@ -82,8 +87,8 @@ def collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
       ValueError: one is in a loop whose number of executions depends on data.
     """
     return [
-        Collective(_kind(op), sum(map(_bytes, shapes)), shapes, times, conditional)
-        for op, times, conditional in executed(_text(compiled), _kind)
+        Collective(_kind(op), sum(map(bytes_of, shapes)), shapes, times, conditional)
+        for op, times, conditional in executed(text_of(compiled), _kind)
         for shapes in [_transferred(op)]
     ]
 
@@ -95,10 +100,7 @@ def dots(compiled: jax.stages.Compiled | str) -> list[Dot]:
       ValueError: one is in a loop whose number of executions depends on data, or in a kernel that
         is not XLA's own.
     """
-    return [
-        Dot(_flops(op), tuple(map(_dtype, _operand_shapes(op))), op.shapes[0], times, conditional)
-        for op, times, conditional in executed(_text(compiled), _multiplies)
-    ]
+    return [dot(*each) for each in executed(text_of(compiled), multiplies)]
 
 
 def totals(ops: Iterable[Collective]) -> dict[str, Total]:
@@ -115,7 +117,8 @@ def flops(ops: Iterable[Dot]) -> int:
     return sum(op.times * op.flops for op in ops)
 
 
-def _text(compiled: jax.stages.Compiled | str) -> str:
+def text_of(compiled: jax.stages.Compiled | str) -> str:
+    """XLA's text of a program."""
     return compiled if isinstance(compiled, str) else compiled.as_text()
 
 
@@ -143,35 +146,64 @@ def _transferred(op: Operation) -> tuple[str, ...]:
     return _operand_shapes(start)
 
 
-def _multiplies(op: Operation) -> bool:
-    target = op.attribute("custom_call_target") or ""
-    return op.code in ("dot", "convolution") or bool(FOREIGN.search(target))
+def multiplies(op: Operation) -> bool:
+    """Whether it is a product, or a library's or a foreign kernel, in which there may be some."""
+    return op.code in ("dot", "convolution") or bool(FOREIGN.search(target(op)))
 
 
-FOREIGN = re.compile("tpu_custom_call|mosaic|triton|gemm|matmul|cudnn", re.IGNORECASE)
+FOREIGN = re.compile("tpu_custom_call|mosaic|triton|gemm|matmul|cudnn|cublas", re.IGNORECASE)
+CUBLAS = re.compile(r"__cublas\$(gemm|lt\$matmul)")
+
+
+def target(op: Operation) -> str:
+    """What a custom call calls."""
+    return op.attribute("custom_call_target") or ""
+
+
+def dot(op: Operation, times: int, conditional: bool) -> Dot:
+    """Of an operation that multiplies.
+
+    Raises:
+      ValueError: It is a kernel that is neither XLA's nor cuBLAS's.
+    """
+    found = _flops(op)  # first, to raise
+    lhs, rhs, *_ = map(_dtype, _operand_shapes(op))
+    return Dot(found, (lhs, rhs), op.shapes[0], times, conditional, _precision(op))
 
 
 def _flops(op: Operation) -> int:
-    match op.code:
-        case "dot":
-            lhs = _sizes(_operand_shapes(op)[0])
-            contracted = op.attribute("lhs_contracting_dims") or ""
-            inner = math.prod(lhs[int(axis)] for axis in contracted.split(",") if axis)
-            return 2 * math.prod(_sizes(op.shapes[0])) * inner
-        case "convolution":
-            return 2 * _convolution_products(op)
-    raise ValueError(
-        f"The products in %{op.name}, a {op.attribute('custom_call_target')}, cannot be counted"
-    )
+    if op.code == "convolution":
+        return 2 * _convolution_products(op)
+    if op.code == "dot":
+        contracted = op.attribute("lhs_contracting_dims") or ""
+    elif CUBLAS.match(target(op)):
+        contracted = _configured(op, "lhs_contracting_dimensions")
+    else:
+        raise ValueError(f"The products in %{op.name}, a {target(op)}, cannot be counted")
+    lhs = sizes(_operand_shapes(op)[0])
+    inner = math.prod(lhs[int(axis)] for axis in re.findall(r"\d+", contracted))
+    return 2 * math.prod(sizes(op.shapes[0])) * inner
+
+
+def _precision(op: Operation) -> str:
+    """Of the operand that is given more."""
+    said = op.attribute("operand_precision") or _configured(op, "operand_precision")
+    return next((name for name in ("highest", "high") if name in said.lower()), "default")
+
+
+def _configured(op: Operation, name: str) -> str:
+    """A list in the configuration of a call of cuBLAS."""
+    found = re.search(rf'"{name}":\[(.*?)\]', op.rest)
+    return found[1] if found else ""
 
 
 def _convolution_products(op: Operation) -> int:
     """As XLA's cost analysis counts them: without those with padding and with dilation's holes.
     TPU's compiler turns the batch of a batched product into a window where these are all but one
     in a batch."""
-    lhs, kernel = map(_sizes, _operand_shapes(op))
+    lhs, kernel = map(sizes, _operand_shapes(op))
     lhs_labels, kernel_labels, out_labels = re.split("_|->", op.attribute("dim_labels"))
-    out = dict(zip(out_labels, _sizes(op.shapes[0]), strict=True))
+    out = dict(zip(out_labels, sizes(op.shapes[0]), strict=True))
     lhs = dict(zip(lhs_labels, lhs, strict=True))
     kernel = dict(zip(kernel_labels, kernel, strict=True))
     window = dict(part.split("=") for part in (op.attribute("window") or "").split())
@@ -208,10 +240,12 @@ def _dtype(shape: str) -> str:
     return shape.split("[")[0]
 
 
-def _sizes(shape: str) -> list[int]:
+def sizes(shape: str) -> list[int]:
+    """Of an array's axes."""
     return [int(size) for size in re.findall(r"\d+", shape.split("[")[1])]
 
 
-def _bytes(shape: str) -> int:
+def bytes_of(shape: str) -> int:
+    """Of an array such as `"f32[256,256]"`."""
     bits = re.search(r"\d+", _dtype(shape))  # none: pred, token
-    return math.prod(_sizes(shape)) * (int(bits[0]) if bits else 8) // 8
+    return math.prod(sizes(shape)) * (int(bits[0]) if bits else 8) // 8

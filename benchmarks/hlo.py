@@ -16,14 +16,33 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
 SHAPE = re.compile(r"[a-z]\w*\[[\d,]*\]")
 NAME = re.compile(r"%([\w.\-]+)")
+FUSIONS = ("fusion", "fusion-start", "async-start")
 
 
 @dataclass
 class Computation:
+    """Operations of one scope. `fused`: it is what a fusion does, or an
+    asynchronous operation."""
+
     name: str
     program: dict[str, "Computation"]
     operations: dict[str, "Operation"] = field(default_factory=dict)
     root: "Operation | None" = None
+    fused: bool = False
+
+    @cached_property
+    def parameters(self) -> list["Operation"]:
+        found = (op for op in self.operations.values() if op.code == "parameter")
+        return sorted(found, key=lambda op: int(op.arguments))
+
+    @cached_property
+    def users(self) -> dict[str, list[tuple["Operation", int]]]:
+        """Operation → those that take its result, and as which operand."""
+        found: dict[str, list[tuple[Operation, int]]] = {name: [] for name in self.operations}
+        for op in self.operations.values():
+            for number, operand in enumerate(op.operands):
+                found[operand.name].append((op, number))
+        return found
 
 
 @dataclass
@@ -46,7 +65,7 @@ class Operation:
     def arguments(self) -> str:
         return self._parts[0]
 
-    @property
+    @cached_property
     def operands(self) -> list["Operation"]:
         return [self.computation.operations[name] for name in NAME.findall(self.arguments)]
 
@@ -76,6 +95,11 @@ def parse(text: str) -> Computation:
             computation.operations[operation.name] = operation
             if match[1]:
                 computation.root = operation
+    for computation in list(program.values()):
+        for op in computation.operations.values():
+            if op.code in FUSIONS:
+                for called in op.called("calls"):
+                    called.fused = True
     return entry
 
 

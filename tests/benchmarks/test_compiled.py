@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import gpu, tpu
 from benchmarks.compiled import Collective, Total, collectives, dots, flops, totals
-from benchmarks.tpu import make_mesh
 
 ROWS, COLUMNS = 256, 1024  # on each device; a TPU reduce-scatters less by another operation
 SHARD = 4 * ROWS * COLUMNS  # bytes, float32
@@ -18,14 +18,27 @@ AXES = {"a": 4, "b": 2}
 RING = [(i, (i + 1) % 4) for i in range(4)]  # along a
 
 
-@pytest.fixture(scope="module", params=["cpu", "tpu"])
+@pytest.fixture(scope="module", params=["cpu", "gpu", "tpu"])
 def mesh(request):
     """Of simulated devices, and of devices to compile for."""
-    if request.param == "cpu":
-        auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-        return jax.make_mesh(tuple(AXES.values()), tuple(AXES), auto)
-    pytest.importorskip("libtpu", reason="make test-tpu installs libtpu and runs this")
-    return make_mesh("v5p:2x2x2", **AXES)
+    match request.param:
+        case "cpu":
+            auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+            return jax.make_mesh(tuple(AXES.values()), tuple(AXES), auto)
+        case "gpu":
+            pytest.importorskip(gpu.PLUGIN, reason="make test-gpu installs it and runs this")
+            return gpu.make_mesh("h100:1x1x8", **AXES)
+        case "tpu":
+            pytest.importorskip("libtpu", reason="make test-tpu installs libtpu and runs this")
+            return tpu.make_mesh("v5p:2x2x2", **AXES)
+
+
+@pytest.fixture
+def mesh_with_analysis(mesh):
+    """Where XLA counts FLOPs itself, and convolutions are no library's."""
+    if "NVIDIA" in mesh.devices.flat[0].device_kind:
+        pytest.skip("GPU's compiler has no cost analysis")
+    return mesh
 
 
 def on_each_device(mesh, function):
@@ -38,11 +51,11 @@ def on_each_device(mesh, function):
     return jax.jit(mapped).lower(x).compile()
 
 
-def replicated(mesh, function, *shapes):
+def replicated(mesh, function, *shapes, options=None):
     """Compiled for devices that all do the same."""
     sharding = NamedSharding(mesh, P())
     arguments = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in shapes)
-    return jax.jit(function, out_shardings=sharding).lower(*arguments).compile()
+    return jax.jit(function, out_shardings=sharding).lower(*arguments).compile(options)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +128,9 @@ def test_a_loop_as_long_as_the_data_says_is_refused_only_when_it_matters(mesh):
     def until_large(step, x):
         return jax.lax.while_loop(lambda x: jnp.max(x) < 9.0, step, x)
 
-    with pytest.raises(ValueError, match=r"a (dot|convolution), .* as often as the data says"):
+    with pytest.raises(
+        ValueError, match=r"a (dot|convolution|custom-call), .* as often as the data says"
+    ):
         dots(replicated(mesh, partial(until_large, lambda x: x @ x), (8, 8)))
     assert dots(replicated(mesh, partial(until_large, lambda x: x * 2), (8, 8))) == []
 
@@ -143,6 +158,33 @@ def test_flops_of_products(mesh, subscripts, shapes, multiplications):
 
 
 @pytest.mark.parametrize(
+    ("subscripts", "shapes", "multiplications"),
+    [
+        ("ij,jk->ik", [(64, 32), (32, 128)], 64 * 32 * 128),
+        ("ji,kj->ik", [(32, 64), (128, 32)], 64 * 32 * 128),
+        ("bij,bjk->bik", [(5, 64, 32), (5, 32, 128)], 5 * 64 * 32 * 128),
+    ],
+)
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("times", [1, 7])
+def test_flops_of_products_that_are_tritons_or_cublass(
+    subscripts, shapes, multiplications, triton, times
+):
+    pytest.importorskip(gpu.PLUGIN, reason="make test-gpu installs it and runs this")
+
+    def program(x, y):
+        product = partial(jnp.einsum, subscripts, precision="highest")
+        return jax.lax.map(lambda z: product(x * z, y), jnp.arange(float(times)))
+
+    mesh = gpu.make_mesh("h100:1x1x1", data=1)
+    compiled = replicated(mesh, program, *shapes, options={} if triton else gpu.CUBLAS)
+    assert triton or "__cublas" in compiled.as_text()
+    [dot] = dots(compiled)
+    assert dot.times * dot.flops == times * 2 * multiplications
+    assert (dot.dtypes, dot.precision) == (("f32", "f32"), "highest")
+
+
+@pytest.mark.parametrize(
     "options",
     [
         dict(window_strides=(1, 1), padding="VALID"),
@@ -152,20 +194,23 @@ def test_flops_of_products(mesh, subscripts, shapes, multiplications):
         dict(window_strides=(1, 1), padding="SAME", feature_group_count=2),
     ],
 )
-def test_flops_of_convolutions_are_those_of_xla(mesh, options):
+def test_flops_of_convolutions_are_those_of_xla(mesh_with_analysis, options):
     """TPU's compiler makes convolutions of batched products, with dilation and padding."""
     groups = options.get("feature_group_count", 1)
     program = replicated(
-        mesh, partial(jax.lax.conv_general_dilated, **options), (2, 6, 7, 9), (4, 6 // groups, 3, 2)
+        mesh_with_analysis,
+        partial(jax.lax.conv_general_dilated, **options),
+        (2, 6, 7, 9),
+        (4, 6 // groups, 3, 2),
     )
     assert flops(dots(program)) == program.cost_analysis()["flops"]
 
 
-def test_loops_of_products_multiply_where_xlas_analysis_counts_one(mesh):
+def test_loops_of_products_multiply_where_xlas_analysis_counts_one(mesh_with_analysis):
     def program(x, y):
         return jax.lax.scan(lambda x, y: (jnp.tanh(x @ y), None), x, y)[0]
 
-    compiled = replicated(mesh, program, (16, 16), (50, 16, 16))
+    compiled = replicated(mesh_with_analysis, program, (16, 16), (50, 16, 16))
     assert flops(dots(compiled)) == 50 * 2 * 16**3
     assert compiled.cost_analysis()["flops"] < 2 * 2 * 16**3  # or drop the docstrings' warning
 
