@@ -10,10 +10,11 @@ EXTRAS_bench := bench
 EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
 EXTRAS_models := test
+EXTRAS_release := release
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-tpu test-lowest docs lint kills clean
+.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-tpu test-lowest docs package release lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -73,6 +74,12 @@ soak: $(VENV)/.train-$(JAX)  ## 5,000 steps of MuonClip at a rate at which Muon 
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	$(BIN)/mkdocs build --strict
 
+package: $(VENV)/.release-$(JAX)  ## sdist and wheel into dist/; README's code from the wheel alone, on two Pythons
+	.ci/package $(abspath $(BIN)/python) $$(.ci/newest)
+
+release: $(VENV)/.release-$(JAX)  ## package, and tag the version of pyproject.toml; refuses what is unfinished
+	$(BIN)/python .ci/release.py $(abspath $(BIN)/python) $$(.ci/newest)
+
 lint: $(VENV)/.dev-$(JAX)  ## ruff and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -100,7 +107,7 @@ test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu bench site
+	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu bench dist site
 
 .NOTPARALLEL:  # benchmarks must have the machine for themselves
 

@@ -68,6 +68,8 @@ if TYPE_CHECKING:  # these import NNX, which takes as long as this package: who 
     from muonclip_jax._trainers.maxtext import use_in_maxtext
     from muonclip_jax._trainers.nnx import MaxLogits, record_max_logits, use_recorded_max_logits
 
+    __version__: str
+
 __all__ = [
     # kernel
     "orthogonalize",
@@ -174,6 +176,10 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("muonclip_jax")
     if name in ("MaxLogits", "record_max_logits", "use_recorded_max_logits"):
         from muonclip_jax._trainers import nnx
 
