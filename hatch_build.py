@@ -1,5 +1,10 @@
-"""What the metadata of a build take from the project's address: its links, and README's."""
+"""What the metadata of a build take from the repository's address: links, and those of README.
 
+The address is the environment variable PROJECT_URL. Without it there are no links, and README's
+stay relative.
+"""
+
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +17,7 @@ PICTURES = (".svg", ".png")
 
 class ProjectLinks(MetadataHookInterface):
     def update(self, metadata: dict) -> None:
-        address = self.config["project-url"]
+        address = os.environ.get("PROJECT_URL")
         text = Path(self.root, "README.md").read_text()
         if address:
             text = with_absolute_links(text, address, metadata["version"])

@@ -1,5 +1,6 @@
 """Builds, checks and tags the version that pyproject.toml names. `make release` runs it."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -7,11 +8,9 @@ import sys
 import tomllib
 
 
-def problems(root: pathlib.Path) -> list[str]:
+def problems(root: pathlib.Path, address: str) -> list[str]:
     """What stands in the way of a release, each with what to do."""
-    settings = tomllib.loads((root / "pyproject.toml").read_text())
-    version = settings["project"]["version"]
-    address = settings["tool"]["hatch"]["metadata"]["hooks"]["custom"]["project-url"]
+    version = version_of(root)
     changes = re.search(r"^## (.*)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
     cited = re.search(r"^version: (.*)$", (root / "CITATION.cff").read_text(), re.MULTILINE)
     found = []
@@ -19,8 +18,8 @@ def problems(root: pathlib.Path) -> list[str]:
         found.append(f"The working tree has changes; commit or drop them:\n{changed}")
     if not re.fullmatch(r"https://\S+[^\s/]", address):
         found.append(
-            f"project-url in pyproject.toml is {address!r}: links need the https:// address of the "
-            "repository, without a slash at the end."
+            f"PROJECT_URL is {address!r}: links need the repository's https:// address, without a "
+            "slash at the end. Say make release PROJECT_URL=https://..."
         )
     if changes is None or changes[1] != version:
         found.append(
@@ -36,6 +35,10 @@ def problems(root: pathlib.Path) -> list[str]:
     return found
 
 
+def version_of(root: pathlib.Path) -> str:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+
+
 def git(root: pathlib.Path, *arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", root, *arguments], check=True, capture_output=True, text=True
@@ -43,10 +46,10 @@ def git(root: pathlib.Path, *arguments: str) -> str:
 
 
 def release(root: pathlib.Path, pythons: list[str]) -> None:
-    if found := problems(root):
+    if found := problems(root, os.environ.get("PROJECT_URL", "")):
         sys.exit("No release:\n" + "\n".join(f"- {each}" for each in found))
     subprocess.run([root / ".ci" / "package", *pythons], check=True)
-    version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    version = version_of(root)
     git(root, "tag", "--annotate", f"v{version}", "--message", f"muonclip_jax {version}")
     print(
         f"Tagged v{version}; dist/ has its sdist and wheel. Nothing is published yet:\n"

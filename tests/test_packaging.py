@@ -14,6 +14,7 @@ import muonclip_jax as mc
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VERSION = SETTINGS["project"]["version"]
+ADDRESS = "https://example.org/project"
 FILES = ("pyproject.toml", "CHANGELOG.md", "CITATION.cff")
 
 
@@ -52,7 +53,6 @@ def repository(tmp_path):
     """A repository that is ready for a release."""
     for name in FILES:
         text = (ROOT / name).read_text()
-        text = text.replace('project-url = ""', 'project-url = "https://example.org/project"')
         (tmp_path / name).write_text(text.replace("## Unreleased", f"## {VERSION}"))
     person = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     for command in (("init",), ("add", "."), (*person, "commit", "--message", "all")):
@@ -67,32 +67,33 @@ def change(repository, name, old, new):
 
 
 def test_a_release_needs_nothing_else(repository):
-    assert release.problems(repository) == []
+    assert release.problems(repository, ADDRESS) == []
 
 
 @pytest.mark.parametrize(
     "name, old, new, words",
     [
         ("CHANGELOG.md", f"## {VERSION}", "## Unreleased", f"'Unreleased': give version {VERSION}"),
-        (
-            "pyproject.toml",
-            "https://example.org/project",
-            "",
-            "project-url in pyproject.toml is ''",
-        ),
-        ("pyproject.toml", "/project", "/project/", "without a slash"),
         ("CITATION.cff", f"version: {VERSION}", "version: 9.9", "CITATION.cff has version 9.9"),
     ],
 )
 def test_a_release_is_refused(repository, name, old, new, words):
     change(repository, name, old, new)
-    unsaved, problem = release.problems(repository)
+    unsaved, problem = release.problems(repository, ADDRESS)
     assert f" M {name}" in unsaved and words in problem
+
+
+@pytest.mark.parametrize("address", ["", "http://example.org/project", f"{ADDRESS}/"])
+def test_a_release_needs_the_address_of_the_repository(repository, address):
+    (problem,) = release.problems(repository, address)
+    assert (
+        problem.startswith(f"PROJECT_URL is {address!r}") and "make release PROJECT_URL" in problem
+    )
 
 
 def test_a_version_is_released_once(repository):
     subprocess.run(["git", "-C", repository, "tag", f"v{VERSION}"], check=True)
-    assert release.problems(repository) == [
+    assert release.problems(repository, ADDRESS) == [
         f"The tag v{VERSION} is there: raise the version in pyproject.toml."
     ]
 
