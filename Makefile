@@ -4,6 +4,8 @@ JAX ?= cpu
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
+# What each page of the documentation says it is.
+EDITION = $(shell sed -n 's/^version = "\(.*\)"/version \1/p' pyproject.toml), commit $(shell git describe --always --dirty --abbrev=10 --exclude '*')
 EXTRAS_train := examples
 EXTRAS_test := examples,test
 EXTRAS_bench := bench
@@ -71,8 +73,10 @@ fuzz: $(VENV)/.test-$(JAX)  ## random cases against float64, SECONDS=120 for eac
 soak: $(VENV)/.train-$(JAX)  ## 5,000 steps of MuonClip at a rate at which Muon diverges: nothing may grow
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
+# Links into the repository need PROJECT_URL=https://host/owner/project; without it they are plain text.
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m docs.tools.gather
+	DOCS_EDITION="$(EDITION)" $(BIN)/python -m zensical build --strict --clean
 
 package: $(VENV)/.release-$(JAX)  ## sdist and wheel into dist/; README's code from the wheel alone, on two Pythons
 	.ci/package $(abspath $(BIN)/python) $$(.ci/newest)
@@ -107,7 +111,7 @@ test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu bench dist site
+	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu bench dist site site-source
 
 .NOTPARALLEL:  # benchmarks must have the machine for themselves
 

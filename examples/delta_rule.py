@@ -4,9 +4,9 @@
 
 The memory S `[values, keys]` is corrected at each token by what it got wrong:
 S ← S + β(v − Sk)kᵀ. Token by token that is a scan of as many steps. In chunks of c tokens all
-corrections of a chunk are U = T⁻¹β(V − KSᵀ), T being triangular (docs/linalg.md): products, and a
-scan of c times fewer steps. Trained on pairs of which keys come again with another value, so that
-the memory has to forget.
+corrections of a chunk are U = T⁻¹β(V − KSᵀ), T being triangular (docs/explanation/linalg.md):
+products, and a scan of c times fewer steps. Trained on pairs of which keys come again with another
+value, so that the memory has to forget.
 """
 
 import functools

@@ -334,7 +334,7 @@ def muonh(
     All other parameters get Adam, and do not decay. (Levanter's code also keeps the unembedding on
     its sphere, behind Adam: `partition_matrices` with `optax.scale_by_adam()` and `hyperball` for
     it.) Its authors find 20 to 30% fewer tokens than Muon at up to 1.2B parameters; others do not
-    (nanochat's log of January 2026). `docs/studies.md` has what this library measured.
+    (nanochat's log of January 2026). `docs/explanation/studies.md` has what this library measured.
 
     State: momentum, and one float32 number for each matrix.
 

@@ -181,7 +181,7 @@ def muonclip(
     | --- | --- | --- |
     | each head, and each piece of a kernel, is a matrix | each kernel is | a model trains alike however its kernels are stored: fused, flat, scanned; and each head's step has its size however large the other heads' gradients are |
     | Nesterov, `nesterov=True` | `M = μM + G` alone | as Jordan's Muon and Moonlight's code have it |
-    | five Polar Express steps in bfloat16 | msign; the report says Newton–Schulz | of five steps they are the nearest to msign on the example's momentum (docs/schedules.md) |
+    | five Polar Express steps in bfloat16 | msign; the report says Newton–Schulz | of five steps they are the nearest to msign on the example's momentum (docs/explanation/schedules.md) |
 
     (With the same gradients a small MLA block ends, after 20 steps, 0.38 of its way beside where
     the published one does; 0.40 with per-head matrices alone, 0.13 with Nesterov alone. In the

@@ -181,7 +181,7 @@ def muon_by_width(rule: ShapeRule, small: tuple[int, int], large: tuple[int, int
     A matrix is what is orthogonalized. Heads of an output projection that are orthogonalized one by
     one, each `[head, out]`, all add to the same outputs: there are r times as many, so outputs
     change more though each head's rate is right. `mc.Granularity({"o": "all"})` takes them whole
-    (docs/scaling.md shows both).
+    (docs/how-to/scaling.md shows both).
 
     Args:
       rule: As for `shape_scale`.
@@ -562,7 +562,7 @@ def transfer(
     `granularity=mc.Granularity({"o": "all"})`: see `muon_by_width`. The decay of
     what is not Muon's is λ times its own rate; nothing was published for it. Sources differ, most
     on decay and length, so compare two values at a size in between where that can be paid for;
-    `studies/transfer` measured these rules at small widths (docs/scaling.md).
+    `studies/transfer` measured these rules at small widths (docs/how-to/scaling.md).
 
     Args:
       tuned: The small model's values.

@@ -8,8 +8,11 @@ import pytest
 import muonclip_jax as mc
 
 ROOT = pathlib.Path(__file__).parent.parent
-REFERENCE = ROOT / "docs" / "reference.md"
-BLOCK = re.compile(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", re.DOTALL)
+# A block may go on from those of the same name on another page: `<!-- test: linen, after PAGE -->`.
+BLOCK = re.compile(
+    r"<!-- test: (?P<name>[\w-]+)(?:, after (?P<after>\S+))? -->\n```python\n(?P<code>.*?)```",
+    re.DOTALL,
+)
 
 # What "an existing train step" already has.
 PRELUDES = {
@@ -46,36 +49,41 @@ EPILOGUES = {
 }
 
 
-def pages():
-    found = {}
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for name, code in BLOCK.findall(page.read_text()):
-            found.setdefault((page.name, name), []).append(code)
-    return found
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = {"watching", "accumulation", "clips"}  # pages that train models
 
 
-LONG = {("guide.md", "linen"), ("guide.md", "heads"), ("guide.md", "kernels")}  # train models
+def blocks(page: pathlib.Path, name: str) -> list[str]:
+    """The blocks of a name on a page, behind those of the page that the first one goes on from."""
+    found = [match for match in BLOCK.finditer(page.read_text()) if match["name"] == name]
+    assert found, f"{page} has no block {name!r}"
+    before = blocks(ROOT / "docs" / found[0]["after"], name) if found[0]["after"] else []
+    return before + [match["code"] for match in found]
 
 
-@pytest.mark.parametrize(
-    ("page", "name"),
-    [pytest.param(*key, marks=[pytest.mark.slow] if key in LONG else []) for key in pages()],
-    ids=lambda part: part,
-)
+def every_name():
+    for page in PAGES:
+        for name in dict.fromkeys(match["name"] for match in BLOCK.finditer(page.read_text())):
+            marks = [pytest.mark.slow] if page.stem in LONG else []
+            yield pytest.param(page, name, marks=marks, id=f"{page.relative_to(ROOT)}-{name}")
+
+
+@pytest.mark.parametrize(("page", "name"), [*every_name()])
 def test_blocks_run(page, name):
-    code = [PRELUDES.get(name, ""), *pages()[page, name], EPILOGUES.get(name, "")]
+    code = [PRELUDES.get(name, ""), *blocks(page, name), EPILOGUES.get(name, "")]
     namespace = {"__name__": f"{page}:{name}"}
     for block in code:
         exec(compile(block, f"{page}:{name}", "exec"), namespace)
 
 
-def test_no_python_block_is_left_out():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = page.read_text()
-        assert len(re.findall(r"```python", text)) == len(BLOCK.findall(text)), page.name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_python_block_is_left_out(page):
+    text = page.read_text()
+    assert text.count("```python") == len(BLOCK.findall(text))
 
 
 def test_the_reference_has_every_public_name():
-    entries = set(re.findall(r"^::: muonclip_jax\.([\w.]+)$", REFERENCE.read_text(), re.MULTILINE))
+    text = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    entries = set(re.findall(r"^::: muonclip_jax\.([\w.]+)$", text, re.MULTILINE))
     also = {"Layout", "Schedule"}  # shown as members of layouts and schedules
     assert {name for name in entries if not name.startswith("_")} | also == set(mc.__all__)

@@ -1,7 +1,7 @@
 """The public surface: names and signatures, held against surface.txt.
 
 A change of it is meant or it is a mistake. If it is meant, record it, and write a line for the
-CHANGELOG (docs/promises.md says what a name is owed before it goes):
+CHANGELOG (docs/reference/promises.md says what a name is owed before it goes):
 
     python -m tests.test_surface --write
 """

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 CODE = ["muonclip_jax/**/*.py"]
-PROSE = ["README.md", "docs/*.md"]
+PROSE = ["README.md", "docs/**/*.md"]
 SPREAD = ["muonclip_jax/_spread/*.py"]
 
 RULES = {
@@ -38,7 +38,7 @@ RULES = {
     "segment, of the Gram iteration": (
         "steps between restarts",
         r"\bsegments?\b(?!_)",
-        ["muonclip_jax/_orthogonalize/*.py", "docs/schedules.md", "docs/guide.md", "README.md"],
+        ["muonclip_jax/_orthogonalize/*.py", "docs/explanation/schedules.md", "README.md"],
     ),
     "copies, as a place": ("replicated", r"[\"`]copies[\"`]|\bcopies\s*[:=]", CODE + PROSE),
     "entries at once": ("chunk size", r"\bentries[_ ]at[_ ]once\b", CODE + PROSE),

@@ -62,7 +62,7 @@ def orthogonalize(
     Returns:
         An array with the shape and dtype of `x`. How near 1 the singular values are is
         `schedule.worst_error()` plus rounding of `dtype`. The largest is at most 0.1 above
-        `schedule.top`, as far as searches found (docs/schedules.md).
+        `schedule.top`, as far as searches found (docs/explanation/schedules.md).
 
     Raises:
         TypeError: If `schedule` is not a `Schedule`, `method` none of the above, or a dtype is not

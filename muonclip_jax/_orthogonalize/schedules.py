@@ -258,9 +258,9 @@ def cubic(
     A cubic step is σ ↦ aσ + bσ³. It needs no (XXᵀ)²: 4n²m FLOPs for a matrix [n, m] in place of
     4n²m + 2n³. But it lets small singular values grow by 2.6 at most, a quintic by 4.1. Eight
     steps, the default, are as accurate as `polar_express(5)` and cost 7% more FLOPs on square
-    matrices, 26% more at m = 4n; with fewer steps of both it is the same (docs/schedules.md). So it
-    is no faster at any shape: it is here to repeat runs with cubics, and for kernels that have no
-    symmetric product.
+    matrices, 26% more at m = 4n; with fewer steps of both it is the same
+    (docs/explanation/schedules.md). So it is no faster at any shape: it is here to repeat runs with
+    cubics, and for kernels that have no symmetric product.
 
     On [l, u] the best a, b are in closed form: with s = l² + lu + u²,
 

@@ -27,7 +27,7 @@ def from_optax_muon(old: Any, like: optax.OptState, *, beta: float) -> optax.Opt
     Optax's state does not have (QK-Clip's, QuacK's) is as in `like`.
 
     The steps that follow are those that Optax would have taken, to rounding, with the options that
-    docs/elsewhere.md lists. One is no option of `muon`: Optax weighs the two
+    docs/how-to/elsewhere.md lists. One is no option of `muon`: Optax weighs the two
     terms of Nesterov's momentum by 1 − βᵗ⁺¹ and 1 − βᵗ, as `scale_by_muon(bias_correction=True)`
     does; after 16 / (1 − β) steps, 320 with 0.95, float32 does not tell.
 

@@ -140,7 +140,7 @@ def scale_by_quack(
       `gain - 1`. Attention without latents in the same model goes by the paper's rule. With a
       clip of queries and keys behind it factors of the down-projections have no bound: at thirty
       times the best rate four of five runs overflowed, which neither alone does (`mla_norm` in
-      docs/studies.md).
+      docs/explanation/studies.md).
     - `"fixed"`: a lower learning rate for queries and keys, the paper's baseline; no norms. τ for
       every projection on the way to a query or a key, MLA's q_down and k_rope among them. Only
       kv_down keeps its rate, since values come from it as well: its factor is 1. (A rate multiplies

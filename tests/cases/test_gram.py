@@ -165,7 +165,7 @@ def test_momentum_of_rank_one_keeps_its_one_singular_value(noise, method):
 )
 @pytest.mark.parametrize("method", ["standard", "gram"])
 def test_no_matrix_is_found_that_ends_far_above_the_exact_polynomial(schedule, dtype, method):
-    """A short search, at random and by climbing; docs/schedules.md tells the long one's worst."""
+    """A short search, at random and by climbing. docs/explanation/schedules.md has a long one."""
     options = search.Options(shapes=((3, 6), (8, 16)), count=100, generations=8, inside=(8, 16))
     row = search.search(search.SCHEDULES[schedule], method, dtype, options)
     assert max(row["random"], row["climbed"]) <= row["allowed"]

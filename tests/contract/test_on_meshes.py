@@ -98,7 +98,7 @@ def test_nothing_is_transferred_in_a_step(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_again_and_after_a_resume(kind, tmp_path):
-    """Same program, seed, mesh and machine. docs/promises.md says where bits may differ."""
+    """Same program, seed, mesh, machine. docs/reference/promises.md says where bits may differ."""
     ocp = pytest.importorskip("orbax.checkpoint")
     wrap = functools.partial(mc.accumulate, every=2)
     first, second = Setup(kind, wrap=wrap), Setup(kind, wrap=wrap)

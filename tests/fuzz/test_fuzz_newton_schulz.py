@@ -69,7 +69,8 @@ def test_newton_schulz_in_bounds_and_direction(rng):
         given = jnp.asarray(x, "float64" if dtype == "float64" else "float32")
         out = np.asarray(orthogonalize(given, schedule, dtype=dtype, method=method), np.float64)
     sigma = np.linalg.svd(out, compute_uv=False)
-    # docs/schedules.md: no schedule ends more than 0.1 above the top of its own exact polynomial.
+    # No schedule ends more than 0.1 above the top of its own exact polynomial
+    # (docs/explanation/schedules.md).
     assert sigma.max() <= top(schedule) + 0.1
     check_direction(np.asarray(given, np.float64), out, schedule, method, dtype)
 

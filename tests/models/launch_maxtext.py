@@ -1,4 +1,4 @@
-"""MaxText's own training with MuonClip: the launcher of docs/trainers.md, and what the test reads.
+"""MaxText's own training with MuonClip: the launcher of docs/how-to/trainers.md, and what is read.
 
 python -m tests.models.launch_maxtext seen.json CONFIG key=value ...
 """

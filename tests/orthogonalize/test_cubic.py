@@ -63,7 +63,7 @@ def test_half_of_it_where_products_are_cut():
 
 
 def test_what_the_documentation_says_of_costs():
-    """docs/schedules.md: FLOPs in n³ by shape, standard and by "gram"."""
+    """docs/explanation/schedules.md: FLOPs in n³ by shape, standard and by "gram"."""
     every = (
         mc.schedules.polar_express(5),
         mc.schedules.cubic(),

@@ -463,7 +463,7 @@ def test_orthogonality_error_of_known_matrices():
 
 @slow
 def test_bfloat16_rounding_bounds_what_converges():
-    """docs/schedules.md: about 0.005, whichever schedule."""
+    """docs/explanation/schedules.md: about 0.005, whichever schedule."""
     x = jnp.asarray(gaussian(64, 256), jnp.float32)
     for schedule in (schedules.polar_express(8), schedules.deepseek_v4()):
         assert 1e-3 < orthogonality_error(orthogonalize(x, schedule, method="standard")) < 1e-2

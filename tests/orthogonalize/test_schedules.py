@@ -45,7 +45,7 @@ def test_a_tiny_lower_bound_fills_all_that_may_be_filled():
 
 
 def test_from_where_on_each_schedule_is_made_for():
-    """As their authors say, or as far as they bring 1e-2 to 1 at all; see docs/schedules.md."""
+    """As their authors say, or as far as they bring 1e-2 to 1 at all."""
     named = (schedules.jordan(), schedules.you(), schedules.aol(), schedules.cans())
     assert [schedule.lower for schedule in named] == [1e-2, 1e-2, 1e-2, 1e-3]
 
@@ -230,11 +230,11 @@ def test_a_wrong_argument_says_what_is_wrong(build, message):
         build()
 
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs" / "schedules.md"
+DOCS = pathlib.Path(__file__).parents[2] / "docs/explanation/schedules.md"
 
 
 def documented():
-    """The rows of the table in docs/schedules.md whose first cell is a schedule's constructor."""
+    """The rows of the page's table whose first cell is a schedule's constructor."""
     rows = [line.strip("| \n").split("|") for line in DOCS.read_text("utf-8").splitlines()]
     cells = [[cell.strip() for cell in row] for row in rows]
     return [row for row in cells if re.fullmatch(r"`\w+\(.*\)`", row[0])]
@@ -299,7 +299,7 @@ def test_top_is_the_largest_value_and_repr_tells_a_high_one():
 
 
 def test_only_cans_takes_large_singular_values_nearly_to_zero():
-    """docs/schedules.md: there the rounding of 16 bits turns directions around."""
+    """docs/explanation/schedules.md: there the rounding of 16 bits turns directions around."""
 
     def smallest_share(schedule):
         sigma = np.linspace(0.05, 1, 20_001)

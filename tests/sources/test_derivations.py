@@ -1,4 +1,4 @@
-"""docs/derivations.md: every formula and number of it, in float64."""
+"""docs/explanation/derivations.md: every formula and number of it, in float64."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ import muonclip_jax as mc
 from tests.sources.tables import DOCS, table
 from tests.sources.transcriptions import softmax
 
-PAGE = "derivations.md"
+PAGE = "explanation/derivations.md"
 RECORDS = pathlib.Path(__file__).parents[2] / "studies" / "clip" / "results" / "cpu.jsonl"
 D, F, T = 12, 6, 7
 SCALE = F**-0.5

@@ -1,4 +1,4 @@
-"""docs/sources.md: the largest difference of every formula from its float64 transcription.
+"""docs/reference/sources.md: each formula's largest difference from its float64 transcription.
 
 A difference is max|a - b| / max|b|, b being the transcription. The page states it; here it is
 computed, so that the page and the code cannot part.
@@ -23,7 +23,7 @@ from tests.sources.tables import DOCS, tables
 from tests.transforms import quack_reference
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGE = "sources.md"
+PAGE = "reference/sources.md"
 CHECKS: dict[str, Callable[[], float]] = {}
 CONVERGED = mc.NewtonSchulz(mc.schedules.polar_express(12, lower=1e-6), "float32")
 

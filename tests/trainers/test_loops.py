@@ -1,4 +1,4 @@
-"""One line for each trainer of others: what docs/trainers.md says works in their loops."""
+"""One line for each trainer of others: what docs/how-to/trainers.md says works in their loops."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""For mkdocs: formulas in the pages become MathML when the site is built.
+"""An extension of Python-Markdown: formulas in the pages become MathML when the site is built.
 
 Browsers show MathML by themselves, so that no page asks another host for a script or a font. The
 same `$...$` and `$$...$$` are shown by GitHub.
@@ -8,7 +8,9 @@ import html
 import re
 
 from latex2mathml import converter
-from mkdocs.exceptions import PluginError
+from markdown import Markdown
+from markdown.extensions import Extension
+from markdown.postprocessors import Postprocessor
 
 # What pymdownx.arithmatex makes of them.
 _FORMULA = re.compile(
@@ -18,10 +20,23 @@ _FORMULA = re.compile(
 )
 
 
-def on_page_content(content: str, *, page, config, files) -> str:
-    """Called by mkdocs with the HTML of each page."""
-    del config, files
-    return _FORMULA.sub(lambda found: _typeset(found, page.file.src_uri), content)
+class _Typeset(Postprocessor):
+    """Runs on the HTML of a page, behind all others."""
+
+    def run(self, text: str) -> str:
+        return _FORMULA.sub(_typeset, text)
+
+
+class Formulas(Extension):
+    """Beside pymdownx.arithmatex with `generic: true`."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.postprocessors.register(_Typeset(md), "formulas", priority=-100)
+
+
+def makeExtension(**options) -> Formulas:
+    """What Python-Markdown calls."""
+    return Formulas(**options)
 
 
 def mathml(formula: str, display: str = "inline") -> str:
@@ -32,10 +47,10 @@ def mathml(formula: str, display: str = "inline") -> str:
     return made
 
 
-def _typeset(found: re.Match, place: str) -> str:
+def _typeset(found: re.Match) -> str:
     display = "inline" if found["block"] is None else "block"
     formula = html.unescape(found["inline"] or found["block"]).strip()
     try:
         return mathml(formula, display)
     except Exception as error:  # latex2mathml has many of its own
-        raise PluginError(f"{place}: the formula {formula!r}: {error}") from error
+        raise ValueError(f"The formula {formula!r}: {error}") from error

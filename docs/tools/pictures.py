@@ -1,7 +1,7 @@
 """The pictures of clips.md, linalg.md and scaling.md: what a clip does to a spectrum, msign in a
 loss, and whose activations grow with the width.
 
-python docs/pictures.py          # a minute; clips.md's of a training is benchmarks.bounds'
+python -m docs.tools.pictures   # a minute; clips.md's of a training is benchmarks.bounds'
 """
 
 import functools
@@ -19,7 +19,7 @@ import muonclip_jax as mc
 from examples import test_time_training
 from examples.mla.figures import STYLE
 
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = Path(__file__).parents[1] / "pictures"
 
 
 def spectra() -> dict[str, np.ndarray]:
