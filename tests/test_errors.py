@@ -116,7 +116,7 @@ def text_of(name, content=b"", size=257):
         elif content:
             path.write_bytes(content)
         return load_text(
-            path, installed_packages=False, vocab_size=size, cache=pathlib.Path(folder, "cache")
+            [path], installed_packages=False, vocab_size=size, cache=pathlib.Path(folder, "cache")
         )
 
 

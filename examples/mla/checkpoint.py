@@ -79,8 +79,8 @@ class Checkpoints:
             if found._manager.latest_step() is not None:
                 return found
         raise InputError(
-            f"{run_dir}: no complete checkpoint to resume; start a run without --resume, in a new "
-            "folder"
+            f"{run_dir}: no complete checkpoint there; give the folder of a run that has saved "
+            "one, or start a run without --resume, in a new folder"
         )
 
     @property

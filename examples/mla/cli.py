@@ -1,13 +1,14 @@
 """The command line: flags from a dataclass, and one line for every error."""
 
 import contextlib
+import importlib
 import io
 import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -92,8 +93,9 @@ def _tyro_errors() -> Iterator[None]:
 
 
 def _first_message(box: str) -> str:
-    """The text of tyro's error, between its title and its next rule, without the frame; where the
-    output is not in Unicode, rules are hyphens and there is no frame."""
+    """The text of tyro's error, between its title and its next rule, without the frame, and the
+    flags that tyro finds nearest to those unknown; where the output is not in Unicode, rules are
+    hyphens and there is no frame."""
 
     def is_rule(line: str) -> bool:
         return re.fullmatch("[─-]+|╰─+╯", line) is not None
@@ -102,7 +104,9 @@ def _first_message(box: str) -> str:
     message = itertools.takewhile(
         lambda line: not is_rule(line), itertools.dropwhile(is_rule, body)
     )
-    return " ".join(" ".join(message).split())
+    nearest = re.findall(r"(?:Perhaps you meant|Arguments similar to \S+):[\s│]*(--[\w-]+)", box)
+    meant = f"; did you mean {', '.join(nearest)}?" if nearest else ""
+    return " ".join(" ".join(message).split()) + meant
 
 
 @contextlib.contextmanager
@@ -112,6 +116,20 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
+
+
+def optional(module: str, package: str, *, wanted_by: str) -> Any:
+    """Imports what the example does without.
+
+    Raises:
+      InputError: The package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{wanted_by}: this takes {package}, which is not installed; pip install {package}"
+        ) from error
 
 
 def run(main: Callable[[], int]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from examples.mla import cli, figures, metrics
+from examples.mla import cli, config, figures, metrics
 from examples.mla.cli import InputError
 from examples.mla.devices import Devices, in_every_process, is_first
 from examples.mla.folder import new_run_dir, write_whole
@@ -33,11 +33,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def read_settings(args: Sequence[str] | None) -> Settings:
     """Starts JAX on the devices that the flags name, and reads the flags of both runs."""
+    args = config.expanded(args)
     cli.peek(Devices, args).start()
-    return in_every_process(lambda: _read_settings(args), alike=Settings.to_json)
+    return in_every_process(lambda: _read_settings(args), alike=Settings.of_all_processes)
 
 
-def _read_settings(args: Sequence[str] | None) -> Settings:
+def _read_settings(args: Sequence[str]) -> Settings:
     return cli.parse(
         Settings,
         args,

@@ -17,11 +17,12 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from examples.mla.cli import InputError
+from examples.mla.cli import InputError, optional
 from examples.mla.folder import write_whole
 
 SEPARATOR = "<|endoftext|>"
 BYTE_VOCABULARY = 257  # every byte, and the separator
+PARQUET, COLUMN = ".parquet", "text"  # a document a row
 HELD_OUT = 0.05  # share of the files (of the text, when there is one file) kept for validation
 NOT_SOURCES = {
     *("site-packages", "dist-packages", "__pycache__"),
@@ -106,12 +107,13 @@ class TokenizedText:
 
 
 def load_text(
-    data: Path | None, *, installed_packages: bool, vocab_size: int, cache: Path
+    data: Sequence[Path], *, installed_packages: bool, vocab_size: int, cache: Path
 ) -> TokenizedText:
     """Reads, splits and tokenizes the text.
 
     Args:
-      data: A text file or a folder of them; None for the Python standard library's sources.
+      data: Text files, Parquet files with a column `text`, or folders of them; none of them for the
+        Python standard library's sources.
       installed_packages: Whether to add the sources of the installed packages.
       vocab_size: The tokenizer's vocabulary; `BYTE_VOCABULARY` makes every byte a token.
       cache: Folder of trained tokenizers.
@@ -126,14 +128,14 @@ def load_text(
     )
 
 
-def read_corpus(data: Path | None, *, installed_packages: bool = False) -> Corpus:
+def read_corpus(data: Sequence[Path], *, installed_packages: bool = False) -> Corpus:
     """Reads the files and holds out some of them; see `load_text`."""
     places = sysconfig.get_paths()
-    wanted = (["stdlib"] if data is None else []) + ["purelib", "platlib"] * installed_packages
+    wanted = ([] if data else ["stdlib"]) + ["purelib", "platlib"] * installed_packages
     code = dict.fromkeys(Path(places[name]) for name in wanted)
-    texts = [*(_read(data) if data else ()), *(text for root in code for text in _read_code(root))]
-    train, valid = split(texts)
-    return Corpus(" + ".join(map(str, [data, *code] if data else code)), train, valid)
+    read = [*((_read, path) for path in data), *((_read_code, root) for root in code)]
+    train, valid = split([text for reader, path in read for text in reader(path)])
+    return Corpus(" + ".join(str(path) for _, path in read), train, valid)
 
 
 def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -169,6 +171,22 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int, cache: Path) -> Tokeni
         content = tokenizer.to_str()
         write_whole(path, json.dumps({"sha256": _digest(content), "tokenizer": content}).encode())
     tokenizer.encode_special_tokens = True  # a separator spelled out in the text stays text
+    return tokenizer
+
+
+def read_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+    """The tokenizer that a run left in its folder.
+
+    Raises:
+      InputError: There is none, or another than the run's.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file; a run of an older release gets it with --resume")
+    content = path.read_bytes().decode(errors="replace")
+    if _digest(content) != fingerprint:
+        raise InputError(f"{path}: not the tokenizer of this run's checkpoint")
+    tokenizer = Tokenizer.from_str(content)
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -259,17 +277,18 @@ def _windows_of(
 
 
 def _read(path: Path) -> list[str]:
-    """The text of a file, or of every text file in a folder."""
+    """The documents of a file, or of every file with text in a folder."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a text file or a folder to --data")
     if path.is_dir():
         return _texts(path, list(_files(path)))
-    text = _text_or_none(path)
-    if text is None:
-        raise InputError(f"{path}: a binary file; --data takes UTF-8 text")
-    if not text.strip():
+    documents = _documents(path)
+    if documents is None:
+        raise InputError(f"{path}: a binary file; --data takes UTF-8 text, or Parquet")
+    found = [text for text in documents if text.strip()]
+    if not found:
         raise InputError(f"{path}: an empty file; --data takes a file with text in it")
-    return [text]
+    return found
 
 
 def _read_code(root: Path) -> list[str]:
@@ -278,7 +297,7 @@ def _read_code(root: Path) -> list[str]:
 
 
 def _texts(root: Path, files: Sequence[Path]) -> list[str]:
-    texts = [text for text in map(_text_or_none, files) if text and text.strip()]
+    texts = [text for file in files for text in _documents(file) or () if text.strip()]
     if not texts:
         raise InputError(
             f"{root}: none of its {len(files)} files is UTF-8 text with something in it; "
@@ -287,12 +306,31 @@ def _texts(root: Path, files: Sequence[Path]) -> list[str]:
     return texts
 
 
-def _text_or_none(path: Path) -> str | None:
+def _documents(path: Path) -> Sequence[str] | None:
+    """A text file is one document, a Parquet file has one a row; None for a binary file."""
+    if path.suffix == PARQUET:
+        return _rows(path)
     content = path.read_bytes()
     try:
-        return None if b"\0" in content else content.decode("utf-8-sig")
+        return None if b"\0" in content else [content.decode("utf-8-sig")]
     except UnicodeDecodeError:
         return None
+
+
+def _rows(path: Path) -> list[str]:
+    """The column `text` of a Parquet file, without nulls."""
+    parquet = optional("pyarrow.parquet", "pyarrow", wanted_by=str(path))
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = {field.name: str(field.type) for field in file.schema_arrow}
+            if columns.get(COLUMN) not in ("string", "large_string"):
+                found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+                raise InputError(f"{path}: no column {COLUMN} of strings; it has {found}")
+            rows = file.read(columns=[COLUMN])[COLUMN].to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's errors are among them
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a Parquet file that can be read ({reason})") from error
+    return [row for row in rows if row is not None]
 
 
 def _files(root: Path, without: Collection[str] = ()) -> Iterator[Path]:

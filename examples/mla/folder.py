@@ -1,6 +1,6 @@
 """The folder of a run: which one it is, who writes into it, and how a file gets there whole.
 
-runs/NAME/      checkpoints/, metrics.jsonl, report.html
+runs/NAME/      checkpoints/, metrics.jsonl, report.html, settings.toml, tokenizer.json
 runs/NAME/lock  held by the process that writes into the folder; names it
 runs/latest     the name of the run that was saved last
 """
@@ -78,8 +78,8 @@ def new_run_dir(wanted: Path | None) -> Path:
     check_name(run_dir)
     if run_dir.exists() and (not run_dir.is_dir() or set(os.listdir(run_dir)) - {LOCK}):
         raise InputError(
-            f"{run_dir} is in use already; continue the run there with --resume, or give another "
-            "--run-dir"
+            f"{run_dir} is in use already; continue the run there with --resume {run_dir}, or give "
+            "another --run-dir"
         )
     return run_dir
 
@@ -104,6 +104,21 @@ def note_newest(run_dir: Path) -> None:
     """Notes that this run was saved last, if it is one of `RUNS`."""
     if run_dir.absolute().parent == RUNS.absolute():
         write_whole(RUNS / LATEST, os.fsencode(run_dir.name))
+
+
+def run_dir_to_resume(resume: Path | bool, run_dir: Path | None) -> Path:
+    """The folder that `--resume`, with or without a folder of its own, and `--run-dir` name.
+
+    Raises:
+      InputError: They name two, or neither names one and there is none in `RUNS`.
+    """
+    if isinstance(resume, bool):
+        return run_dir or newest_run_dir()
+    if run_dir not in (None, resume):
+        raise InputError(
+            f"--resume {resume} and --run-dir {run_dir} are two folders; give the run's once"
+        )
+    return resume
 
 
 def newest_run_dir() -> Path:

@@ -117,15 +117,12 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, str]]:
     start = select(rows, "start")[-1]
     steps, evals = select(rows, "step"), select(rows, "eval")
     loss = column(evals[-1:], "loss").item() if evals else math.nan
-    bits_per_byte = loss / math.log(2) / start["facts"]["bytes_per_token"]
     found = [
         ("steps", f"{steps[-1]['step']:,}"),
         ("tokens", f"{sum(row['tokens'] for row in steps):,}"),
         ("tokens per second", f"{tokens_per_second(steps):,.0f}"),
         ("training loss, mean of the last 20 steps", f"{column(steps[-20:], 'loss').mean():.3f}"),
-        ("validation loss (nats per token)", f"{loss:.3f}"),
-        ("validation perplexity", f"{np.exp(loss):.4g}"),
-        ("validation bits per byte", f"{bits_per_byte:.3f}"),
+        *losses(loss, start["facts"]["bytes_per_token"]),
         ("largest max logit", f"{np.fmax.reduce(peak(steps)):.2f}"),
     ]
     if has_experts(steps):
@@ -141,6 +138,15 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, str]]:
             ("clips lost to rounding", f"{steps[-1]['lost_heads']}"),
         ]
     return found
+
+
+def losses(loss: float, bytes_per_token: float) -> list[tuple[str, str]]:
+    """A loss on held-out text in its three units, as pairs of label and text."""
+    return [
+        ("validation loss (nats per token)", f"{loss:.3f}"),
+        ("validation perplexity", f"{np.exp(loss):.4g}"),
+        ("validation bits per byte", f"{loss / math.log(2) / bytes_per_token:.3f}"),
+    ]
 
 
 def tokens_per_second(steps: Sequence[Row]) -> float:

@@ -1,7 +1,8 @@
-"""The record of a run in progress: metrics.jsonl, and a progress bar that fits 80 columns."""
+"""The record of a run in progress: rows of metrics, and a progress bar that fits 80 columns."""
 
 import time
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,15 @@ class Recorder:
     """Reads each step's numbers one step late, when the device has the next step already, so that
     the device never waits for the host."""
 
-    def __init__(self, file: TextIO, settings: Settings, done: int, console: Console):
+    def __init__(
+        self,
+        record: Callable[[metrics.Row], None],
+        settings: Settings,
+        done: int,
+        console: Console,
+    ):
         self.console = console
-        self._file = file
+        self._record = record
         self._tokens = settings.batch_size * settings.context_length
         self._rates = np.asarray(jax.vmap(learning_rates(settings))(jnp.arange(settings.steps)))
         self._first_step = done + 1
@@ -64,13 +71,13 @@ class Recorder:
             **numbers,
         }
         self._clock = now
-        metrics.write(self._file, row)
+        self._record(row)
         self._bar.update(self._task, completed=step, shown=_shown(row))
 
     def evaluation(self, step: int, loss: float, participation_ratio: dict[str, Any]) -> None:
         """Records a validation."""
         row = {"step": step, "loss": loss, "participation_ratio": participation_ratio}
-        metrics.write(self._file, {"event": "eval", **row})
+        self._record({"event": "eval", **row})
         self.restart_clock()
         self.console.print(f"step {step}: validation loss {loss:.3f}")
 

@@ -1,11 +1,14 @@
 """The flags of a training run."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from examples.mla import cli, metrics
 from examples.mla.cli import InputError
@@ -21,25 +24,51 @@ UNCLIPPED = {"muonclip": "muon", "quackclip": "quack", "adamclip": "adamw"}
 FREE_ON_RESUME = {
     *("steps", "learning_rate", "warmup", "threshold", "weight_decay", "relative_learning_rate"),
     *("eval_every", "eval_batches", "save_every", "prompt", "sample_tokens", "temperature"),
-    *("data", "installed_packages", "cache_dir", "run_dir", "resume"),  # the text is fingerprinted
-    "devices",
+    *("data", "installed_packages", "cache_dir"),  # the text is fingerprinted
+    *("tensorboard", "wandb"),
 }
 
 
 # What runs of earlier releases did, which had no such flag.
-ADDED = {"experts": 0}
+ADDED = {"experts": 0, "tensorboard": False, "wandb": False}
+
+
+def _folder_or_true(words: list[str]) -> Path | bool:
+    if len(words) > 1:
+        raise ValueError(f"takes one folder or none, got {' '.join(words)}")
+    return Path(words[0]) if words else True
+
+
+FolderOrTrue = Annotated[
+    Path | bool,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[FOLDER]",
+        instance_from_str=_folder_or_true,
+        is_instance=lambda value: isinstance(value, Path | bool),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 @dataclass(frozen=True)
-class Where:
-    """The flags that decide where the defaults of all others come from."""
+class Launch:
+    """The flags of a launch rather than of a run. With those about devices they are what
+    checkpoints do not keep."""
 
     run_dir: Path | None = None
-    resume: bool = False
+    """Folder of the run; by default a new one in runs/."""
+    resume: FolderOrTrue = False
+    """Continue the run in FOLDER, or in --run-dir, or the one in runs/ that was saved last, from
+    its newest checkpoint. Flags that are not given have that run's values; only --mesh and the
+    other flags about devices do not."""
+    config: Path | None = None
+    """A TOML file whose keys are these flags without their dashes, as settings.toml in every run's
+    folder is. Flags on the command line win."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Launch):
     """Trains a small multi-head latent attention language model on real text.
 
     Ctrl-C or SIGTERM finishes the step, saves and exits with status 130 or 143; --resume goes on
@@ -68,8 +97,9 @@ class Settings:
     there, so heads are only clipped with a smaller threshold."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
-    data: Path | None = None
-    """A UTF-8 text file, or a folder of them; by default the Python standard library's sources."""
+    data: tuple[Path, ...] = ()
+    """UTF-8 text files, Parquet files with a column "text", or folders of them; by default the
+    Python standard library's sources."""
     installed_packages: bool = False
     """Add the sources of the installed packages."""
     tokenizer: Literal["bpe", "bytes"] = "bpe"
@@ -88,11 +118,11 @@ class Settings:
     """Tokens in the sample."""
     temperature: float = 0.8
     """Temperature of the sample; 0 takes the likeliest token."""
-    run_dir: Path | None = None
-    """Folder of the run; by default a new one in runs/, and with --resume the newest there."""
-    resume: bool = False
-    """Continue a run from its newest checkpoint. Flags that are not given have that run's values;
-    only --mesh and the other flags about devices do not."""
+    tensorboard: bool = False
+    """Write what is measured for TensorBoard too, into the run's folder."""
+    wandb: bool = False
+    """Send what is measured to Weights & Biases too; WANDB_MODE=offline in the environment keeps it
+    in the run's folder."""
     cache_dir: Path = Path(".cache/mla")
     """Folder of trained tokenizers."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = ModelConfig()  # noqa: RUF009 (frozen)
@@ -168,9 +198,13 @@ class Settings:
         """Whether the optimizer ends with QK-Clip."""
         return self.optimizer in UNCLIPPED
 
+    def of_all_processes(self) -> "Settings":
+        """What several processes must have in common: all but which of them each is."""
+        return replace(self, devices=Devices())
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for checkpoints and metrics; the devices are a launch's, not the run's."""
-        run = {name: value for name, value in asdict(self).items() if name != "devices"}
+        """Plain values, for checkpoints and metrics, without what is a launch's, not the run's."""
+        run = {name: value for name, value in asdict(self).items() if name not in OF_LAUNCH}
         return json.loads(json.dumps(run, default=str))
 
     @classmethod
@@ -182,18 +216,30 @@ class Settings:
         """
         if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
             raise InputError("no settings of a run")
-        values = ADDED | metrics.flat(saved)
-        needed = {f.name for f in (*fields(cls), *fields(ModelConfig))} - {"model", "devices"}
+        values = {k: v for k, v in (ADDED | metrics.flat(saved)).items() if k not in OF_LAUNCH}
+        needed = {f.name for f in (*fields(cls), *fields(ModelConfig))} - {"model"} - OF_LAUNCH
         if missing := sorted(needed - values.keys()):
             raise InputError(f"settings without {', '.join(missing)}")
-        return cli.parse(cls, [_argument(*item) for item in values.items()], prog="")
+        values["data"] = values["data"] or []  # None in releases up to 0.1.0
+        return cli.parse(cls, arguments(values), prog="")
 
 
-def _argument(name: str, value: Any) -> str:
-    """A setting as it is given on the command line."""
-    if isinstance(value, bool):
-        return flag(name if value else f"no-{name}")
-    return f"{flag(name)}={value}"
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """Settings as they are given on the command line."""
+    words = []
+    for name, value in values.items():
+        match value:
+            case bool():
+                words.append(flag(name if value else f"no-{name}"))
+            case list():
+                words += [flag(name), *(os.path.join(".", item) for item in value)]
+            case _:
+                words.append(f"{flag(name)}={value}")
+    return words
+
+
+# What is a launch's and not the run's: checkpoints do not keep it. Those of earlier releases did.
+OF_LAUNCH = {"devices", *(field.name for field in fields(Launch))}
 
 
 def flag(name: str) -> str:
@@ -209,8 +255,8 @@ def check_same(settings: Settings, saved: Settings, checkpoint: Path) -> None:
     """
 
     def fixed(s: Settings) -> dict[str, Any]:
-        run = {name: value for name, value in asdict(s).items() if name not in FREE_ON_RESUME}
-        return run | run.pop("model")
+        run = metrics.flat(asdict(s))
+        return {k: v for k, v in run.items() if k not in FREE_ON_RESUME | OF_LAUNCH}
 
     of_checkpoint = fixed(saved)
     differing = [

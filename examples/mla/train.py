@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TextIO
 
 import jax
@@ -16,11 +19,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from examples.mla import cli, folder, metrics, report
+from examples.mla import cli, config, folder, metrics, report, watch
 from examples.mla.checkpoint import Checkpoints, StopSignal
 from examples.mla.cli import InputError
 from examples.mla.data import (
-    SEPARATOR,
     TokenizedText,
     load_text,
     training_batches,
@@ -28,10 +30,11 @@ from examples.mla.data import (
 )
 from examples.mla.devices import Devices, describe, in_every_process, is_first
 from examples.mla.mesh import spread
-from examples.mla.model import generate
 from examples.mla.recorder import Recorder
-from examples.mla.settings import Settings, Where, check_same
+from examples.mla.sample import continued, prompt_tokens
+from examples.mla.settings import Launch, Settings, check_same
 from examples.mla.steps import create, participation, train_step, validate
+from examples.mla.trained import TOKENIZER
 
 PROGRAM = "python -m examples.mla.train"
 
@@ -49,16 +52,17 @@ def read_settings(args: Sequence[str] | None) -> Settings:
     Raises:
       InputError: Flags that are wrong, or do not fit the devices or the run to resume.
     """
+    args = config.expanded(args)
     cli.peek(Devices, args).start()
-    return in_every_process(lambda: _read_settings(args), alike=Settings.to_json)
+    return in_every_process(lambda: _read_settings(args), alike=Settings.of_all_processes)
 
 
-def _read_settings(args: Sequence[str] | None) -> Settings:
-    where = cli.peek(Where, args)
-    if not where.resume:
+def _read_settings(args: Sequence[str]) -> Settings:
+    launch = cli.peek(Launch, args)
+    if not launch.resume:
         settings = cli.parse(Settings, args, prog=PROGRAM)
         return replace(settings, run_dir=folder.new_run_dir(settings.run_dir))
-    run_dir = where.run_dir or folder.newest_run_dir()
+    run_dir = folder.run_dir_to_resume(launch.resume, launch.run_dir)
     folder.check_name(run_dir)
     checkpoints = Checkpoints.existing(run_dir)
     about = checkpoints.about()
@@ -91,7 +95,7 @@ def train(settings: Settings, console: Console | None = None) -> int:
             cli.say(
                 console,
                 f"{signal.Signals(stopped_by).name}: saved step {run.checkpoints.latest}; to go "
-                f"on: --resume --run-dir {settings.run_dir}",
+                f"on: --resume {settings.run_dir}",
             )
             return 128 + stopped_by
 
@@ -101,13 +105,14 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        in_every_process(lambda: watch.check(settings))
         self.text = in_every_process(self._text, alike=lambda text: text.fingerprints)
         size = {"context": settings.context_length, "batch": settings.batch_size}
         self.batches = training_batches(self.text, seed=settings.seed, **size)
         held_out = validation_batches(self.text, count=settings.eval_batches, **size)
         self.held_out = [spread(batch) for batch in held_out]
         self.config = replace(settings.model, vocab_size=self.text.vocab_size)
-        self.prompt = self._prompt_tokens()
+        prompt_tokens(self.text.tokenizer, settings)  # raises, if it is too long
         with cli.one_line_errors():
             self.model, self.optimizer = create(settings, self.config)
 
@@ -163,8 +168,8 @@ class Run:
         settings = self.settings
         with (
             StopSignal() as stop,
-            self._metrics_file() as file,
-            Recorder(file, settings, done, console) as recorder,
+            self._recording(done) as record,
+            Recorder(record, settings, done, console) as recorder,
         ):
             if done == 0:
                 self._evaluate(0, recorder)
@@ -188,7 +193,8 @@ class Run:
 
     def finish(self, console: Console) -> None:
         """Writes a sample, and shows the run's results."""
-        settings, sample = self.settings, self._sample()
+        settings = self.settings
+        sample = continued(self.model, self.text.tokenizer, settings)
         with self._metrics_file() as file:
             end = {"event": "end", "step": settings.steps, "prompt": settings.prompt}
             metrics.write(file, {**end, "sample": sample})
@@ -248,30 +254,6 @@ class Run:
                 f"{jax.process_index()} does not see it; give a --run-dir that all processes share"
             )
 
-    def _prompt_tokens(self) -> np.ndarray:
-        separator = self.text.tokenizer.token_to_id(SEPARATOR)
-        prompt = [separator, *self.text.tokenizer.encode(self.settings.prompt).ids]
-        if len(prompt) >= self.config.max_length:
-            raise InputError(
-                f"--prompt is {len(prompt)} tokens long and leaves nothing of the model's "
-                f"--max-length {self.config.max_length}; shorten it"
-            )
-        return np.array(prompt, np.int32)
-
-    def _sample(self) -> str:
-        settings = self.settings
-        length = min(settings.sample_tokens, self.config.max_length - len(self.prompt))
-        tokens = generate(
-            self.model,
-            jnp.asarray(self.prompt),
-            length,
-            settings.temperature,
-            jax.random.key(settings.seed),
-        )
-        return self.text.tokenizer.decode(
-            np.asarray(tokens)[len(self.prompt) :].tolist(), skip_special_tokens=False
-        )
-
     def _record_start(self, step: int) -> int:
         sizes = jax.tree.map(jnp.size, nnx.state(self.model, nnx.Param))
         facts = {
@@ -283,15 +265,42 @@ class Run:
             "bytes_per_token": self.text.bytes_per_token,
             "device": describe(),
             "jax": jax.__version__,
+            "commit": commit(),
+            "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         }
         row = {"event": "start", "step": step, "settings": self.settings.to_json(), "facts": facts}
         with self._metrics_file() as file:
             metrics.write(file, row)
+        if is_first():
+            config.write(self.settings)
+            tokenizer = self.text.tokenizer.to_str().encode()
+            folder.write_whole(self.settings.folder / TOKENIZER, tokenizer)
         return step
+
+    @contextmanager
+    def _recording(self, done: int) -> Iterator[Callable[[metrics.Row], None]]:
+        """Gives what records a row of the metrics, and sends it to what watches the run."""
+        with self._metrics_file() as file, watch.watching(self.settings, done) as send:
+
+            def record(row: metrics.Row) -> None:
+                metrics.write(file, row)
+                send(row)
+
+            yield record
 
     def _metrics_file(self) -> TextIO:
         path = self.settings.folder / metrics.FILE if is_first() else os.devnull
         return open(path, "a", encoding="utf-8")
+
+
+def commit() -> str:
+    """The commit of this code, where git knows it."""
+    command = ["git", "describe", "--always", "--dirty=, with changes", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -76,12 +76,12 @@ Measure = Callable[[Setting, State, jax.Array, data.TokenizedText], Mapping[str,
 
 def load_text(plan: Plan, vocab_size: int) -> data.TokenizedText:
     """The text of a plan, split by file: validation text is never trained on."""
-    folder = Path(mc.__file__).parent if plan.text == "package" else None
+    folders = [Path(mc.__file__).parent] if plan.text == "package" else []
     installed = plan.text == "installed_packages"
     if plan.pretrain_steps:
-        corpus = data.read_corpus(folder, installed_packages=installed)
+        corpus = data.read_corpus(folders, installed_packages=installed)
         return code_then_words(corpus, vocab_size, CACHE)
-    return data.load_text(folder, installed_packages=installed, vocab_size=vocab_size, cache=CACHE)
+    return data.load_text(folders, installed_packages=installed, vocab_size=vocab_size, cache=CACHE)
 
 
 def training_batches(text: data.TokenizedText, plan: Plan, seed: int) -> np.ndarray:

@@ -1,10 +1,13 @@
 """Text, tokenizer and batches of the example."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from examples.mla import data
 from examples.mla.cli import InputError
@@ -27,11 +30,11 @@ def text(folder, tmp_path):
 
 
 def load(path, cache, vocab_size=300):
-    return data.load_text(path, installed_packages=False, vocab_size=vocab_size, cache=cache)
+    return data.load_text([path], installed_packages=False, vocab_size=vocab_size, cache=cache)
 
 
 def test_the_default_corpus_is_the_standard_library_without_its_tests():
-    corpus = data.read_corpus(None)
+    corpus = data.read_corpus([])
     texts = {*corpus.train, *corpus.valid}
     has_json = Path(json.__file__).read_text() in texts
     has_tests = any("(unittest.TestCase):\n    def test" in text for text in texts)
@@ -48,31 +51,31 @@ def test_installed_packages_come_on_top(tmp_path, monkeypatch):
     (packages / "thing" / "tests" / "test_core.py").write_text("tested = 1\n")
     places = {"stdlib": str(library), "purelib": str(packages), "platlib": str(packages)}
     monkeypatch.setattr(data.sysconfig, "get_paths", lambda: places)
-    both = data.read_corpus(None, installed_packages=True)
+    both = data.read_corpus([], installed_packages=True)
     assert {*both.train, *both.valid} == {"standard = 1\n", "installed = 1\n"}
-    alone = data.read_corpus(None)
+    alone = data.read_corpus([])
     assert "".join(alone.train + alone.valid) == "standard = 1\n"
 
 
 def test_held_out_files_are_no_training_files(folder):
-    corpus = data.read_corpus(folder)
+    corpus = data.read_corpus([folder])
     assert len(corpus.valid) == 2 and len(corpus.train) == 38
     assert not set(corpus.valid) & set(corpus.train)
 
 
 def test_the_split_depends_on_content_alone(folder):
-    before = data.read_corpus(folder)
+    before = data.read_corpus([folder])
     for path in list(folder.iterdir()):
         path.rename(folder / f"{int(path.stem) * 7919 % 1000}.md")
-    after = data.read_corpus(folder)
+    after = data.read_corpus([folder])
     assert set(after.valid) == set(before.valid)
 
 
 def test_copies_of_a_file_are_read_once(folder):
-    before = data.read_corpus(folder)
+    before = data.read_corpus([folder])
     for path in list(folder.iterdir()):
         path.with_name("copy-of-" + path.name).write_bytes(path.read_bytes())
-    after = data.read_corpus(folder)
+    after = data.read_corpus([folder])
     assert set(after.valid) == set(before.valid) and set(after.train) == set(before.train)
 
 
@@ -80,26 +83,26 @@ def test_copies_of_a_file_are_read_once(folder):
 def test_a_single_file_holds_out_its_end(tmp_path, content):
     path = tmp_path / "one.txt"
     path.write_text(content)
-    corpus = data.read_corpus(path)
+    corpus = data.read_corpus([path])
     (train,), (valid,) = corpus.train, corpus.valid
     assert train + valid == content
     assert 0 < len(valid) <= 0.07 * len(content)
 
 
 def test_a_folder_is_read_whatever_the_extensions_without_binary_and_hidden_files(folder):
-    expected = data.read_corpus(folder).fingerprint
+    expected = data.read_corpus([folder]).fingerprint
     (folder / "image.png").write_bytes(b"\x89PNG\0\0")
     (folder / "latin1.txt").write_bytes("naïve".encode("latin-1"))
     (folder / "blank.txt").write_text(" \n")
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("hidden")
     (folder / "dangling.txt").symlink_to(folder / "nowhere")
-    assert data.read_corpus(folder).fingerprint == expected
+    assert data.read_corpus([folder]).fingerprint == expected
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + "".join(LINES).encode())
-    assert data.read_corpus(tmp_path / "bom.txt").train[0].startswith("value_0")
+    assert data.read_corpus([tmp_path / "bom.txt"]).train[0].startswith("value_0")
 
 
 @pytest.mark.parametrize("vocab_size", [data.BYTE_VOCABULARY, 300])
@@ -213,11 +216,51 @@ def write(path, content):
     return path
 
 
+def parquet(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_a_parquet_file_has_a_document_a_row(tmp_path):
+    rows = [*LINES[:40], None, "", LINES[0]]
+    file = parquet(tmp_path / "rows.parquet", text=rows, other=range(len(rows)))
+    corpus = data.read_corpus([file])
+    assert sorted({*corpus.train, *corpus.valid}) == sorted(LINES[:40])
+    assert len(corpus.valid) == 2
+
+
+def test_files_and_folders_of_text_and_parquet_go_with_one_another(folder, tmp_path):
+    parquet(folder / "rows.parquet", text=pa.array(["in a folder"], pa.large_string()))
+    file = parquet(tmp_path / "more.parquet", text=["alone"])
+    corpus = data.read_corpus([file, folder])
+    texts = {*corpus.train, *corpus.valid}
+    assert len(texts) == 42 and {"in a folder", "alone"} < texts
+    assert corpus.source == f"{file} + {folder}"
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    file = parquet(tmp_path / "rows.parquet", text=["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(
+        InputError, match=r"rows\.parquet: this takes pyarrow, .* pip install pyarr"
+    ):
+        data.read_corpus([file])
+
+
 WRONG_PATHS = {
     "missing": (lambda p: p / "nowhere.txt", "nowhere.txt: no such file or folder; give a text"),
     "empty file": (lambda p: write(p / "e.txt", b" \n"), "e.txt: an empty file; --data takes"),
     "NUL bytes": (lambda p: write(p / "n.bin", b"a\0b"), "n.bin: a binary file; --data takes"),
     "not UTF-8": (lambda p: write(p / "l.txt", b"na\xefve"), "l.txt: a binary file; --data takes"),
+    "no Parquet": (
+        lambda p: write(p / "n.parquet", b"text"),
+        "n.parquet: not a Parquet file that can be read (Parquet ",
+    ),
+    "no column text": (
+        lambda p: parquet(p / "n.parquet", content=["a"], text=[1]),
+        "n.parquet: no column text of strings; it has content (string), text (int64)",
+    ),
+    "no rows": (lambda p: parquet(p / "n.parquet", text=[" "]), "n.parquet: an empty file"),
     "empty folder": (lambda p: p, "none of its 0 files is UTF-8 text"),
     "binary folder": (lambda p: write(p / "n.bin", b"a\0b").parent, "none of its 1 files is UTF-8"),
 }
@@ -227,7 +270,7 @@ WRONG_PATHS = {
 def test_wrong_paths_are_named_with_the_fix(tmp_path, make, message):
     path = make(tmp_path)
     with pytest.raises(InputError) as error:
-        data.read_corpus(path)
+        data.read_corpus([path])
     assert str(path) in str(error.value) and message in str(error.value)
 
 

@@ -23,7 +23,10 @@ LOSSES, MAXIMA = 1e-3, 1e-2
 def use_fingerprints(about, text_file):
     """Another release of the tokenizers library writes down the same vocabulary differently."""
     text = data.load_text(
-        text_file, installed_packages=False, vocab_size=data.BYTE_VOCABULARY, cache=text_file.parent
+        [text_file],
+        installed_packages=False,
+        vocab_size=data.BYTE_VOCABULARY,
+        cache=text_file.parent,
     )
     about.write_text(json.dumps({**json.loads(about.read_text()), "text": text.fingerprints}))
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -123,7 +124,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
 
     monkeypatch.setattr(recorder.Recorder, "step", stop_at_4)
     assert train.main(flags(run_dir)) == 128 + number
-    assert f"saved step 4; to go on: --resume --run-dir {run_dir}" in capsys.readouterr().out
+    assert f"saved step 4; to go on: --resume {run_dir}" in capsys.readouterr().out
     assert select(metrics.read(run_dir), "step")[-1]["step"] == 4
 
     monkeypatch.undo()
@@ -155,7 +156,8 @@ def test_sigterm_from_outside(flags, tmp_path):
 def test_a_fresh_run_never_touches_a_run_that_is_there(finished, flags, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert train.main(flags(finished)) == 2
-    assert "is in use already; continue the run there with --resume, or" in capsys.readouterr().err
+    said = one_line(capsys)
+    assert f"is in use already; continue the run there with --resume {finished}, or" in said
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
@@ -183,7 +185,9 @@ def test_adamclip_and_gqa(flags, tmp_path):
 def test_a_step_is_recorded_when_the_next_one_is_under_way(finished):
     run = settings.Settings(steps=3)
     file = io.StringIO()
-    record = recorder.Recorder(file, run, done=0, console=Console(quiet=True))
+    record = recorder.Recorder(
+        partial(metrics.write, file), run, done=0, console=Console(quiet=True)
+    )
     values = {"loss": np.float32(1), "max_logits": {"attn": np.ones(2)}}
     record.step(1, values)
     assert not file.getvalue()
@@ -293,7 +297,7 @@ def test_an_interrupt_before_the_first_step_and_a_folder_that_cannot_be(
 
 def test_nothing_to_resume(tmp_path, monkeypatch, capsys):
     assert train.main(["--resume", "--run-dir", str(tmp_path / "none")]) == 2
-    assert "none: no complete checkpoint to resume; start a run without" in one_line(capsys)
+    assert "none: no complete checkpoint there; give the folder of a run" in one_line(capsys)
     monkeypatch.chdir(tmp_path)
     assert train.main(["--resume"]) == 2
     assert "no checkpoint to resume in runs/; start a run without --resume" in one_line(capsys)
