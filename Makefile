@@ -16,7 +16,7 @@ EXTRAS_release := release
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-tpu test-lowest docs package release lint kills clean
+.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-gpu test-tpu roofline test-lowest docs package release lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -97,13 +97,32 @@ test-models:  ## the tests on models from Gemma, Tunix, Transformers and (Python
 	.venv-models/bin/python -m pip install --quiet --no-deps -r tests/models/requirements.txt
 	.venv-models/bin/python -m pytest tests/models -n auto --dist loadfile -W ignore $(ARGS)
 
+test-gpu:  ## compiles for GPUs what they would run; needs no GPU, but JAX's CUDA plugin (400 MB)
+	@$(call with_compiler,gpu,-m pytest tests/gpu $(OF_COMPILED) -n auto -rs $(ARGS))
+
 test-tpu:  ## compiles for TPU pods what they would run; needs no TPU, but libtpu (500 MB)
-	$(MAKE) .venv-tpu/.test-cpu VENV=.venv-tpu JAX=cpu
-	@if .venv-tpu/bin/python -m pip install --quiet "jax[tpu]"; then \
-		.venv-tpu/bin/python -m pytest tests/tpu tests/benchmarks/test_compiled.py -n auto -rs $(ARGS); \
-	else \
-		echo "Skipped: libtpu cannot be installed here. It exists for Linux on x86-64."; \
-	fi
+	@$(call with_compiler,tpu,-m pytest tests/tpu $(OF_COMPILED) -n auto -rs $(ARGS))
+
+roofline: roofline-gpu roofline-tpu  ## FLOPs and bytes over the peaks of an H100 and a v5p, next to Optax and MaxText
+
+roofline-%:
+	@mkdir -p bench
+	@$(call with_compiler,$*,-m pip install --quiet --no-deps maxtext) || true  # for Python >= 3.12
+	@$(call with_compiler,$*,-m benchmarks.roofline --chips $(CHIP_$*) --json bench/roofline-$*.json $(ARGS))
+
+# Compilers for GPUs and TPUs, each in an environment of its own, and the tests that both run.
+COMPILER_gpu := jax[cuda13-local]
+COMPILER_tpu := jax[tpu]
+CHIP_gpu := h100
+CHIP_tpu := v5p
+OF_COMPILED := $(addprefix tests/benchmarks/test_,compiled.py kernels.py roofline.py)
+
+# $(call with_compiler,gpu,ARGUMENTS): Python with these, where there is such a compiler.
+define with_compiler
+$(MAKE) .venv-$1/.test-cpu VENV=.venv-$1 JAX=cpu && \
+if .venv-$1/bin/python -m pip install --quiet "$(COMPILER_$1)"; then .venv-$1/bin/python $2; \
+else echo "Skipped: $(COMPILER_$1) cannot be installed here. It exists for Linux on x86-64."; fi
+endef
 
 test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	mkdir -p .venv-lowest
@@ -111,7 +130,7 @@ test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-tpu bench dist site site-source
+	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-gpu .venv-tpu bench dist site site-source
 
 .NOTPARALLEL:  # benchmarks must have the machine for themselves
 

@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.compiled import Dot
+
+# From the fastest to the slowest.
+HLO_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
+
 
 @dataclass(frozen=True)
 class Torus:
@@ -80,6 +85,15 @@ class Chip:
     links: Torus | Switched
     sources: tuple[str, ...]
     multiprocessors: Multiprocessors | None = None
+
+    def dtype(self, dot: Dot) -> str:
+        """By which of its rates a product is computed: that of the wider factor."""
+        name = HLO_DTYPES[max(dot.dtypes, key=list(HLO_DTYPES).index)]
+        return "default" if name == "float32" and dot.precision == "default" else name
+
+    def peak(self, dot: Dot) -> float:
+        """FLOP/s of such a product."""
+        return self.flops[self.dtype(dot)]
 
 
 def _gpu_flops(bfloat16: float, tf32: float, float32: float, float64: float) -> dict[str, float]:

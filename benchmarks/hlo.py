@@ -109,7 +109,8 @@ def parse(text: str) -> Computation:
 def executed(
     text: str, wanted: Callable[[Operation], Any]
 ) -> Iterator[tuple[Operation, int, bool]]:
-    """The wanted operations, how often each executes, whether that is subject to a condition.
+    """The wanted operations, how often each executes, whether that is subject to a condition: where
+    loops' counters decide about a branch it is not.
 
     Raises:
       ValueError: one is in a loop whose number of executions depends on data.
@@ -118,47 +119,76 @@ def executed(
 
 
 def _walk(
-    scope: "Scope", wanted: Callable[[Operation], Any]
+    scope: "Scope", wanted: Callable[[Operation], Any], calls: Sequence[Any] | None = None
 ) -> Iterator[tuple[Operation, int, bool]]:
+    """Of a computation that is called with each of these arguments, of which `scope` has what is
+    the same for all; once with those of `scope`, if there are none."""
+    calls = [scope.arguments] if calls is None else calls
     for op in scope.computation.operations.values():
         if wanted(op):
-            yield op, 1, False
+            yield op, len(calls), False
         if op.code == "while":
-            yield from _walk_loop(op, scope, wanted)
+            for each, times, conditional in _walk_loop(op, scope, wanted):
+                yield each, times * len(calls), conditional
         elif op.code == "conditional":
-            branches = op.called("branch_computations", "true_computation", "false_computation")
-            for branch, operand in zip(branches, op.operands[1:], strict=True):
-                for each, times, _ in _walk(Scope(branch, (scope.value(operand),)), wanted):
-                    yield each, times, True
+            yield from _walk_branches(op, scope, wanted, calls)
         else:
             applied = ("to_apply",) if op.code == "call" else ()  # elsewhere: to single numbers
             for computation in op.called("calls", "called_computations", *applied):
-                yield from _walk(Scope(computation, scope.values(op.operands)), wanted)
+                called = Scope(computation, scope.values(op.operands))
+                for each, times, conditional in _walk(called, wanted):
+                    yield each, times * len(calls), conditional
+
+
+def _walk_branches(
+    op: Operation, scope: "Scope", wanted: Callable[[Operation], Any], calls: Sequence[Any]
+) -> Iterator[tuple[Operation, int, bool]]:
+    branches = op.called("branch_computations", "true_computation", "false_computation")
+    taken = [_branch(op, Scope(scope.computation, each), len(branches)) for each in calls]
+    for number, (branch, operand) in enumerate(zip(branches, op.operands[1:], strict=True)):
+        certain = None not in taken
+        often = taken.count(number) if certain else len(calls)
+        for each, times, conditional in _walk(Scope(branch, (scope.value(operand),)), wanted):
+            if often:
+                yield each, times * often, conditional or not certain
+
+
+def _branch(op: Operation, scope: "Scope", count: int) -> int | None:
+    """Which one is taken."""
+    choice = scope.value(op.operands[0])
+    if choice is None:
+        return None
+    if op.attribute("true_computation"):
+        return 0 if choice else 1
+    return choice if 0 <= choice < count else count - 1
 
 
 def _walk_loop(
     loop: Operation, scope: "Scope", wanted: Callable[[Operation], Any]
 ) -> Iterator[tuple[Operation, int, bool]]:
-    trips, constants = _count(loop, scope)
+    states, constants = _states(loop, scope)
     for computation in loop.called("body", "condition"):
-        for op, times, conditional in _walk(Scope(computation, (constants,)), wanted):
-            if trips is None:
+        arguments = [(None,)] if states is None else [(state,) for state in states]
+        for op, times, conditional in _walk(Scope(computation, (constants,)), wanted, arguments):
+            if states is None:
                 raise ValueError(
                     f"%{op.name}, a {op.code}, is in the loop %{loop.name}, which runs as often "
                     "as the data says: its executions cannot be counted"
                 )
-            yield op, times * trips, conditional
+            yield op, times, conditional
 
 
-def _count(loop: Operation, scope: "Scope") -> tuple[int | None, Any]:
-    """Runs the loop's counter. Returns how often the body executes, None when that depends on
-    data, and the part of the loop's state that never changes."""
+def _states(loop: Operation, scope: "Scope") -> tuple[list[Any] | None, Any]:
+    """Runs the loop's counter. Returns the loop's state before each execution of the body, None
+    when their number depends on data, and the part of it that never changes."""
     [condition], [body] = loop.called("condition"), loop.called("body")
     state = constants = scope.value(loop.operands[0])
-    for trips in range(LONGEST_LOOP):
+    states: list[Any] = []
+    while len(states) < LONGEST_LOOP:
         going_on = Scope(condition, (state,)).value(condition.root)
         if not going_on:
-            return (trips if going_on is not None else None), constants
+            return (states if going_on is not None else None), constants
+        states.append(state)
         state = Scope(body, (state,)).value(body.root)
         constants = _common(constants, state)
     return None, None

@@ -28,6 +28,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       name: The operation's, such as `"loop_convert_fusion.2"`.
+      origin: What JAX called it, such as `"jit(f)/while/body/dot_general"`; "" where it did not.
       read: Bytes of the device's memory that one execution reads.
       written: Bytes that one execution writes.
       dots: The products in it, each executed once a time.
@@ -36,6 +37,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
+    origin: str
     read: int
     written: int
     dots: tuple[Dot, ...]
@@ -55,7 +57,7 @@ def kernels(compiled: jax.stages.Compiled | str) -> list[Kernel]:
       ValueError: One is in a loop whose number of executions depends on data.
     """
     return [
-        Kernel(op.name, _read(op), _written(op), tuple(_dots(op)), times, conditional)
+        Kernel(op.name, _origin(op), _read(op), _written(op), tuple(_dots(op)), times, conditional)
         for op, times, conditional in executed(text_of(compiled), _runs)
     ]
 
@@ -85,6 +87,11 @@ def _started(op: Operation) -> Operation:
     while op.code.endswith(("-done", "-update")):
         op = op.operands[0]
     return op
+
+
+def _origin(op: Operation) -> str:
+    found = re.search(r'op_name="(.*?)"', op.rest)
+    return found[1] if found else ""
 
 
 def _body(op: Operation) -> Computation | None:

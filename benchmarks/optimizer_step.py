@@ -85,15 +85,7 @@ def entries() -> dict[Label, Entry]:
         how = mc.NewtonSchulz(schedule, dtype)
         return mc.muon(LEARNING_RATE, newton_schulz=how, weight_decay=WEIGHT_DECAY)
 
-    theirs = functools.partial(
-        optax.contrib.muon,
-        LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        adam_weight_decay=WEIGHT_DECAY,
-        adam_b2=0.95,
-        consistent_rms=UPDATE_RMS,
-        muon_weight_dimension_numbers=_kernels,
-    )
+    theirs = functools.partial(optax.contrib.muon, **muon_settings())
     return {
         OURS: Entry("ours", "bfloat16", schedule.name, ours("bfloat16")),
         "ours-float32": Entry("ours", "float32", schedule.name, ours("float32")),
@@ -105,11 +97,22 @@ def entries() -> dict[Label, Entry]:
     }
 
 
-def _kernels(params: Any) -> Any:
-    """The matrices that are Muon's; by default Optax would take the embedding as well."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: optax.contrib.MuonDimensionNumbers() if _is_kernel(path) else None, params
-    )
+def muon_settings(numbers: Any = optax.contrib.MuonDimensionNumbers()) -> dict[str, Any]:  # noqa: B008
+    """Arguments of `optax.contrib.muon`, and of what is made after it with `numbers` of its own."""
+
+    def kernels(params: Any) -> Any:  # by default Optax would take the embedding as well
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: numbers if _is_kernel(path) else None, params
+        )
+
+    return {
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "adam_weight_decay": WEIGHT_DECAY,
+        "adam_b2": 0.95,
+        "consistent_rms": UPDATE_RMS,
+        "muon_weight_dimension_numbers": kernels,
+    }
 
 
 def _is_kernel(path: Any) -> bool:
@@ -140,9 +143,8 @@ def decoder(layers: int, width: int, vocab_size: int) -> Any:
     }
 
 
-def compile_step(entry: Entry, shapes: Any) -> jax.stages.Compiled:
-    """Traces, lowers and compiles, as if it were the first thing that the process does."""
-    jax.clear_caches()
+def lower_step(entry: Entry, shapes: Any, **jit: Any) -> jax.stages.Lowered:
+    """Traces and lowers a step, with these arguments of `jax.jit`."""
 
     def step(params, state, gradient):
         updates, state = entry.tx.update(gradient, state, params)
@@ -150,7 +152,7 @@ def compile_step(entry: Entry, shapes: Any) -> jax.stages.Compiled:
 
     gradient = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, entry.gradient), shapes)
     state = jax.eval_shape(entry.tx.init, shapes)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(shapes, state, gradient).compile()
+    return jax.jit(step, donate_argnums=(0, 1), **jit).lower(shapes, state, gradient)
 
 
 class Training:
@@ -165,19 +167,6 @@ class Training:
     def __call__(self) -> Any:
         self.params, self.state = self.compiled(self.params, self.state, self.gradient)
         return self.params
-
-
-def compilations(
-    entries: Mapping[str, Entry], shapes: Any, repeats: int
-) -> tuple[dict[str, jax.stages.Compiled], dict[str, float]]:
-    """The compiled step of each, and the median seconds that it takes to compile."""
-    compiled: dict[str, jax.stages.Compiled] = {}
-
-    def compile(label: str) -> None:
-        compiled[label] = compile_step(entries[label], shapes)
-
-    functions = {label: functools.partial(compile, label) for label in entries}
-    return compiled, timing.medians(timing.interleaved(functions, repeats, warm_up=False))
 
 
 def run(
@@ -217,7 +206,10 @@ def measure(layers: int, options: Options) -> list[dict[str, Any]]:
     wanted = options.run if timed else (OURS, OPTAX)
     found = {label: entry for label, entry in entries().items() if label in wanted}
     shapes = decoder(layers, options.width, options.vocab_size)
-    compiled, compile_seconds = compilations(found, shapes, options.compile_repeats)
+    compiled, compile_seconds = timing.compilations(
+        {label: lambda e=e: lower_step(e, shapes).compile() for label, e in found.items()},
+        options.compile_repeats,
+    )
     temps = {label: each.memory_analysis().temp_size_in_bytes for label, each in compiled.items()}
     seconds = run(compiled, found, shapes, options) if timed else {}
     return [

@@ -1,7 +1,7 @@
-"""The same work done by Optax and by PyTorch, for comparison.
+"""The same work done by Optax, by MaxText and by PyTorch, for comparison.
 
-PyTorch may be missing: then its functions are, and `torch_missing` says why. They work on JAX's
-device and return when they are done.
+PyTorch may be missing: then its functions are, and `torch_missing` says why; so may MaxText.
+PyTorch's work on JAX's device and return when they are done.
 """
 
 import functools
@@ -13,6 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+try:
+    from maxtext.optimizers import muon as maxtext_muon
+except ImportError:
+    maxtext_muon = None
 
 try:
     import torch
@@ -40,6 +45,13 @@ def optax_orthogonalize(x: jax.Array) -> jax.Array:
         weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(),
     )
     return tx.update(x, tx.init(x))[0]
+
+
+def maxtext_missing() -> str | None:
+    """Why there are no rows of MaxText's own Muon; None if there are."""
+    if maxtext_muon is None:
+        return "maxtext with a Muon of its own (0.2.5) is not installed: no rows of it."
+    return None
 
 
 def torch_missing() -> str | None:

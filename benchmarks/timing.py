@@ -28,7 +28,10 @@ from rich.console import Console
 
 from benchmarks import peers
 
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "torch")
+PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+    *("optax", "flax", "maxtext", "torch"),
+)
 LOAD_AVERAGE = os.getloadavg()[0]  # when this is imported: other processes' work, not this one's
 # Seconds before each call. PyTorch's threads go on spinning for a while after its work, which would
 # slow XLA's; after 50 ms they sleep so deep that the next call takes some 5 ms more.
@@ -85,6 +88,21 @@ def _wake() -> None:
     """A little work for the threads of each library, so that none of them sleeps at the start."""
     for product in _little():
         jax.block_until_ready(product.run())
+
+
+def compilations(
+    compilers: Mapping[str, Callable[[], jax.stages.Compiled]], repeats: int
+) -> tuple[dict[str, jax.stages.Compiled], dict[str, float]]:
+    """The compiled program of each, and the median seconds that it takes to trace, lower and
+    compile it, as if it were the first thing that the process does."""
+    compiled: dict[str, jax.stages.Compiled] = {}
+
+    def compile(label: str) -> None:
+        jax.clear_caches()
+        compiled[label] = compilers[label]()
+
+    functions = {label: functools.partial(compile, label) for label in compilers}
+    return compiled, medians(interleaved(functions, repeats, warm_up=False))
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -197,5 +215,5 @@ def write(record: Mapping[str, Any], path: Path | None) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    found = {d.name.replace("_", "-"): d.version for d in metadata.distributions()}
     return {package: found[package] for package in PACKAGES if package in found}

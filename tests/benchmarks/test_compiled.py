@@ -124,6 +124,24 @@ def test_branches_are_marked_and_not_dropped(mesh):
     }
 
 
+def test_branches_that_the_counter_chooses_count_as_often_as_they_are_taken(mesh):
+    """Two of nine, of which the others take the other branch."""
+
+    def program(x):
+        def body(i, x):
+            step = lambda x: jax.lax.ppermute(jnp.sin(x), "a", RING)  # noqa: E731
+            return jax.lax.cond(i < 2, step, lambda x: jax.lax.psum(jnp.cos(x), "b"), x)
+
+        return jax.lax.fori_loop(0, 9, body, x)
+
+    found = collectives(on_each_device(mesh, program))
+    assert totals(found) == {
+        "collective-permute": Total(2, 2 * SHARD),
+        "all-reduce": Total(7, 7 * SHARD),
+    }
+    assert not any(each.conditional for each in found)
+
+
 def test_a_loop_as_long_as_the_data_says_is_refused_only_when_it_matters(mesh):
     def until_large(step, x):
         return jax.lax.while_loop(lambda x: jnp.max(x) < 9.0, step, x)

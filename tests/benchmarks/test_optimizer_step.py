@@ -79,7 +79,7 @@ def test_a_training_goes_on_by_a_step_at_each_call():
     entry = optimizer_step.entries()["ours-float32"]
     shapes = optimizer_step.decoder(layers=1, width=8, vocab_size=16)
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
-    compiled = optimizer_step.compile_step(entry, shapes)
+    compiled = optimizer_step.lower_step(entry, shapes).compile()
     training = optimizer_step.Training(entry, compiled, params)
     first = jax.tree.map(jnp.copy, training())
     second = training()
