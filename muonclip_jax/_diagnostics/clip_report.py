@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from muonclip_jax._attention.max_logits import MAX_LOGITS
 from muonclip_jax._core.states import states_of
-from muonclip_jax._core.tables import as_text, plain
+from muonclip_jax._core.tables import Mark, Readable, Sheet
 from muonclip_jax._diagnostics.report import extent, layers
 from muonclip_jax._transforms.clip import INEFFECTIVE, ClipState
 from muonclip_jax._transforms.qk_clip import QKClipState
@@ -39,10 +38,10 @@ class SignalReport(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ClipReport:
-    """What `clip_report` found. A pytree, so `jax.jit` may return it; outside of it, `print` and
-    `rich.print` show a table of layers, and `scalars` are for a logger.
+@dataclass(frozen=True, repr=False)
+class ClipReport(Readable):
+    """What `clip_report` found. A pytree, so `jax.jit` may return it; outside of it, `print`,
+    `rich.print` and a notebook show a table of layers, and `scalars` are for a logger.
 
     Attributes:
       signals: By the signal's name and the block's path, a `SignalReport`. A second clip of the
@@ -70,24 +69,23 @@ class ClipReport:
             )
         }
 
-    def __rich__(self) -> Table:
-        table = Table(caption="lowest … highest of a layer's heads", caption_justify="left")
-        table.add_column("signal")
-        table.add_column("layer", overflow="fold")
-        for header in ("size", "γ", "clipped"):
-            table.add_column(header, justify="right")
-        table.add_column("look at", overflow="fold")
+    def __repr__(self) -> str:
+        blocks = {signal: list(blocks) for signal, blocks in self.signals.items()}
+        return f"ClipReport(signals={blocks})"
+
+    def _sheets(self) -> list[Sheet]:
+        numbers = ("size", "γ", "clipped")
+        rows: list[tuple[str, ...]] = []
+        marks: list[Mark] = []
         for signal, layer, seen in self._layers():
             clipped = f"{np.sum(seen.gamma < 1)} of {seen.gamma.size}"
             which = ", ".join(map(str, np.flatnonzero(seen.ineffective)))
             look_at = f"clips without effect: {which}" if which else ""
-            table.add_row(
-                *plain((signal, layer, extent(seen.maxima), extent(seen.gamma), clipped, look_at))
-            )
-        return table
-
-    def __str__(self) -> str:
-        return as_text(self)
+            rows.append((signal, layer, extent(seen.maxima), extent(seen.gamma), clipped, look_at))
+            marks.append("look" if look_at else "")
+        headers = ("signal", "layer", *numbers, "look at")
+        caption = "lowest … highest of a layer's heads"
+        return [Sheet(headers, rows, caption=caption, numbers=numbers, marks=marks)]
 
     def _layers(self) -> Iterator[tuple[str, str, Any]]:
         """Every layer of every clip by itself, on the host, `[heads]`."""

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
 from muonclip_jax._core import paths, sowing
 from muonclip_jax._core.options import check_count, check_number, check_transformation
-from muonclip_jax._core.tables import as_text, plain
+from muonclip_jax._core.tables import Mark, Readable, Sheet
 
 Loss = Callable[[Any], tuple[jax.Array, Mapping[Any, Any]]]
 Model = Callable[[int], tuple[Callable[[jax.Array], Any], Loss]]
 
+_MARKS: dict[str, Mark] = {"stays": "", "not finite": "bad"}  # others are to look at
 _OF_FLAX = ("__call__",)  # the name under which Linen captures what a module returns
 
 
-@dataclass(frozen=True)
-class CoordinateCheck:
+@dataclass(frozen=True, repr=False)
+class CoordinateCheck(Readable):
     """What `coordinate_check` found. `print` shows a table, `mc.plots.coordinates` a picture.
 
     Attributes:
@@ -56,26 +56,25 @@ class CoordinateCheck:
         """By path "stays", "grows" or "vanishes", "does not move" or "not finite"."""
         return {path: self._verdict(path, slope) for path, slope in self.slopes.items()}
 
-    def __rich__(self) -> Table:
+    def __repr__(self) -> str:
+        return f"CoordinateCheck(widths={self.widths}, activations={len(self.changes)})"
+
+    def _sheets(self) -> list[Sheet]:
         small, large = self.widths[0], self.widths[-1]
         steps = next(iter(self.changes.values())).shape[-1]
         caption = (
             f"RMS after {steps} steps; a slope is the power of the width, 0 where none matters"
         )
-        table = Table(caption=caption, caption_justify="left")
-        table.add_column("activation", overflow="fold")
-        for header in (f"change at {small}", f"at {large}", "slope", "at first"):
-            table.add_column(header, justify="right")
-        table.add_column("with width")
+        numbers = (f"change at {small}", f"at {large}", "slope", "at first")
+        rows = []
         slopes, verdicts = self.slopes, self.verdicts
         for path, change in self.changes.items():
             ends = (f"{change[i, :, -1].mean():.3g}" for i in (0, -1))
             both = (f"{slope:+.2f}" for slope in (slopes[path], self._slope(self.first[path])))
-            table.add_row(*plain([path, *ends, *both, verdicts[path]]))
-        return table
-
-    def __str__(self) -> str:
-        return as_text(self)
+            rows.append((path, *ends, *both, verdicts[path]))
+        headers = ("activation", *numbers, "with width")
+        marks: list[Mark] = [_MARKS.get(verdict, "look") for verdict in verdicts.values()]
+        return [Sheet(headers, rows, caption=caption, numbers=numbers, marks=marks)]
 
     def _slope(self, values: np.ndarray) -> float:
         """Of `[widths, seeds]`."""

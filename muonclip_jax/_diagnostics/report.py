@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from rich.table import Table
 
 from muonclip_jax._attention.max_logits import MAX_LOGITS, read_max_logits
 from muonclip_jax._core.dtypes import accumulation_dtype, of_product
 from muonclip_jax._core.masks import Frozen, check_frozen
 from muonclip_jax._core.options import check_number
 from muonclip_jax._core.paths import Path
+from muonclip_jax._core.pictures import heat_map
 from muonclip_jax._core.sowing import sown
 from muonclip_jax._core.states import states_of
-from muonclip_jax._core.tables import as_text, plain
+from muonclip_jax._core.tables import Mark, Readable, Sheet
 from muonclip_jax._diagnostics.activations import KEYS, read_activations
 from muonclip_jax._diagnostics.measures import (
     effective_rank,
@@ -147,10 +147,11 @@ _NOTES = {
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionReport:
+@dataclass(frozen=True, repr=False)
+class AttentionReport(Readable):
     """What `attention_report` found. A pytree, so `jax.jit` may return it; outside of it,
-    `print` and `rich.print` show a table of layers, and `scalars` are for a logger.
+    `print` and `rich.print` show a table of layers, a notebook also a map of all heads, and
+    `scalars` are for a logger.
 
     Attributes:
       blocks: A `HeadReport` for each attention block, by path.
@@ -177,7 +178,11 @@ class AttentionReport:
             if (values := getattr(heads, quantity.field)) is not None
         }
 
-    def __rich__(self) -> Table:
+    def __repr__(self) -> str:
+        heads = {name: list(block.max_logits.shape) for name, block in self.blocks.items()}
+        return f"AttentionReport(heads={heads})"
+
+    def _sheets(self) -> list[Sheet]:
         rows = list(self._layers())
         shown = [
             q
@@ -190,18 +195,24 @@ class AttentionReport:
             if any(getattr(heads, flag).any() for _, heads in rows)
         ]
         caption = "\n".join(["lowest … highest of a layer's heads", *notes])
-        table = Table(caption=caption, caption_justify="left")
-        table.add_column("layer", overflow="fold")
-        for quantity in shown:
-            table.add_column(quantity.header or "", justify="right")
-        table.add_column("look at", overflow="fold")
-        for layer, heads in rows:
-            ranges = (extent(getattr(heads, quantity.field)) for quantity in shown)
-            table.add_row(*plain((layer, *ranges, _flags(heads))))
-        return table
+        numbers = [quantity.header or "" for quantity in shown]
+        cells = [
+            (layer, *(extent(getattr(heads, q.field)) for q in shown), _flags(heads))
+            for layer, heads in rows
+        ]
+        marks: list[Mark] = [
+            "bad" if heads.exploding.any() else "look" if _flags(heads) else "" for _, heads in rows
+        ]
+        headers = ("layer", *numbers, "look at")
+        return [Sheet(headers, cells, caption=caption, numbers=numbers, marks=marks)]
 
-    def __str__(self) -> str:
-        return as_text(self)
+    def _picture(self) -> str:
+        rows = dict(self._layers())
+        return heat_map(
+            {layer: np.asarray(heads.max_logits) for layer, heads in rows.items()},
+            {layer: np.asarray(heads.above) for layer, heads in rows.items()},
+            "largest logit of each head, framed above the threshold",
+        )
 
     def _layers(self) -> Iterator[tuple[str, HeadReport]]:
         """Every layer by itself, on the host, `[heads]`."""

@@ -12,7 +12,8 @@ from muonclip_jax._core import paths
 from muonclip_jax._core.masks import Frozen, read_frozen
 from muonclip_jax._core.options import check_count, check_flag, check_pattern, check_text
 from muonclip_jax._core.paths import Path
-from muonclip_jax._layouts import checks, extras
+from muonclip_jax._core.tables import as_html
+from muonclip_jax._layouts import checks, drawing, extras
 from muonclip_jax._layouts.adapters import inner, with_adapters
 from muonclip_jax._layouts.pieces import Part, Piece, shared_along_inputs
 from muonclip_jax._layouts.roles import (
@@ -35,7 +36,7 @@ from muonclip_jax._layouts.surroundings import (
 BlockPattern = str | Sequence[str] | Callable[[str], bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layout:
     """Where the queries, keys, values and outputs of one kind of attention block are.
 
@@ -252,12 +253,20 @@ class Layout:
         told |= {"block": self.block} if self.block else {}
         return f"layouts.{self.name}({', '.join(f'{k}={v}' for k, v in told.items())})"
 
+    def __repr__(self) -> str:
+        pieces = ", ".join(f"{piece.role}: {piece.parameter}" for piece in self.pieces)
+        return f"Layout({self.name!r}, {pieces})"
+
+    def _repr_html_(self) -> str:
+        table = drawing.sheet_of(self.name, self.pieces).html()
+        return as_html([table], drawing.picture_of(self.pieces, shared_keys=self.shared_keys))
+
 
 # What every function that asks for a layout takes: one, or several for a model with several kinds.
 Layouts = Layout | Sequence[Layout]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Block:
     """One attention block found in a parameter tree (several layers of it when stacked).
 
@@ -286,6 +295,9 @@ class Block:
     without_role: tuple[Path, ...] = ()
     frozen: tuple[Path, ...] = ()
     is_frozen: bool = False
+
+    def __repr__(self) -> str:
+        return f"Block({self.name!r}, {self.layout}, heads={list(self.shape)})"
 
     @property
     def name(self) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from muonclip_jax._core.options import check_choice, check_count, check_number, check_text
+from muonclip_jax._core.pictures import curve
+from muonclip_jax._core.tables import Sheet, as_html
 
 Step = tuple[float, float, float]
 Normalization = Literal["frobenius", "schatten4", "aol"]
@@ -134,9 +136,25 @@ class Schedule:
         return sigma
 
     def __repr__(self) -> str:
-        fields = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self)]
-        far = [f"top={self.top:.4g}: σ can end so far above 1"] if self.top > _FAR else []
-        return f"Schedule({', '.join([*fields, *far])})"
+        far = f", top={self.top:.4g}: σ can end so far above 1" if self.top > _FAR else ""
+        return f"Schedule({self.name!r}, {len(self.coefficients)} steps, {self._accuracy}{far})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (str(number), *(f"{x:.6g}" for x in step))
+            for number, step in enumerate(self.coefficients, start=1)
+        ]
+        caption = (
+            f"{self.name}: {self._accuracy}; p'(0) = {self.slope:.4g}; divided by "
+            f"{self.norm_factor:g} × the norm ({self.normalization}); {self.source}"
+        )
+        table = Sheet(("step", "a", "b", "c"), rows, caption=caption, numbers=("a", "b", "c"))
+        sigma = np.geomspace(self.lower / 10, 1, 200)
+        return as_html([table.html()], curve(sigma, self.apply(sigma), "p(σ) over σ"))
+
+    @property
+    def _accuracy(self) -> str:
+        return f"|1 − p(σ)| ≤ {self.worst_error():.2g} for σ in [{self.lower:g}, 1]"
 
     @functools.cached_property
     def top(self) -> float:

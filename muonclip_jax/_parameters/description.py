@@ -11,14 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Group
-from rich.table import Table
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.masks import Frozen, Mask, check_mask, read_frozen
 from muonclip_jax._core.meshes import mesh_of
 from muonclip_jax._core.shardings import Shardings, shardings_of
-from muonclip_jax._core.tables import as_text, plain
+from muonclip_jax._core.tables import Readable, Sheet
 from muonclip_jax._layouts.blocks import Layouts, find_blocks
 from muonclip_jax._layouts.find import line_for
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_newton_schulz
@@ -56,9 +54,9 @@ class ParameterRow:
     hint: str  # the layout that would split what it holds as one matrix; "" where nothing would
 
 
-class Description(tuple[ParameterRow, ...]):
-    """The rows of `describe`: prints as a table, in which layers that are alike share a line, and
-    `rich` renders it as one. Below it stand the layouts that would split what is one matrix without
+class Description(Readable, tuple[ParameterRow, ...]):
+    """The rows of `describe`: prints as a table, in which layers that are alike share a line; so
+    do `rich` and a notebook. Below it stand the layouts that would split what is one matrix without
     them. On a mesh a second table tells which device orthogonalizes what.
 
     `rows.asdicts()` are dicts, lists, strings and numbers only, for a program or `json.dumps`.
@@ -79,20 +77,25 @@ class Description(tuple[ParameterRow, ...]):
         """Every row as plain data."""
         return [dataclasses.asdict(row) for row in self]
 
-    def __rich__(self) -> Group:
-        spread = any(plan.stack.devices > 1 for plan in self.stacks)
-        return Group(self._parameters(), *([self._stacks()] if spread else []))
+    def __repr__(self) -> str:
+        counts = ", ".join(
+            f"{sum(row.optimizer == name for row in self)} {name}"
+            for name in ("muon", "other", "frozen")
+        )
+        return f"Description({len(self)} parameters: {counts})"
 
-    def _stacks(self) -> Table:
+    def _sheets(self) -> list[Sheet]:
+        spread = any(plan.stack.devices > 1 for plan in self.stacks)
+        return [self._parameters(), *([self._stacks()] if spread else [])]
+
+    def _stacks(self) -> Sheet:
         devices = max(plan.stack.devices for plan in self.stacks)
-        table = Table(title=f"One update's matrices on {devices} devices", title_justify="left")
-        for header in ("matrices", "split by", "devices each", "on a device"):
-            table.add_column(header, overflow="fold")
-        for header in ("GFLOP", "of even share", "MB sent"):
-            table.add_column(header, justify="right")
+        where = ("matrices", "split by", "devices each", "on a device")
+        costs = ("GFLOP", "of even share", "MB sent")
+        rows = []
         for plan in self.stacks:
             stack = plan.stack
-            table.add_row(
+            row = (
                 f"{stack.count} × [{stack.n}, {stack.m}]",
                 ", ".join(f"{axis}: {split}" for axis, split in stack.split.items()),
                 str(plan.devices_per_matrix),
@@ -101,9 +104,11 @@ class Description(tuple[ParameterRow, ...]):
                 f"{plan.ratio_to_even_share:.2f}",
                 "?" if "unknown" in stack.stored else f"{plan.bytes_sent / 1e6:.3g}",
             )
-        return table
+            rows.append(row)
+        title = f"One update's matrices on {devices} devices"
+        return Sheet((*where, *costs), rows, title=title, numbers=costs)
 
-    def _parameters(self) -> Table:
+    def _parameters(self) -> Sheet:
         muon, other, frozen = (
             sum(math.prod(row.shape) for row in self if row.optimizer == name)
             for name in ("muon", "other", "frozen")
@@ -116,21 +121,15 @@ class Description(tuple[ParameterRow, ...]):
             for path, row in alike
             if row.hint
         ]
-        table = Table(
-            caption=plain(
-                [
-                    f"{muon:,} parameters with muon, {other:,} with the other optimizer"
-                    + f", {frozen:,} frozen" * bool(frozen)
-                    + refused * any(row.qk_norm for row in self)
-                    + "".join(hints)
-                ]
-            )[0],
-            caption_justify="left",
+        caption = (
+            f"{muon:,} parameters with muon, {other:,} with the other optimizer"
+            + f", {frozen:,} frozen" * bool(frozen)
+            + refused * any(row.qk_norm for row in self)
+            + "".join(hints)
         )
         headers = ["parameter", "shape", "optimizer", "matrices [in, out]", "decays", "attention"]
         told = any(row.why for row in self)
-        for header in plain(headers + ["read as"] * told):
-            table.add_column(header, overflow="fold")
+        rows = []
         for path, row in alike:
             attention = [f"{piece.role} ×{piece.heads}" for piece in row.attention]
             cells = [
@@ -141,11 +140,8 @@ class Description(tuple[ParameterRow, ...]):
                 "yes" if row.decays else "",
                 ", ".join(attention + ["QK-norm"] * row.qk_norm),
             ]
-            table.add_row(*plain(cells + [row.why] * told))
-        return table
-
-    def __str__(self) -> str:
-        return as_text(self)
+            rows.append(cells + [row.why] * told)
+        return Sheet(headers + ["read as"] * told, rows, caption=caption)
 
 
 def describe(
