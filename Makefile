@@ -81,8 +81,9 @@ docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 package: $(VENV)/.release-$(JAX)  ## sdist and wheel into dist/; README's code from the wheel alone, on two Pythons
 	.ci/package $(abspath $(BIN)/python) $$(.ci/newest)
 
-release: $(VENV)/.release-$(JAX)  ## package, and tag the version of pyproject.toml; refuses what is unfinished
+release: $(VENV)/.release-$(JAX) docs  ## package, tag and site of the version of pyproject.toml; refuses what is unfinished
 	$(BIN)/python .ci/release.py $(abspath $(BIN)/python) $$(.ci/newest)
+	$(BIN)/python -m docs.tools.publish
 
 lint: $(VENV)/.dev-$(JAX)  ## ruff and the type checker
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def release(root: pathlib.Path, pythons: list[str]) -> None:
     git(root, "tag", "--annotate", f"v{version}", "--message", f"muonclip_jax {version}")
     print(
         f"Tagged v{version}; dist/ has its sdist and wheel. Nothing is published yet:\n"
-        f"  git push origin v{version}\n  {pythons[0]} -m twine upload dist/*"
+        f"  git push origin v{version} site\n  {pythons[0]} -m twine upload dist/*"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs, in order, after a small prelude."""
+"""Every Python block of the README and the docs runs, in order, and every command is checked."""
 
 import pathlib
 import re
@@ -6,6 +6,7 @@ import re
 import pytest
 
 import muonclip_jax as mc
+from docs.tools.links import relink
 
 ROOT = pathlib.Path(__file__).parent.parent
 # A block may go on from those of the same name on another page: `<!-- test: linen, after PAGE -->`.
@@ -13,41 +14,6 @@ BLOCK = re.compile(
     r"<!-- test: (?P<name>[\w-]+)(?:, after (?P<after>\S+))? -->\n```python\n(?P<code>.*?)```",
     re.DOTALL,
 )
-
-# What "an existing train step" already has.
-PRELUDES = {
-    "readme-linen": """
-import flax.linen as nn, jax, jax.numpy as jnp, optax
-import muonclip_jax as mc
-class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(16, name="mlp")(x)
-        return nn.MultiHeadDotProductAttention(
-            4, attention_fn=mc.attention_fn)(x, sow_weights=True)
-model, batch = Model(), jnp.ones((2, 5, 16))
-params = model.init(jax.random.key(0), batch)["params"]
-loss = lambda logits, batch: ((logits - batch) ** 2).mean()
-""",
-    "readme-nnx": """
-import jax, jax.numpy as jnp
-from flax import nnx
-import muonclip_jax as mc
-class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.attn = nnx.MultiHeadAttention(
-            4, 16, decode=False, attention_fn=mc.attention_fn, rngs=rngs)
-    def __call__(self, x):
-        return self.attn(x, sow_weights=True)
-model, batch = Model(nnx.Rngs(0)), jnp.ones((2, 5, 16))
-loss = lambda logits, batch: ((logits - batch) ** 2).mean()
-""",
-}
-EPILOGUES = {
-    "readme-linen": "params, opt_state, value = train_step(params, opt_state, batch)",
-    "readme-nnx": "value = train_step(model, optimizer, batch)",
-}
-
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = {"watching", "accumulation", "clips"}  # pages that train models
@@ -70,9 +36,8 @@ def every_name():
 
 @pytest.mark.parametrize(("page", "name"), [*every_name()])
 def test_blocks_run(page, name):
-    code = [PRELUDES.get(name, ""), *blocks(page, name), EPILOGUES.get(name, "")]
     namespace = {"__name__": f"{page}:{name}"}
-    for block in code:
+    for block in blocks(page, name):
         exec(compile(block, f"{page}:{name}", "exec"), namespace)
 
 
@@ -80,6 +45,22 @@ def test_blocks_run(page, name):
 def test_no_python_block_is_left_out(page):
     text = page.read_text()
     assert text.count("```python") == len(BLOCK.findall(text))
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_links_lead_to_files(page):
+    """Within the repository; `make docs` checks the site's, with anchors."""
+    found = []
+    relink(
+        page.read_text(), str(page.parent.relative_to(ROOT)), lambda *link: found.append(link) or ""
+    )
+    assert not [path for _, path, _ in found if not (ROOT / path).exists()]
+
+
+def test_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_the_reference_has_every_public_name():

@@ -75,3 +75,31 @@ print(*set(sys.modules) - before)
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     slow = ("jax.experimental.pallas", "jax._src.pallas", "flax.nnx", "matplotlib", "tokamax")
     assert not [module for module in loaded if module.startswith(slow)]
+
+
+# All that the package imports. docs/reference/promises.md says what follows: nothing that only
+# POSIX has, no files, no connections, no other processes, nothing unpickled.
+IMPORTED = {
+    "collections", "contextlib", "contextvars", "dataclasses", "difflib", "fnmatch", "functools",
+    "glob",  # which finds no files here, but reads patterns
+    "html", "importlib", "inspect", "itertools", "math", "numbers", "operator", "re",
+    "shutil",  # the width of the terminal
+    "sys", "typing", "warnings",
+    "einops", "flax", "jax", "matplotlib", "muonclip_jax", "numpy", "optax", "rich", "tokamax",
+}  # fmt: skip
+
+
+def test_the_package_needs_no_posix_and_touches_nothing_outside():
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Import():
+                    names = [alias.name for alias in node.names]
+                case ast.ImportFrom():
+                    names = [node.module or ""]
+                case ast.Call(func=ast.Name(id="open" | "exec" | "eval" | "compile" as name)):
+                    names = [f"{name}()"]
+                case _:
+                    continue
+            for name in names:
+                assert name.split(".")[0] in IMPORTED, f"{file.name} uses {name}"
