@@ -1,5 +1,6 @@
 """Every Python block of the README and the docs runs, in order, and every command is checked."""
 
+import json
 import pathlib
 import re
 
@@ -9,6 +10,8 @@ import muonclip_jax as mc
 from docs.tools.links import relink
 
 ROOT = pathlib.Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks/records"
+KINDS = ("attention", "embedding", "unembedding")
 # A block may go on from those of the same name on another page: `<!-- test: linen, after PAGE -->`.
 BLOCK = re.compile(
     r"<!-- test: (?P<name>[\w-]+)(?:, after (?P<after>\S+))? -->\n```python\n(?P<code>.*?)```",
@@ -16,7 +19,7 @@ BLOCK = re.compile(
 )
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LONG = {"watching", "accumulation", "clips"}  # pages that train models
+LONG = {"watching", "accumulation", "clips", "sharding"}  # pages that train models
 
 
 def blocks(page: pathlib.Path, name: str) -> list[str]:
@@ -61,6 +64,26 @@ def test_links_lead_to_files(page):
 
 def test_readme_is_read_in_a_minute():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_readme_s_figures_are_those_of_the_records():
+    """What a newer record says, README must say too."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    coverage = json.loads((RECORDS / "2026-11-30-coverage.json").read_text())["libraries"].values()
+    lost = [sum(each["misrouted by optax"].get(kind, 0) for each in coverage) for kind in KINDS]
+    assert (
+        "gives {:,} attention kernels to Adam, and {} embeddings and {} unemb".format(*lost) in text
+    )
+    right, all_ = (sum(each[key] for each in coverage) for key in ("right", "configurations"))
+    assert f"In {all_} configurations" in text and f"parameter of {right} of them" in text
+
+    step = json.loads((RECORDS / "2026-11-22-optimizer_step.json").read_text())["rows"][0]
+    shares = [1 / step[f"ratio_vs_{peer}"] for peer in ("optax", "optax_bf16", "torch")]
+    said = (
+        "takes {:.2f} of the time of Optax's on two CPU cores, {:.2f} of it in bfloat16, {:.2f} of"
+    )
+    assert said.format(*shares) in text
+    assert f"{step['temp_share_of_optax']:.2f} of Optax's temporaries" in text
 
 
 def test_the_reference_has_every_public_name():
