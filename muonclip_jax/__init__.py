@@ -30,6 +30,7 @@ from muonclip_jax._diagnostics.report import AttentionReport, HeadReport, attent
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import orthogonality_error, orthogonalize
+from muonclip_jax._orthogonalize.rates import Rates, declared_rates, measured_rates
 from muonclip_jax._parameters.description import describe
 from muonclip_jax._parameters.granularity import Granularity
 from muonclip_jax._parameters.routing import muon_dimension_numbers
@@ -77,6 +78,9 @@ __all__ = [
     "Schedule",
     "Method",
     "NewtonSchulz",
+    "Rates",
+    "declared_rates",
+    "measured_rates",
     "linalg",
     # transformations
     "scale_by_muon",

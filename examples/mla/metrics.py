@@ -94,8 +94,10 @@ def per_head(rows: Sequence[Row], name: str) -> dict[str, np.ndarray]:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings in one level, the model's among them."""
-    return {k: v for k, v in settings.items() if k != "model"} | settings["model"]
+    """All settings in one level: the model's by their names, the rates as `rates.float32`."""
+    rates = {f"rates.{name}": value for name, value in settings.get("rates", {}).items()}
+    run = {name: value for name, value in settings.items() if name not in ("model", "rates")}
+    return run | rates | settings["model"]
 
 
 def _jsonable(value: Any) -> Any:

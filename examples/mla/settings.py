@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+import muonclip_jax as mc
 from examples.mla import cli, metrics
 from examples.mla.cli import InputError
 from examples.mla.data import BYTE_VOCABULARY
@@ -29,8 +30,11 @@ FREE_ON_RESUME = {
 }
 
 
-# What runs of earlier releases did, which had no such flag.
-ADDED = {"experts": 0, "tensorboard": False, "wandb": False}
+# What runs of earlier releases did, which had no such flag: on every CPU they took bfloat16.
+ADDED = {
+    **{"experts": 0, "tensorboard": False, "wandb": False},
+    **{"rates.bfloat16": 1470.0, "rates.float32": 290.0},
+}
 
 
 def _folder_or_true(words: list[str]) -> Path | bool:
@@ -123,6 +127,9 @@ class Settings(Launch):
     wandb: bool = False
     """Send what is measured to Weights & Biases too; WANDB_MODE=offline in the environment keeps it
     in the run's folder."""
+    rates: mc.Rates = field(default_factory=mc.declared_rates)
+    """What a CPU multiplies fast, in GFLOP/s, by which Muon's dtype and products are chosen there;
+    by default as this processor declares. A resumed run keeps its own."""
     cache_dir: Path = Path(".cache/mla")
     """Folder of trained tokenizers."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = ModelConfig()  # noqa: RUF009 (frozen)
@@ -217,7 +224,7 @@ class Settings(Launch):
         if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
             raise InputError("no settings of a run")
         values = {k: v for k, v in (ADDED | metrics.flat(saved)).items() if k not in OF_LAUNCH}
-        needed = {f.name for f in (*fields(cls), *fields(ModelConfig))} - {"model"} - OF_LAUNCH
+        needed = metrics.flat(cls().to_json()).keys()
         if missing := sorted(needed - values.keys()):
             raise InputError(f"settings without {', '.join(missing)}")
         values["data"] = values["data"] or []  # None in releases up to 0.1.0

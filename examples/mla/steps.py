@@ -30,7 +30,7 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The chain that `--optimizer` names; on a mesh, `on_mesh` are the parameters' shardings."""
     rate, decay = learning_rates(settings), settings.weight_decay
-    layout = attention_layout(config)
+    layout, how = attention_layout(config), mc.NewtonSchulz(rates=settings.rates)
     # Muon's matrices: those of the layout, or whole kernels.
     numbers = None if settings.per_head else mc.muon_dimension_numbers
     quack = mc.quack(
@@ -38,13 +38,16 @@ def make_optimizer(
         layout=layout,
         relative_learning_rate=settings.relative_learning_rate,
         rule="latent_norm" if config.attention == "mla" else "paper",
-        direction=mc.muon_direction(dimension_numbers=numbers, shardings=on_mesh, layout=layout),
+        direction=mc.muon_direction(
+            dimension_numbers=numbers, newton_schulz=how, shardings=on_mesh, layout=layout
+        ),
         weight_decay=decay,
     )
     muon = mc.muon(
         rate,
         layout=layout,
         dimension_numbers=numbers,
+        newton_schulz=how,
         weight_decay=decay,
         shardings=on_mesh,
     )

@@ -12,7 +12,7 @@ from muonclip_jax._linalg.factors import product, svd, symmetrized
 from muonclip_jax._linalg.options import Accuracy, By, accuracy
 from muonclip_jax._linalg.solves import eigenbasis, solve_left, solve_powers
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_matrices
-from muonclip_jax._orthogonalize.orthogonalize import orthogonalize, turned_wide
+from muonclip_jax._orthogonalize.orthogonalize import orthogonalize_as, turned_wide
 
 
 def msign(
@@ -83,8 +83,7 @@ def _msign(x: jax.Array, how: Accuracy) -> jax.Array:
 def polar(x: jax.Array, how: Accuracy) -> jax.Array:
     """O = U Vᵀ of wide matrices `[..., n, m]`, n <= m, float32 or float64."""
     if how.newton_schulz is not None:
-        by = how.newton_schulz
-        return orthogonalize(x, by.schedule, dtype=by.dtype, method=by.method)
+        return orthogonalize_as(x, how.newton_schulz)
     u, values, vt = svd(x)
     kept = values > how.lower * values[..., :1]
     return product(u * kept[..., None, :].astype(u.dtype), vt)

@@ -7,5 +7,6 @@ normalization.py   what matrices are divided by before the steps
 products.py        matrix products, symmetric ones by half
 symmetric_tpu.py   those as a kernel for TPUs, imported only when it is asked for
 methods.py         which iteration and which products, and what "auto" chooses
+rates.py           what a CPU multiplies fast, which "auto" goes by
 schedules.py       which polynomial at which step, checked when built
 """

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax._core.options import check_choice, check_count, check_flag
+from muonclip_jax._orthogonalize.rates import Rates
 
 Iteration = Literal["standard", "gram"]
 Kernel = Literal["xla", "pallas"]
@@ -81,9 +82,6 @@ _CPU = Method(
     # One matrix of 768 rows at a time: three are slower by 5%, a whole stack by up to 80%.
     chunk_entries=2**20,
 )
-# XLA's bfloat16 product takes row-major factors. It converts others to float32, in which it takes
-# twice as long.
-_CPU_BFLOAT16 = replace(_CPU, row_major=True)
 # Not measured. On TPU the blocks' transposes and joins become copies that cost more than is saved,
 # as XLA's own estimates tell (docs/log.md).
 _ACCELERATOR = Method("standard", chunk_entries=2**24)
@@ -106,15 +104,25 @@ def check_method(owner: str, method: Any) -> None:
         )
 
 
+def cpu_method(iteration: Iteration, dtype: str, rates: Rates) -> Method:
+    """By which products a CPU of these rates multiplies best in `dtype`."""
+    # XLA's bfloat16 product takes row-major factors. It converts others to float32.
+    return replace(_CPU, iteration=iteration, row_major=dtype == "bfloat16")
+
+
 def on_each_backend(
-    run: Callable[..., jax.Array], x: jax.Array, method: MethodName | Method, dtype: jnp.dtype
+    run: Callable[..., jax.Array],
+    x: jax.Array,
+    method: MethodName | Method,
+    dtype: jnp.dtype,
+    rates: Rates | None,
 ) -> jax.Array:
     """Calls `run(x, method=)` with the method for wide matrices `x` iterated in `dtype`, on the
-    backend that it will be compiled for."""
-    if isinstance(method, Method):
+    backend that it will be compiled for. `rates` are a CPU's, None where a `Method` is given."""
+    if isinstance(method, Method) or rates is None:
         return run(x, method=method)
     iteration = iteration_for(method, *x.shape[-2:])
-    cpu = replace(_CPU_BFLOAT16 if dtype == jnp.bfloat16 else _CPU, iteration=iteration)
+    cpu = cpu_method(iteration, dtype.name, rates)
     other = replace(_ACCELERATOR, iteration=iteration)
     return lax.platform_dependent(
         x, cpu=functools.partial(run, method=cpu), default=functools.partial(run, method=other)

@@ -5,6 +5,7 @@ Leading axes are a batch and stay one: every product is a single batched matmul.
 
 import functools
 from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def orthogonalize(
     schedule: Schedule = polar_express(steps=5),  # noqa: B008 (immutable)
     *,
     method: MethodName | Method = "auto",
-    dtype: DTypeLike | None = jnp.bfloat16,
+    dtype: DTypeLike | Literal["auto"] | None = "auto",
 ) -> jax.Array:
     """Replaces the singular values of each matrix by nearly 1: U S Vᵀ → nearly U Vᵀ.
 
@@ -56,7 +57,8 @@ def orthogonalize(
             the default schedule in bfloat16 the smallest singular values grow by a third less
             (`iterations.steps_between_restarts`). A `Method` also says by which products.
         dtype: What the factors of the matmuls are rounded to, one of the four dtypes; None for
-            that of `x`. Sums and the normalization are float32 at least, and float32 is full
+            that of `x`. "auto" is bfloat16, but float32 on CPUs that multiply that faster
+            (`NewtonSchulz`). Sums and the normalization are float32 at least, and float32 is full
             float32 on TPU and GPU as well.
 
     Returns:
@@ -80,8 +82,12 @@ def orthogonalize(
     https://kellerjordan.github.io/posts/muon/; on Gram matrices, Dao-AILab's, see
     `iterations.gram_iteration`.
     """
-    x = jnp.asarray(x)
-    how = NewtonSchulz(schedule, dtype, method).for_matrices(x)
+    return orthogonalize_as(jnp.asarray(x), NewtonSchulz(schedule, dtype, method))
+
+
+def orthogonalize_as(x: jax.Array, how: NewtonSchulz) -> jax.Array:
+    """The same, with how to do it as one value."""
+    how = how.for_matrices(x).settled()
     return in_auto_axes(functools.partial(_orthogonalize, how=how), specs_of(x))(x)
 
 
@@ -118,10 +124,28 @@ def _orthogonality_error(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="how")
 def _orthogonalize(x: jax.Array, how: NewtonSchulz) -> jax.Array:
+    return on_each_dtype(_in_dtype, how, x)
+
+
+def _in_dtype(x: jax.Array, how: NewtonSchulz) -> jax.Array:
     run = functools.partial(iterate, schedule=how.schedule)
-    dtype = jnp.dtype(how.dtype)
-    result = on_each_backend(run, in_range(turned_wide(x), dtype), how.method, dtype)
+    wide = in_range(turned_wide(x), jnp.dtype(how.dtype))
+    result = on_each_backend(run, wide, how.method, wide.dtype, how.rates)
     return (result if result.shape == x.shape else result.mT).astype(x.dtype)
+
+
+_Result = TypeVar("_Result")
+
+
+def on_each_dtype(run: Callable[..., _Result], how: NewtonSchulz, *arrays: Any) -> _Result:
+    """Calls `run(*arrays, how=)` with the dtype that `how` has on the backend that it will be
+    compiled for. The result must not depend on it in shape or dtype."""
+    cpu, other = how.on("cpu"), how.on("gpu")
+    if cpu == other:
+        return run(*arrays, how=cpu)
+    return lax.platform_dependent(
+        *arrays, cpu=functools.partial(run, how=cpu), default=functools.partial(run, how=other)
+    )
 
 
 def turned_wide(x: jax.Array) -> jax.Array:
@@ -140,7 +164,7 @@ def orthogonalize_stack(x: jax.Array, how: NewtonSchulz) -> jax.Array:
 
         return in_chunks(chunk, x, method.chunk_entries)
 
-    return on_each_backend(run, x, how.method, dtype)
+    return on_each_backend(run, x, how.method, dtype, how.rates)
 
 
 def in_chunks(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int) -> jax.Array:

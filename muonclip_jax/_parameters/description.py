@@ -64,13 +64,20 @@ class Description(Readable, tuple[ParameterRow, ...]):
     Attributes:
       stacks: The rows of the second table: for the matrices of one shape that Muon orthogonalizes
         together, the `Plan` with its costs per device.
+      newton_schulz: How they are orthogonalized, with the dtype that "auto" is on JAX's default
+        backend and the `Rates` that it goes by: kept with a run, it gives the same program on
+        another machine.
     """
 
     stacks: tuple[Plan, ...]
+    newton_schulz: NewtonSchulz
 
-    def __new__(cls, rows: Iterable[ParameterRow], stacks: Iterable[Plan]) -> "Description":
+    def __new__(
+        cls, rows: Iterable[ParameterRow], stacks: Iterable[Plan], newton_schulz: NewtonSchulz
+    ) -> "Description":
         self = super().__new__(cls, rows)
         self.stacks = tuple(stacks)
+        self.newton_schulz = newton_schulz
         return self
 
     def asdicts(self) -> list[dict[str, Any]]:
@@ -125,6 +132,7 @@ class Description(Readable, tuple[ParameterRow, ...]):
             f"{muon:,} parameters with muon, {other:,} with the other optimizer"
             + f", {frozen:,} frozen" * bool(frozen)
             + refused * any(row.qk_norm for row in self)
+            + _iteration(self.newton_schulz) * bool(self.stacks)
             + "".join(hints)
         )
         headers = ["parameter", "shape", "optimizer", "matrices [in, out]", "decays", "attention"]
@@ -227,8 +235,19 @@ def describe(
         rows.append(ParameterRow(paths.show(path), shape, *facts))
     known = (sharding.mesh.abstract_mesh for sharding in places.values() if sharding)
     mesh = next(known, mesh_of(params))
-    stacks = (plan for plan, _ in plans(arrays, mesh, newton_schulz, devices_per_matrix))
-    return Description(rows, stacks)
+    how = newton_schulz.settled().on(jax.default_backend())
+    stacks = (plan for plan, _ in plans(arrays, mesh, how, devices_per_matrix))
+    return Description(rows, stacks, how)
+
+
+def _iteration(how: NewtonSchulz) -> str:
+    rates = (
+        f", as a CPU does with products of {how.rates.bfloat16:.0f} GFLOP/s in bfloat16 and "
+        f"{how.rates.float32:.0f} in float32"
+        if how.rates and jax.default_backend() == "cpu"
+        else ""
+    )
+    return f"\northogonalized by {how.schedule.name} in {how.dtype or 'their own dtype'}{rates}"
 
 
 def _alike(rows: Iterable[ParameterRow]) -> Iterator[tuple[str, ParameterRow]]:

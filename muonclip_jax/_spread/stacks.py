@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,11 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
-from muonclip_jax._orthogonalize.orthogonalize import orthogonalize, orthogonalize_stack
+from muonclip_jax._orthogonalize.orthogonalize import (
+    on_each_dtype,
+    orthogonalize_as,
+    orthogonalize_stack,
+)
 from muonclip_jax._orthogonalize.products import concatenate
 from muonclip_jax._orthogonalize.schedules import is_cubic
 from muonclip_jax._spread.exchange import orthogonalize_spread
@@ -165,8 +169,22 @@ def orthogonalize_all(
     Raises:
       TypeError, ValueError: As `orthogonalize` and `choose`.
     """
-    results: dict[int, jax.Array] = {}
     mesh = mesh_of([array.values for array in arrays])
+
+    def run(values: list[jax.Array], how: NewtonSchulz) -> list[jax.Array]:
+        given = [replace(array, values=x) for array, x in zip(arrays, values, strict=True)]
+        return _in_stacks(given, mesh, how, devices_per_matrix)
+
+    return on_each_dtype(run, how.settled(), [array.values for array in arrays])
+
+
+def _in_stacks(
+    arrays: Sequence[MatrixArray],
+    mesh: AbstractMesh | None,
+    how: NewtonSchulz,
+    devices_per_matrix: DevicesPerMatrix | None,
+) -> list[jax.Array]:
+    results: dict[int, jax.Array] = {}
     for plan, members in plans(arrays, mesh, how, devices_per_matrix):
         some = [arrays[i] for i in members]
         this = how.for_matrices(some[0].values)
@@ -222,9 +240,7 @@ def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
 
 def _by_xla(array: MatrixArray, how: NewtonSchulz, values: jax.Array) -> tuple[jax.Array]:
     """A parameter whose batch axes stay apart, since they may be split over a mesh."""
-    schedule, dtype, method = how.schedule, how.dtype, how.method
-    done = orthogonalize(array.apart(values), schedule, dtype=dtype, method=method)
-    return (done.reshape(values.shape),)
+    return (orthogonalize_as(array.apart(values), how).reshape(values.shape),)
 
 
 def _limited(members: list[int], sizes: list[int]) -> Iterator[list[int]]:

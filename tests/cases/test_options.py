@@ -363,8 +363,22 @@ FUNCTIONS = {
     "NewtonSchulz": (
         mc.NewtonSchulz,
         {},
-        {"schedule": SCHEDULE, "dtype": FLOATS, "method": METHOD},
+        {
+            "schedule": SCHEDULE,
+            "dtype": FLOATS,
+            "method": METHOD,
+            "rates": ([3, (165, 291), {"bfloat16": 165}], ["Rates"]),
+        },
     ),
+    "Rates": (
+        mc.Rates,
+        {"bfloat16": 165, "float32": 291},
+        {
+            name: ([*NUMBER, 0, -1.0, NAN, math.inf], ["above 0"])
+            for name in ("bfloat16", "float32")
+        },
+    ),
+    "measured_rates": (mc.measured_rates, {}, {"n": (COUNT, WHOLE), "repeats": (COUNT, WHOLE)}),
     "orthogonalize": (
         mc.orthogonalize,
         {"x": jnp.ones((2, 3))},
@@ -750,6 +764,7 @@ WITHOUT_OPTIONS = {
     ),
     *("ClipReport", "SignalReport", "ScheduledClipState", "SpectralNormState"),
     "NeuronRMSState",
+    "declared_rates",
     *("HyperballState", "PeriodicOrthogonalizationState"),
     *("accumulate_state", "qk_clip_state", "quack_state"),  # take any state, test_errors.py
     "clip_report",  # the same, test_output_clip.py
