@@ -5,7 +5,8 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 # What each page of the documentation says it is.
-EDITION = $(shell sed -n 's/^version = "\(.*\)"/version \1/p' pyproject.toml), commit $(shell git describe --always --dirty --abbrev=10 --exclude '*')
+EDITION = $(shell sed -n 's/^version = "\(.*\)"/version \1/p' pyproject.toml), commit $(if $(PROJECT_URL),<a href="$(PROJECT_URL)/commit/$(COMMIT)">$(COMMIT)</a>,$(COMMIT))
+COMMIT = $(shell git describe --always --dirty --abbrev=10 --exclude '*')
 EXTRAS_train := examples
 EXTRAS_test := examples,test
 EXTRAS_bench := bench
@@ -76,7 +77,7 @@ soak: $(VENV)/.train-$(JAX)  ## 5,000 steps of MuonClip at a rate at which Muon 
 # Links into the repository need PROJECT_URL=https://host/owner/project; without it they are plain text.
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	$(BIN)/python -m docs.tools.gather
-	DOCS_EDITION="$(EDITION)" $(BIN)/python -m zensical build --strict --clean
+	DOCS_EDITION='$(EDITION)' $(BIN)/python -m zensical build --strict --clean
 
 package: $(VENV)/.release-$(JAX)  ## sdist and wheel into dist/; README's code from the wheel alone, on two Pythons
 	.ci/package $(abspath $(BIN)/python) $$(.ci/newest)
