@@ -12,7 +12,7 @@ from examples.mla.figures import INK, SERIES, STYLE
 # Edge, face, shape and size of dots. Ours are filled, and smaller where they would hide each other.
 OURS = [
     (color, color, "o", size)
-    for color, size in zip((*SERIES, "#7c3aed"), (12, 9, 6, 4), strict=True)
+    for color, size in zip(SERIES[:4], (12, 9, 6, 4), strict=True)
 ]
 PEERS = [(INK, "white", marker, 7) for marker in "sD^v"]
 

@@ -16,7 +16,9 @@ recorder.py    progress bar and metrics, one step late
 watch.py       the metrics for TensorBoard and W&B
 metrics.py     metrics.jsonl, and what is computed from it
 figures.py     pictures of the metrics
+svg.py         pictures for light and dark screens
 page.py        tables and pictures as HTML
+comparison.py  two runs, with and without the clip
 report.py      report.html of a run
 trained.py     a model from its run's folder
 sample.py      text from it: `python -m examples.mla.sample`

@@ -4,26 +4,22 @@ python -m examples.mla.compare --help
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from examples.mla import cli, config, figures, metrics
+from examples.mla import cli, comparison, config, figures, metrics, report, svg
 from examples.mla.cli import InputError
+from examples.mla.comparison import Comparison
 from examples.mla.devices import Devices, in_every_process, is_first
 from examples.mla.folder import new_run_dir, write_whole
-from examples.mla.metrics import Row, select
-from examples.mla.page import escape, page, picture, section, table
+from examples.mla.page import columns, escape, page, pairs, pictures, section, table
 from examples.mla.settings import UNCLIPPED, Settings
 from examples.mla.train import train
 
-FILE = "compare.html"
+FILE, PICTURE = "compare.html", "compare.svg"
 
 # Twice the learning rate of the healthy run: the logits outgrow any threshold.
 DEFAULTS = Settings(steps=400, learning_rate=2e-2)
-
-Runs = Mapping[str, Sequence[Row]]  # optimizer → metrics, the one that clips first
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -49,7 +45,7 @@ def _read_settings(args: Sequence[str]) -> Settings:
 
 
 def compare(settings: Settings) -> int:
-    """Runs both, each into its own folder, and writes one report of the two.
+    """Runs both, each into its own folder, and writes one report of the two, and their picture.
 
     Args:
       settings: Those of both runs; `optimizer` is the one that clips.
@@ -76,52 +72,46 @@ def compare(settings: Settings) -> int:
             return status
     if not is_first():
         return 0
-    runs = {name: metrics.read(folder / name) for name in names}
+    compared = comparison.read(folder, settings.optimizer)
     path = folder / FILE
-    write_whole(path, comparison_page(runs, settings).encode())
+    write_whole(folder / PICTURE, svg.standalone(compared.picture(), PICTURE_SHOWS).encode())
+    write_whole(path, comparison_page(compared).encode())
+    for name in names:
+        report.build(folder / name)  # again: now there is something to compare with
     console.rule("comparison")
-    cli.say(console, verdict(runs, settings))
+    cli.say(console, compared.verdict())
     cli.say(console, f"report: {path}")
     return 0
 
 
-def relative_peaks(rows: Sequence[Row], settings: Settings) -> np.ndarray:
-    """The largest max logit of any head in units of τ, float64 `[steps]`, after the warm-up."""
-    return metrics.peak(select(rows, "step"))[settings.warmup_steps :] / settings.threshold
-
-
-def verdict(runs: Runs, settings: Settings) -> str:
-    """The max logits of both runs after the warm-up, in units of τ."""
-    parts = []
-    for name, rows in runs.items():
-        peaks = relative_peaks(rows, settings)
-        above = np.nanmean(peaks > 3)
-        parts.append(
-            f"{name}: max logits up to {np.nanmax(peaks):.2f} τ, median {np.nanmedian(peaks):.2f} "
-            f"τ, above 3τ in {above:.0%} of the steps"
-        )
-    return f"After the warm-up, with τ = {settings.threshold:g}: {'; '.join(parts)}."
-
-
-def comparison_page(runs: Runs, settings: Settings) -> str:
+def comparison_page(compared: Comparison) -> str:
     """The report of both as HTML."""
+    runs = compared.runs
     summaries = [dict(metrics.summary(rows)) for rows in runs.values()]
     shared = [(label, *(s.get(label, "") for s in summaries)) for label in summaries[0]]
     links = "".join(
         f'<p><a href="{name}/report.html">All about {name}</a></p>' for name in map(escape, runs)
     )
+    loss = "Loss of both, over steps"
     return page(
         " and ".join(runs),
-        verdict(runs, settings),
+        compared.verdict(),
+        report.about([row for rows in runs.values() for row in rows]),
         [
-            section("Max logits", picture(figures.peaks(runs, settings.threshold), PEAKS)),
-            section("Loss", picture(figures.loss(runs), LOSS)),
-            section("Result", table(shared, header=("", *runs)) + links),
-            section("Settings", table(metrics.flat(settings.to_json()).items())),
+            columns(
+                section(
+                    "Max logits",
+                    pictures({PICTURE_SHOWS: compared.picture()}, {PICTURE_SHOWS: PEAKS}),
+                ),
+                section("Loss", pictures({loss: figures.loss(runs)}, {loss: LOSS})),
+            ),
+            section("Result", table("Results of both", ("result", *runs), shared), links),
+            section("Settings", pairs(report.shown_settings(compared.settings))),
         ],
     )
 
 
+PICTURE_SHOWS = "Largest max logit of any head over steps, with and without QK-Clip"
 PEAKS = (
     "The largest attention logit of any head in each step's batch. Both runs start from the same "
     "parameters and see the same batches; only the last link of the chain differs."

@@ -93,6 +93,11 @@ def per_head(rows: Sequence[Row], name: str) -> dict[str, np.ndarray]:
     }
 
 
+def all_heads(rows: Sequence[Row], name: str) -> np.ndarray:
+    """The same of all blocks' heads side by side, float64 `[rows, heads]`."""
+    return np.concatenate([*per_head(rows, name).values()], axis=1)
+
+
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """All settings in one level: the model's by their names, the rates as `rates.float32`."""
     rates = {f"rates.{name}": value for name, value in settings.get("rates", {}).items()}
@@ -131,11 +136,10 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, str]]:
         busiest = np.mean([load[-20:].mean() for load in busiest_expert(steps).values()])
         found.append(("busiest expert, of a fair share, last 20 steps", f"{busiest:.2f}"))
     if clips(steps):
-        gamma = np.concatenate([*per_head(steps, "gamma").values()], axis=1)
         found += [
             ("threshold τ", f"{start['settings']['threshold']:g}"),
-            ("head-steps clipped", f"{(gamma < 1).mean():.1%}"),
-            ("smallest clip factor γ", f"{gamma.min():.3f}"),
+            ("head-steps clipped", f"{share_clipped(steps):.1%}"),
+            ("smallest clip factor γ", f"{all_heads(steps, 'gamma').min():.3f}"),
             ("maxima that were not finite", f"{steps[-1]['nonfinite_heads']}"),
             ("clips lost to rounding", f"{steps[-1]['lost_heads']}"),
         ]
@@ -160,6 +164,11 @@ def tokens_per_second(steps: Sequence[Row]) -> float:
 def clips(steps: Sequence[Row]) -> bool:
     """Whether the run's optimizer ends with QK-Clip."""
     return "gamma" in steps[0]
+
+
+def share_clipped(steps: Sequence[Row]) -> float:
+    """The share of all heads in all steps that were clipped."""
+    return float((all_heads(steps, "gamma") < 1).mean())
 
 
 def has_experts(steps: Sequence[Row]) -> bool:

@@ -182,7 +182,7 @@ def test_the_report_shows_the_busiest_expert_in_fair_shares():
     assert ("busiest expert, of a fair share, last 20 steps", "1.60") in metrics.summary(rows)
     (line, _) = figures.expert_load(metrics.select(rows, "step")).axes[0].lines
     np.testing.assert_allclose(line.get_ydata(), 1.6)
-    assert "<img " in report.experts(metrics.select(rows, "step"))
+    assert "<svg " in report.experts(metrics.select(rows, "step"))
 
 
 def run_of(folder):

@@ -23,6 +23,7 @@ from rich.console import Console
 from examples.mla import cli, compare, data, folder, metrics, page, report, train
 from examples.mla.checkpoint import Checkpoints
 from examples.mla.cli import InputError
+from examples.mla.comparison import Comparison
 from examples.mla.metrics import select
 from examples.mla.settings import Settings
 
@@ -637,15 +638,15 @@ def test_nothing_in_a_report_is_a_tag(run_dir):
 
     rows = [planted(row) for row in metrics.read(run_dir)]
     assert count > 10
-    for build in (report.run_page, lambda rows: compared(tag, rows)):
-        html = build(rows)
+    both = Comparison(tag, {tag: rows, f"{tag} too": rows})
+    for html in (
+        report.run_page(rows, None),
+        report.run_page(rows, both),
+        compare.comparison_page(both),
+    ):
         html.encode()
         assert "<script" not in html and "&lt;script&gt;" in html
         assert re.search(r"alert\(['\"]", html) is None
-
-
-def compared(name, rows):
-    return compare.comparison_page({name: rows}, Settings(steps=6))
 
 
 def test_what_is_said_is_no_markup_and_one_line():
