@@ -17,7 +17,7 @@ EXTRAS_release := release
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-gpu test-tpu roofline test-lowest docs package release lint kills clean
+.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-gpu test-tpu roofline accelerator test-lowest docs package release lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -104,6 +104,10 @@ test-gpu:  ## compiles for GPUs what they would run; needs no GPU, but JAX's CUD
 
 test-tpu:  ## compiles for TPU pods what they would run; needs no TPU, but libtpu (500 MB)
 	@$(call with_compiler,tpu,-m pytest tests/tpu $(OF_COMPILED) -n auto -rs $(ARGS))
+
+# On a machine with one: make accelerator JAX=cuda13, or JAX=tpu; ARGS="--part attention" for a part.
+accelerator: $(VENV)/.bench-$(JAX)  ## numerics and benchmarks on a GPU or TPU, in ten minutes at most; dated records
+	$(BIN)/python -m benchmarks.accelerator $(ARGS)
 
 roofline: roofline-gpu roofline-tpu  ## FLOPs and bytes over the peaks of an H100 and a v5p, next to Optax and MaxText
 
