@@ -35,9 +35,13 @@ class Method:
         `"xla"`. It has been compiled, but not yet timed. On several devices it needs
         `jax.shard_map`, which Muon uses wherever it knows how parameters are split.
       chunk_entries: The chunk size: of a stack, as many matrices at a time as have so many entries.
+      lean: Move and keep fewer bytes, for GPUs, whose products memory holds up. Products are
+        rounded to the dtype of their factors as they are written, instead of afterwards. Steps are
+        written out, since a loop copies X: that takes longer to compile. Matrices as large as a
+        chunk are written over at the first restart of the Gram iteration.
 
     Raises:
-      TypeError: `row_major` is neither True nor False.
+      TypeError: `row_major` or `lean` is neither True nor False.
       ValueError: Another iteration or kernel, or a number below 1.
 
     Example:
@@ -51,11 +55,13 @@ class Method:
     row_major: bool = False
     kernel: Kernel = "xla"
     chunk_entries: int = 2**24
+    lean: bool = False
 
     def __post_init__(self):
         check_choice("Method: iteration", self.iteration, get_args(Iteration))
         check_choice("Method: kernel", self.kernel, get_args(Kernel))
         check_flag("Method: row_major", self.row_major)
+        check_flag("Method: lean", self.lean)
         check_count("Method: chunk_entries", self.chunk_entries)
         if self.smallest_block is not None:
             check_count("Method: smallest_block", self.smallest_block)
@@ -85,6 +91,8 @@ _CPU = Method(
 # Not measured. On TPU the blocks' transposes and joins become copies that cost more than is saved,
 # as XLA's own estimates tell (docs/log.md).
 _ACCELERATOR = Method("standard", chunk_entries=2**24)
+# Not measured. What it saves is read off the compiled programs (`python -m benchmarks.roofline`).
+_GPU = Method("standard", chunk_entries=2**26, lean=True)
 
 
 def iteration_for(method: MethodName | Method, n: int, m: int) -> Iteration:
@@ -123,7 +131,11 @@ def on_each_backend(
         return run(x, method=method)
     iteration = iteration_for(method, *x.shape[-2:])
     cpu = cpu_method(iteration, dtype.name, rates)
-    other = replace(_ACCELERATOR, iteration=iteration)
+    gpu, other = (replace(each, iteration=iteration) for each in (_GPU, _ACCELERATOR))
     return lax.platform_dependent(
-        x, cpu=functools.partial(run, method=cpu), default=functools.partial(run, method=other)
+        x,
+        cpu=functools.partial(run, method=cpu),
+        cuda=functools.partial(run, method=gpu),
+        rocm=functools.partial(run, method=gpu),
+        default=functools.partial(run, method=other),
     )

@@ -54,7 +54,7 @@ def rescaled_rows(
 
 
 def scale_at(
-    first: jax.Array | bool,
+    first: jax.Array | bool | None,
     x: jax.Array,
     square: Symmetric,
     schedule: Schedule,
@@ -63,14 +63,14 @@ def scale_at(
     """What X is multiplied by before a step, `[..., 1, 1]`: 1 but for the first step.
 
     Args:
-      first: Whether this is the first step. A norm that an array then says is not needed costs less
-        than a condition, at which GPUs would wait for their host.
+      first: Whether this is the first step; None: it is not. A norm that an array then says is not
+        needed costs less than a condition, at which GPUs would wait for their host.
       x: X; in a device group, this device's columns.
       square: XXᵀ; in a device group, this device's rows.
       schedule: Which norm.
       group: The devices that have the other parts.
     """
-    if first is False or schedule.normalization == "aol":  # which has divided the rows already
+    if first is None or schedule.normalization == "aol":  # which has divided the rows already
         return jnp.ones((*x.shape[:-2], 1, 1), accumulation_dtype(x.dtype))
     if schedule.normalization == "schatten4":
         norm = jnp.sqrt(jnp.sqrt(nonzero(group.sum(sum_of_squares(square)))))

@@ -162,7 +162,9 @@ def orthogonalize_stack(x: jax.Array, how: NewtonSchulz) -> jax.Array:
         def chunk(x):
             return iterate(in_range(x, dtype), how.schedule, method)
 
-        return in_chunks(chunk, x, method.chunk_entries)
+        # Without the barrier, whoever reads a stack may make it anew out of its parameters.
+        stack = lax.optimization_barrier(x) if method.lean else x
+        return in_chunks(chunk, stack, method.chunk_entries)
 
     return on_each_backend(run, x, how.method, dtype, how.rates)
 

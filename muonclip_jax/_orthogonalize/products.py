@@ -2,11 +2,13 @@
 without their upper half, and the parts of matrices on several devices."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from muonclip_jax._core import dtypes as precision
 from muonclip_jax._orthogonalize.methods import DENSE, Method
@@ -40,6 +42,10 @@ class OneDevice:
         """All devices' shares of the rows below each other."""
         return x
 
+    def own_rows(self, x: jax.Array) -> jax.Array:
+        """This device's share of the rows of what all devices have."""
+        return x
+
 
 ONE_DEVICE = OneDevice()
 
@@ -48,10 +54,13 @@ Symmetric = jax.Array | tuple["Symmetric", jax.Array, "Symmetric"]
 
 
 def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
-    """`left @ right` in the accumulation dtype."""
+    """`left @ right`, summed in the accumulation dtype, and written in it unless `method.lean`."""
     if method.row_major:
         left, right = row_major(left), row_major(right)
-    return jnp.matmul(left, right, **precision.of_product(left.dtype))
+    options = precision.of_product(left.dtype)
+    if method.lean:
+        options["preferred_element_type"] = left.dtype
+    return jnp.matmul(left, right, **options)
 
 
 def gram(x: jax.Array, method: Method) -> Symmetric:
@@ -134,6 +143,28 @@ def _concatenate_jvp(axis, primals, tangents):
 def each(fn: Callable[..., jax.Array], *matrices: Symmetric) -> Symmetric:
     """Applies `fn` entry by entry."""
     return jax.tree.map(fn, *matrices)
+
+
+def weighted_sum(*terms: tuple[ArrayLike, Symmetric]) -> Symmetric:
+    """The sum of numbers times matrices, in the accumulation dtype."""
+    numbers, matrices = zip(*terms, strict=True)
+
+    def of_blocks(*blocks: jax.Array) -> jax.Array:
+        wide = (block.astype(precision.accumulation_dtype(block.dtype)) for block in blocks)
+        return functools.reduce(operator.add, map(operator.mul, numbers, wide))
+
+    return each(of_blocks, *matrices)
+
+
+def with_identity(x: Symmetric, number: ArrayLike, group: OneDevice = ONE_DEVICE) -> Symmetric:
+    """`number` I + x, in the accumulation dtype; a device group has some rows of x on each device.
+
+    Cut as [[A, Bᵀ], [B, C]], only A and C have parts of the identity.
+    """
+    if isinstance(x, tuple):
+        return with_identity(x[0], number), x[1], with_identity(x[2], number)
+    identity = jnp.eye(x.shape[-1], dtype=precision.accumulation_dtype(x.dtype))
+    return weighted_sum((number, group.own_rows(identity)), (1, x))
 
 
 def trace(x: Symmetric) -> jax.Array:

@@ -47,6 +47,10 @@ class DeviceGroup(OneDevice):
         """All devices' shares `[..., n/size, m]` below each other, `[..., n, m]`."""
         return self.gathered(x, x.ndim - 2)
 
+    def own_rows(self, x: jax.Array) -> jax.Array:
+        """This device's share `[..., n/size, m]` of the rows of what all devices have."""
+        return self.own_share(x, x.ndim - 2)
+
     def gathered(self, x: jax.Array, axis: int) -> jax.Array:
         """All devices' shares side by side along an axis."""
         return lax.all_gather(x, self.axes, axis=axis, axis_index_groups=self.groups, tiled=True)
