@@ -398,6 +398,7 @@ FUNCTIONS = {
             "row_major": FLAG,
             "kernel": ([None, "triton", 3], ['"xla"', '"pallas"']),
             "chunk_entries": ([None, *COUNT], WHOLE),
+            "lean": FLAG,
         },
     ),
     "Schedule": (
