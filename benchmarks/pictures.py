@@ -10,10 +10,7 @@ from matplotlib.figure import Figure
 from examples.mla.figures import INK, SERIES, STYLE
 
 # Edge, face, shape and size of dots. Ours are filled, and smaller where they would hide each other.
-OURS = [
-    (color, color, "o", size)
-    for color, size in zip(SERIES[:4], (12, 9, 6, 4), strict=True)
-]
+OURS = [(color, color, "o", size) for color, size in zip(SERIES[:4], (12, 9, 6, 4), strict=True)]
 PEERS = [(INK, "white", marker, 7) for marker in "sD^v"]
 
 Lanes = Mapping[str, Mapping[str, float]]  # method → case → figure
