@@ -14,10 +14,11 @@ EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
 EXTRAS_models := test
 EXTRAS_release := release
+EXTRAS_pages := pages
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
 JAX_BUILD := $(if $(filter cpu,$(JAX)),jax,jax[$(JAX)])
 
-.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-gpu test-tpu roofline accelerator test-lowest docs package release lint kills clean
+.PHONY: help train compare bench methods overhead test test-all contract coverage mutants budgets fuzz soak test-models test-gpu test-tpu roofline accelerator test-lowest docs notebooks accessibility package release lint kills clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -78,6 +79,13 @@ soak: $(VENV)/.train-$(JAX)  ## 5,000 steps of MuonClip at a rate at which Muon 
 docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	$(BIN)/python -m docs.tools.gather
 	DOCS_EDITION='$(EDITION)' $(BIN)/python -m zensical build --strict --clean
+
+notebooks: $(VENV)/.test-$(JAX)  ## run the notebooks of docs/notebooks again, and keep what they show
+	JAX_PLATFORMS=cpu $(BIN)/jupyter-execute --inplace docs/notebooks/*.ipynb $(ARGS)
+
+# Reports of runs that are there are looked at too. Pictures go to bench/pages.
+accessibility: docs $(VENV)/.pages-$(JAX)  ## pages on a wide screen and a phone, light and dark, by axe; needs Chromium
+	$(BIN)/python -m docs.tools.accessibility --pictures bench/pages site $(wildcard runs/*/report.html) $(ARGS)
 
 package: $(VENV)/.release-$(JAX)  ## sdist and wheel into dist/; README's code from the wheel alone, on two Pythons
 	.ci/package $(abspath $(BIN)/python) $$(.ci/newest)

@@ -7,12 +7,14 @@ repository where PROJECT_URL says where that is, and is plain text where nothing
 python -m docs.tools.gather
 """
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 from docs.tools.links import in_repository, relink
+from docs.tools.notebooks import markdown
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "site-source"
@@ -30,7 +32,7 @@ def place_of(path: str) -> str | None:
     if path.startswith("studies/") and name == "README.md":
         return f"{folder}/index.md"
     if path.startswith("docs/") and not path.startswith("docs/tools/"):
-        return path.removeprefix("docs/")
+        return path.removeprefix("docs/").replace(".ipynb", ".md")
     return path if name.endswith((".png", ".svg")) else None
 
 
@@ -48,15 +50,18 @@ def page(path: str, url: str, ref: str) -> tuple[str, set[str]]:
             return f"{words}({os.path.relpath(place, os.path.dirname(place_of(path)))}{anchor})"
         return f"{words}({in_repository(url, ref, target)}{anchor})" if url else words[1:-1]
 
-    text = relink((ROOT / path).read_text(), os.path.dirname(path), change)
-    return text, shown
+    text = (ROOT / path).read_text()
+    if path.endswith(".ipynb"):
+        text = markdown(json.loads(text))
+    return relink(text, os.path.dirname(path), change), shown
 
 
 def gather(url: str, ref: str) -> None:
     """Writes all of site-source/ anew."""
     shutil.rmtree(SITE, ignore_errors=True)
-    found = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("studies/*/README.md")]
-    pictures = {str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.svg")}
+    docs = ROOT / "docs"
+    found = [*docs.rglob("*.md"), *docs.rglob("*.ipynb"), *ROOT.glob("studies/*/README.md")]
+    pictures = {str(file.relative_to(ROOT)) for file in docs.rglob("*.svg")}
     for path in [*ELSEWHERE, *(str(file.relative_to(ROOT)) for file in found)]:
         text, shown = page(path, url, ref)
         pictures |= shown

@@ -99,7 +99,7 @@ class Sheet:
             f"<th scope='col'{self._kind(header)}>{html.escape(header)}</th>"
             for header in self.headers
         )
-        unmarked: Sequence[Mark] = [""] * len(self.rows)
+        unmarked: list[Mark] = ["" for _ in self.rows]
         rows = "\n".join(map(self._row, self.rows, self.marks or unmarked))
         told = self.title or self.caption
         kind = " class='title'" if self.title else ""

@@ -569,6 +569,13 @@ def _nothing_found(layout: Layout, shapes: Shapes) -> str:
         + (f" at paths like {layout.block!r}" if layout.block else "")
         + "."
     )
+    weights = [f"{name}/weight" for name in dict.fromkeys(wanted)]
+    if there := [name for name in weights if any(name in paths.show(path) for path in shapes)]:
+        return (
+            f"{message} {there[0]} is there: kernels called weight, as in PyTorch and Equinox, are "
+            f"[out, in]. Give the layout their names with /weight and transposed=True, or let "
+            "mc.find_layout(params, heads=...) find them."
+        )
     elsewhere = replace(layout, block=None).places(shapes)
     if elsewhere:
         return f"{message} Modules that hold them: {paths.some(elsewhere)}; correct block=."

@@ -106,6 +106,12 @@ def partition_matrices(
         return build(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
+        if not hasattr(state, "inner_states"):
+            raise TypeError(
+                f"Not a state of [Muon | other], but {type(state).__name__}: it is another "
+                "optimizer's. tx.init(params) gives this one's; mc.upgrade_state(old, "
+                "like=tx.init(params)) reads those of earlier versions."
+            )
         return build(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

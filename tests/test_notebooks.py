@@ -1,0 +1,75 @@
+"""The notebooks run, and what they show is what the code of today gives."""
+
+import json
+import pathlib
+import re
+
+import nbclient
+import nbformat
+import pytest
+
+from docs.tools.notebooks import markdown
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+ALIKE = 0.3  # other processors and versions of JAX round otherwise, and a training tells
+
+
+def read_texts(notebook):
+    """What each cell shows in words: what it printed, and its tables without their tags."""
+    for cell in notebook.cells:
+        told = []
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            page = data.get("text/html", "" if data else output.get("text", ""))
+            told.append(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", page, flags=re.S))
+        yield " ".join(" ".join(told).split())
+
+
+@pytest.mark.slow
+@every_notebook
+def test_running_it_again_shows_the_same(file, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    kept = nbformat.read(file, as_version=4)
+    again = nbformat.from_dict(json.loads(file.read_text()))
+    folder = {"metadata": {"path": str(ROOT)}}
+    nbclient.NotebookClient(again, timeout=300, resources=folder).execute()
+    for before, after in zip(read_texts(kept), read_texts(again), strict=True):
+        assert NUMBER.sub("#", before) == NUMBER.sub("#", after), "make notebooks, and look at it"
+        numbers = [list(map(float, NUMBER.findall(text))) for text in (before, after)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=ALIKE, abs=ALIKE)
+
+
+@every_notebook
+def test_it_was_run_from_top_to_bottom_and_makes_a_page(file):
+    notebook = json.loads(file.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    page = markdown(notebook)
+    assert page.startswith("# ") and "<table>" in page and "%matplotlib" not in page
+    assert len(page) < 1_000_000
+
+
+def test_a_notebook_becomes_a_page():
+    picture = {"output_type": "display_data", "data": {"image/svg+xml": ["<svg/>"]}}
+    cells = [
+        {"cell_type": "markdown", "source": ["# A\n", "b"], "metadata": {}},
+        {
+            "cell_type": "code",
+            "source": ["%magic\n", "print(1)"],
+            "metadata": {"alt": 'a "line"'},
+            "outputs": [{"output_type": "stream", "text": ["1\n"]}, picture],
+        },
+    ]
+    assert markdown({"cells": cells}) == (
+        "# A\nb\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n"
+        '<img alt="a &quot;line&quot;" src="data:image/svg+xml;base64,PHN2Zy8+">\n'
+    )
+    cells[1]["metadata"] = {}
+    with pytest.raises(ValueError, match="picture without words"):
+        markdown({"cells": cells})
+    cells[1]["outputs"] = [{"output_type": "error"}]
+    with pytest.raises(ValueError, match=r"kind error of:\n%magic"):
+        markdown({"cells": cells})
