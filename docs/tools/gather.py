@@ -61,14 +61,14 @@ def gather(url: str, ref: str) -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     docs = ROOT / "docs"
     found = [*docs.rglob("*.md"), *docs.rglob("*.ipynb"), *ROOT.glob("studies/*/README.md")]
-    pictures = {str(file.relative_to(ROOT)) for file in docs.rglob("*.svg")}
+    files = {str(file.relative_to(ROOT)) for file in (*docs.rglob("*.svg"), *docs.glob("assets/*"))}
     for path in [*ELSEWHERE, *(str(file.relative_to(ROOT)) for file in found)]:
         text, shown = page(path, url, ref)
-        pictures |= shown
+        files |= shown
         file = SITE / place_of(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    for path in pictures:
+    for path in files:
         file = SITE / place_of(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, file)
