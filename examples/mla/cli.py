@@ -104,7 +104,9 @@ def _first_message(box: str) -> str:
     message = itertools.takewhile(
         lambda line: not is_rule(line), itertools.dropwhile(is_rule, body)
     )
-    nearest = re.findall(r"(?:Perhaps you meant|Arguments similar to \S+):[\s│]*(--[\w-]+)", box)
+    nearest = sorted(
+        re.findall(r"(?:Perhaps you meant|Arguments similar to \S+):[\s│]*(--[\w-]+)", box)
+    )  # tyro's order is that of a set
     meant = f"; did you mean {', '.join(nearest)}?" if nearest else ""
     return " ".join(" ".join(message).split()) + meant
 

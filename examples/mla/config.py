@@ -15,15 +15,13 @@ from examples.mla import cli, metrics
 from examples.mla.cli import InputError
 from examples.mla.devices import Devices
 from examples.mla.folder import write_whole
-from examples.mla.model import ModelConfig
 from examples.mla.settings import Launch, Settings, arguments, flag
 
 FILE = "settings.toml"
-KEYS = {field.name for flags in (Settings, ModelConfig, Devices) for field in fields(flags)} - {
-    "model",
-    "devices",
-    "resume",
-    "config",
+KEYS = {
+    *metrics.flat(Settings().to_json()),
+    *(field.name for field in fields(Devices)),
+    "run_dir",
 }
 
 
@@ -49,7 +47,10 @@ def read(file: Path) -> dict[str, Any]:
         values = tomllib.loads(os.fsdecode(file.read_bytes()))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{file}: no TOML ({error})") from error
-    return {_name(key, value, file): value for key, value in values.items()}
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    inside = {f"{key}.{name}": v for key, table in tables.items() for name, v in table.items()}
+    flags = {key: value for key, value in values.items() if key not in tables} | inside
+    return {_name(key, value, file): value for key, value in flags.items()}
 
 
 def _name(key: str, value: Any, file: Path) -> str:
@@ -69,6 +70,8 @@ def _name(key: str, value: Any, file: Path) -> str:
 
 def write(settings: Settings) -> None:
     """Leaves the settings of a run in its folder."""
-    values = metrics.flat(settings.to_json())
+    run = settings.to_json()
+    model = run.pop("model")
+    values = run | model
     given = {flag(name)[2:]: value for name, value in values.items() if value is not None}
     write_whole(settings.folder / FILE, os.fsencode(tomli_w.dumps(given)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import muonclip_jax as mc
 from examples.mla import cli, compare, config, folder, metrics, train
 from examples.mla.cli import InputError
 from examples.mla.model import ModelConfig
@@ -24,14 +25,15 @@ def test_the_keys_of_a_file_are_flags_and_the_command_line_wins(tmp_path):
     file = write(
         tmp_path,
         "steps = 7\nlearning-rate = 2e-3\nper_head = true\nheads = 2\n"
-        'prompt = "a \\"b\\" --steps=3"\ndata = ["a.txt", "-b.txt"]\nsimulate_devices = 4\n',
+        'prompt = "a \\"b\\" --steps=3"\ndata = ["a.txt", "-b.txt"]\nsimulate_devices = 4\n'
+        "[rates]\nfloat32 = 3.0\n",
     )
     args = config.expanded(["--config", str(file), "--steps", "9", "--no-per-head"])
     settings = cli.parse(Settings, args, prog="train")
     assert (settings.steps, settings.learning_rate, settings.per_head) == (9, 2e-3, False)
     assert settings.prompt == 'a "b" --steps=3' and settings.model.heads == 2
     assert settings.data == (Path("a.txt"), Path("-b.txt"))
-    assert settings.devices.simulate_devices == 4
+    assert settings.devices.simulate_devices == 4 and settings.rates.float32 == 3
 
 
 @pytest.mark.parametrize("program", [train, compare])
@@ -46,6 +48,7 @@ def test_what_a_run_was_is_written_down_and_read_again(tmp_path):
         per_head=True,
         data=(Path("-x"), Path(os.fsdecode(b"\xff")), Path("/y")),
         weight_decay=1e-7,
+        rates=mc.Rates(bfloat16=3.0, float32=1e-5),
         run_dir=tmp_path,
         model=ModelConfig(soft_cap=30.0),
     )
@@ -66,8 +69,12 @@ WRONG_FILES = {
     "no TOML": ("steps 7", "no TOML (Expected '=' after a key"),
     "a key that is no flag": ("stepz = 7", "stepz is no flag that a file can give; did you mean"),
     "nothing near": ("xyzzy = 7", "xyzzy is no flag that a file can give (see --help)"),
-    "a table": ("[model]\nheads = 2", "model is no flag"),
-    "a table in a flag": ("heads = {a = 1}", "heads is neither text, nor a number, nor true or"),
+    "a table": ("[model]\nheads = 2", "model.heads is no flag that a file can give; did you mean"),
+    "a table in a flag": ("heads = {a = 1}", "heads.a is no flag"),
+    "a table in a table": (
+        "rates.float32 = {a = 1}",
+        "rates.float32 is neither text, nor a number,",
+    ),
     "a date": ("steps = 2020-01-01", "steps is neither text"),
     "several values": ("steps = [1, 2]", "steps takes one value"),
     "another file": ('config = "x"', "config is no flag that a file can give"),
@@ -94,7 +101,7 @@ def test_a_file_that_is_not_there_gets_one_line(tmp_path, capsys):
 NEAREST = {
     "one": (["--stepz", "3"], "Unrecognized options: --stepz, 3; did you mean --steps?"),
     "no hyphen": (["--learningrate=3"], "did you mean --learning-rate?"),
-    "two": (["--stepz", "3", "--dmodel", "4"], "did you mean --steps, --d-model?"),
+    "two": (["--stepz", "3", "--dmodel", "4"], "did you mean --d-model, --steps?"),
     "of the devices": (["--simulated-devices", "4"], "did you mean --simulate-devices?"),
     "nothing near": (["--xyzzy"], "Unrecognized options: --xyzzy (see --help)"),
     "no flag at all": (["runs"], "Unrecognized options: runs (see --help)"),
