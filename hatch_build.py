@@ -4,36 +4,37 @@ The address is the environment variable PROJECT_URL. Without it there are no lin
 stay relative.
 """
 
+import importlib.util
 import os
-import re
 from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-# `](target)` and `src="target"`, where the target is a file of the repository.
-LINK = re.compile(r'(\]\(|src=")(?![a-z]+:|#)([^)"\s]+)')
-PICTURES = (".svg", ".png")
-
 
 class ProjectLinks(MetadataHookInterface):
     def update(self, metadata: dict) -> None:
-        address = os.environ.get("PROJECT_URL")
+        address, tag = os.environ.get("PROJECT_URL"), f"v{metadata['version']}"
         text = Path(self.root, "README.md").read_text()
         if address:
-            text = with_absolute_links(text, address, metadata["version"])
+            text = with_absolute_links(Path(self.root), text, address, tag)
             metadata["urls"] = {
                 "Repository": address,
-                "Changelog": f"{address}/blob/v{metadata['version']}/CHANGELOG.md",
+                "Documentation": f"{address}/blob/{tag}/docs/index.md",
+                "Changelog": f"{address}/blob/{tag}/CHANGELOG.md",
             }
         metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
 
-def with_absolute_links(text: str, address: str, version: str) -> str:
-    """The same page where there is no repository around it, as on a package index."""
+def with_absolute_links(root: Path, text: str, address: str, tag: str) -> str:
+    """README where there is no repository around it, as on a package index."""
+    spec = importlib.util.spec_from_file_location("links", root / "docs" / "tools" / "links.py")
+    assert spec and spec.loader
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
 
-    def absolute(match: re.Match[str]) -> str:
-        before, target = match.groups()
-        kind = "raw" if target.split("#")[0].endswith(PICTURES) else "blob"
-        return f"{before}{address}/{kind}/v{version}/{target}"
+    def absolute(words: str, path: str, anchor: str) -> str:
+        page = links.in_repository(address, tag, path)
+        file = page.replace("/blob/", "/raw/", 1) if words.startswith("!") else page
+        return f"{words}({file}{anchor})"
 
-    return LINK.sub(absolute, text)
+    return links.relink(text, "", absolute)

@@ -41,7 +41,9 @@ def test_extras_install_jax_for_accelerators_where_it_exists(extra):
 
 def test_a_sdist_has_what_a_build_needs_and_the_licence():
     parts = SETTINGS["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
-    assert {"muonclip_jax", "hatch_build.py", "README.md", "NOTICE"} <= set(parts)
+    assert {"muonclip_jax", "hatch_build.py", "docs/tools/links.py", "README.md", "NOTICE"} <= set(
+        parts
+    )
     assert all((ROOT / part).exists() for part in parts)
     assert SETTINGS["project"]["license-files"] == ["LICENSE", "NOTICE"]
     for named in re.findall(r"\((\S+)\)", (ROOT / "NOTICE").read_text()):
@@ -100,8 +102,8 @@ def test_a_version_is_released_once(repository):
 
 def test_readme_has_absolute_links_on_an_index():
     links = module_of(ROOT / "hatch_build.py").with_absolute_links
-    page = '[a](docs/a.md#part) ![b](docs/b.svg) [c](https://c.org) [d](#d) <img src="e.png">'
-    assert links(page, "https://host/us", "1.2") == (
+    page = "[a](docs/a.md#part) ![b](docs/b.svg) [c](https://c.org) [d](#d) `[e](e)`"
+    assert links(ROOT, page, "https://host/us", "v1.2") == (
         "[a](https://host/us/blob/v1.2/docs/a.md#part) ![b](https://host/us/raw/v1.2/docs/b.svg) "
-        '[c](https://c.org) [d](#d) <img src="https://host/us/raw/v1.2/e.png">'
+        "[c](https://c.org) [d](#d) `[e](e)`"
     )
