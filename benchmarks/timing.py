@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+import muonclip_jax as mc
 from benchmarks import peers
+from muonclip_jax._orthogonalize.rates import processor_flags
 
 PACKAGES = (
     *("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
@@ -43,6 +45,10 @@ SIZES = {
     "gpu": ((4096, 4096, 4096), (8192, 8192, 8192), (4096, 16384, 4096), (4096, 4096, 16384)),
 }
 
+# Flags of a processor that say how it multiplies.
+_MULTIPLIES = ("avx2", "avx512f", "avx512_bf16", "avx_vnni", "amx_tile", "amx_bf16", "amx_fp16")
+
+Kind = Literal["cpu with AMX", "cpu without AMX", "gpu"]
 Functions = Mapping[str, Callable[[], Any]]
 
 
@@ -183,6 +189,7 @@ def record(options: Any, rows: Sequence[Mapping[str, Any]], **more: Any) -> dict
     return {
         "date": date.today().isoformat(),
         "device": device(),
+        "processor": processor(),
         "load_average_before": LOAD_AVERAGE,
         "versions": {"python": platform.python_version(), **_versions()},
         "options": {k: v for k, v in asdict(options).items() if k not in ("json", "picture")},
@@ -194,6 +201,22 @@ def record(options: Any, rows: Sequence[Mapping[str, Any]], **more: Any) -> dict
 def backend() -> Literal["cpu", "gpu"]:
     """Which kind of device figures and sizes are for; a TPU is as large as a GPU."""
     return "cpu" if jax.default_backend() == "cpu" else "gpu"
+
+
+def kind() -> Kind:
+    """Which figures are asked for: what a CPU multiplies fast decides them."""
+    if backend() == "gpu":
+        return "gpu"
+    return "cpu with AMX" if "amx_bf16" in processor_flags() else "cpu without AMX"
+
+
+def processor() -> dict[str, Any]:
+    """What the CPU says that it can do, and what its products reach now, in GFLOP/s."""
+    return {
+        "flags": [flag for flag in _MULTIPLIES if flag in processor_flags()],
+        "declared_gflops": asdict(mc.declared_rates()),
+        "measured_gflops": asdict(mc.measured_rates()),
+    }
 
 
 def device() -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import optimizer_step, peers
+from benchmarks import optimizer_step, peers, timing
 from benchmarks.optimizer_step import Options, main
 
 TINY = {"layers": 1, "width": 8, "vocab_size": 16, "repeats": 1, "compile_repeats": 1}
@@ -87,7 +87,8 @@ def test_a_training_goes_on_by_a_step_at_each_call():
         assert (before > one).all() and (one > two).all()  # down a gradient of ones
 
 
-def test_targets_are_those_of_their_decoder():
+def test_targets_are_those_of_their_decoder(monkeypatch):
+    monkeypatch.setattr(timing, "kind", lambda: "cpu with AMX")
     row = {
         "layers": 48,
         "method": "ours",
@@ -97,6 +98,8 @@ def test_targets_are_those_of_their_decoder():
     (found,) = optimizer_step.asked([row, {**row, "method": "optax"}], Options())
     assert (found.measured, found.relation, found.asked) == (0.1, "<=", 0.2)
     assert optimizer_step.asked([row], Options(width=8)) == []
+    monkeypatch.setattr(timing, "kind", lambda: "cpu without AMX")
+    assert optimizer_step.asked([row], Options()) == []
 
 
 def test_torch_makes_the_same_step(monkeypatch):

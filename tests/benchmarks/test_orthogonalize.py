@@ -78,7 +78,8 @@ def test_flops_are_of_the_steps_that_run():
     }
 
 
-def test_targets_are_asked_of_method_auto_only():
+def test_targets_are_asked_of_method_auto_only(monkeypatch):
+    monkeypatch.setattr(timing, "kind", lambda: "cpu with AMX")
     row = {
         "shape": (1024, 1024),
         "dtype": "float32",
@@ -94,6 +95,10 @@ def test_targets_are_asked_of_method_auto_only():
     ]
     absent = {**row, "dtype": "bfloat16", "ratio_vs_optax_bf16": 2.0, "ratio_vs_torch": None}
     assert not any("torch" in t.what for t in orthogonalize.asked([absent]))
+    # Where float32 is what comes, it is asked for, and bfloat16 is not.
+    monkeypatch.setattr(timing, "kind", lambda: "cpu without AMX")
+    assert [t.asked for t in orthogonalize.asked([row])] == [1.7, 0.3]
+    assert orthogonalize.asked([absent]) == []
 
 
 def test_the_graded_matrix_is_harder():

@@ -50,6 +50,16 @@ def test_every_way_of_a_product_computes_it(dtype, monkeypatch):
     assert len(fastest) == 1 and fastest[0].label in rates
 
 
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [({"amx_tile", "amx_bf16"}, "cpu with AMX"), ({"avx512_bf16"}, "cpu without AMX")],
+)
+def test_the_kind_is_that_of_the_processor(flags, kind, monkeypatch):
+    monkeypatch.setattr(timing, "processor_flags", lambda: frozenset(flags))
+    assert timing.kind() == kind
+    assert timing.processor()["flags"] == [f for f in timing._MULTIPLIES if f in flags]
+
+
 def test_a_record_tells_what_its_rows_depend_on(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -61,6 +71,8 @@ def test_a_record_tells_what_its_rows_depend_on(tmp_path):
     assert record["options"] == {"size": 3}
     assert record["rows"] == [{"seconds_median": 0.5}]
     assert record["missing"] == ["torch"]
+    assert record["processor"].keys() == {"flags", "declared_gflops", "measured_gflops"}
+    assert all(rate > 0 for rate in record["processor"]["measured_gflops"].values())
     assert record["versions"].keys() >= {"python", "jax", "jaxlib", "optax", "flax"}
     timing.write(record, Options.json)
     assert json.loads(Options.json.read_text()) == record
