@@ -115,18 +115,18 @@ def _until_restart(
         r, size = square, scale**2  # R is r times `size`, and is not written again
     else:  # float16 has no room for the square of what is not scaled
         r, size = rounded(weighted_sum((scale**2, square)), dtype), 1
-    product = jnp.zeros((), dtype)  # of the W, once there is one
+    product: Symmetric = jnp.zeros((), dtype)  # of the W, once there is one
     for number in range(last + 1):
         a, b, c = coefficients[number]
         z = _polynomial(r, b * size, None if cubic[number] else c * size**2, method, group)
         w = with_identity(z, a, group)
-        w = joined(rounded(weighted_sum((scale, w)) if number == last else w, dtype))
-        product = joined(rounded(symmetric(w, product, method), dtype)) if number else w
+        w = rounded(weighted_sum((scale, w)) if number == last else w, dtype)
+        product = rounded(symmetric(w, product, method), dtype) if number else w
         if number < last:
-            rz = symmetric(joined(r), joined(rounded(z, dtype)), method)
-            rw = joined(rounded(weighted_sum((a * size, r), (size, rz)), dtype))
+            rz = symmetric(r, rounded(z, dtype), method)
+            rw = rounded(weighted_sum((a * size, r), (size, rz)), dtype)
             r, size = rounded(symmetric(rw, w, method), dtype), 1
-    product = group.all_rows(product)
+    product = group.all_rows(joined(product))
     if method.lean and first is True and last and x.size >= method.chunk_entries:
         return _written_over(x, product, method)
     return matmul(product, x, method).astype(dtype)
@@ -143,8 +143,9 @@ def _polynomial(
     device."""
     if c is None:
         return weighted_sum((b, r))
-    rows = joined(r)
-    return weighted_sum((b, r), (c, symmetric(rows, group.all_rows(rows), method)))
+    # Device groups do not cut R, but have some rows of it each.
+    whole = r if group.size == 1 else group.all_rows(joined(r))
+    return weighted_sum((b, r), (c, symmetric(r, whole, method)))
 
 
 def _written_over(x: jax.Array, w: jax.Array, method: Method) -> jax.Array:

@@ -65,27 +65,40 @@ def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
 
 def gram(x: jax.Array, method: Method) -> Symmetric:
     """XXᵀ, at the cost of `symmetric`."""
-    # Copied here, once for all blocks.
-    return symmetric(x, row_major(x.mT) if method.row_major else x.mT, method)
+    return symmetric(x, x.mT, method)
 
 
-def symmetric(left: jax.Array, right: jax.Array, method: Method) -> Symmetric:
+def symmetric(left: Symmetric, right: Symmetric, method: Method) -> Symmetric:
     """`left @ right`, `[..., n, n]`, where the caller knows it to be symmetric.
 
-    Cost: of the full product's FLOPs 3/4 if it is cut once, 5/8 if twice.
+    Cost: of the full product's FLOPs 3/4 if it is cut once, 5/8 if twice. Factors that are cut
+    already are not joined and cut again.
     """
-    if method.kernel == "pallas" and left.dtype != jnp.float64:
-        return _by_kernel(left, right)
-    n = left.shape[-2]
-    if method.smallest_block is None or n < 2 * method.smallest_block:
-        return matmul(left, right, method)
-    top, bottom = jnp.split(left, [n // 2], axis=-2)
-    ahead, behind = jnp.split(right, [n // 2], axis=-1)
+    if method.kernel == "pallas":
+        left, right = joined(left), joined(right)
+        if left.dtype != jnp.float64:
+            return _by_kernel(left, right)
+    if not isinstance(left, tuple) and (
+        method.smallest_block is None or left.shape[-2] < 2 * method.smallest_block
+    ):
+        return matmul(left, joined(right), method)
+    top, bottom = _halves(left, -2)
+    ahead, behind = _halves(right, -1)
     return (
         symmetric(top, ahead, method),
         matmul(bottom, ahead, method),
         symmetric(bottom, behind, method),
     )
+
+
+def _halves(x: Symmetric, axis: int) -> Sequence[jax.Array]:
+    """The upper half and the lower, or the left and the right."""
+    if not isinstance(x, tuple):
+        return jnp.split(x, [x.shape[axis] // 2], axis)
+    a, b, c = x
+    above, below = (b.mT, b) if axis == -2 else (b, b.mT)
+    along = -3 - axis
+    return concatenate([joined(a), above], along), concatenate([below, joined(c)], along)
 
 
 @jax.custom_jvp
@@ -118,10 +131,7 @@ def joined(x: Symmetric) -> jax.Array:
     """The whole matrix, exactly symmetric where it was cut."""
     if not isinstance(x, tuple):
         return x
-    a, b, c = x
-    top = concatenate([joined(a), b.mT], -1)
-    bottom = concatenate([b, joined(c)], -1)
-    return concatenate([top, bottom], -2)
+    return concatenate(_halves(x, -2), -2)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
