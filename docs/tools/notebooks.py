@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,16 +26,18 @@ def _parts(cell: dict[str, Any]) -> Iterator[str]:
         return
     lines = [line for line in source.splitlines() if not line.startswith("%")]
     yield _fenced("python", "\n".join(lines).strip())
-    for output in cell["outputs"]:
-        if output["output_type"] == "stream":
-            yield _fenced("text", "".join(output["text"]).rstrip())
-        elif "data" in output:
-            yield _shown(output["data"], cell["metadata"].get("alt"))
-        else:
-            raise ValueError(f"An output of the kind {output['output_type']} of:\n{source}")
+    for kind, outputs in itertools.groupby(cell["outputs"], lambda output: output["output_type"]):
+        if kind == "stream":
+            texts = ("".join(output["text"]) for output in outputs)
+            yield _fenced("text", "".join(texts).rstrip())
+            continue
+        yield from (_shown(output, source, cell["metadata"].get("alt")) for output in outputs)
 
 
-def _shown(data: dict[str, Any], words: str | None) -> str:
+def _shown(output: dict[str, Any], source: str, words: str | None) -> str:
+    data = output.get("data")
+    if data is None:
+        raise ValueError(f"An output of the kind {output['output_type']} of:\n{source}")
     if "text/html" in data:
         return "".join(data["text/html"])
     if "image/svg+xml" in data:

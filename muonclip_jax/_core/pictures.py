@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from muonclip_jax._core.tables import number
+
 BLUE, RED = "#3b82f6", "#dc2626"
 HUES = (BLUE, "#d97706", "#059669", "#c026d3")
 _CELL, _LETTER = 16, 6.6  # of a heat map; the width of a letter
@@ -52,7 +54,7 @@ def heat_map(rows: Mapping[str, np.ndarray], outlined: Mapping[str, np.ndarray],
                 f"<title>{html.escape(name)}, {x}: {value:.4g}</title></rect>"
             )
     bottom = _CELL * (len(rows) + 1.25)
-    drawn.append(_text(left, bottom, f"{label}: {low:.3g} (faint) to {high:.3g} (full)"))
+    drawn.append(_text(left, bottom, f"{label}: {number(low)} (faint) to {number(high)} (full)"))
     width = left + max(_CELL * max(map(len, rows.values())), _LETTER * (len(label) + 36))
     return _svg(width, bottom + 8, f"Heat map of {label}", drawn)
 
@@ -61,8 +63,8 @@ def bars(rows: Mapping[str, Sequence[Stripe]], label: str) -> str:
     """Bars of stripes from 0 to 1: what is left out of a bar stays empty."""
     left = _left(rows)
     drawn = []
-    for number, (name, stripes) in enumerate(rows.items()):
-        y = (_BAR + 8) * number + 1
+    for index, (name, stripes) in enumerate(rows.items()):
+        y = (_BAR + 8) * index + 1
         drawn.append(_text(left - 6, y + 0.7 * _BAR, name, "end"))
         drawn += [part for stripe in stripes for part in _stripe(stripe, left, y)]
         drawn.append(

@@ -141,6 +141,11 @@ class Readable:
         return as_html((sheet.html() for sheet in self._sheets()), self._picture())
 
 
+def number(value: float) -> str:
+    """Three digits, and whole thousands: 0.0123, 41.2, 2204, 1.5e+06."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 def as_text(renderable: RenderableType) -> str:
     """What `print` shows: as wide as the terminal, as wide as it needs where there is none."""
     width = shutil.get_terminal_size(fallback=(10_000, 24)).columns

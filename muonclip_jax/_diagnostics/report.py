@@ -19,7 +19,7 @@ from muonclip_jax._core.paths import Path
 from muonclip_jax._core.pictures import heat_map
 from muonclip_jax._core.sowing import sown
 from muonclip_jax._core.states import states_of
-from muonclip_jax._core.tables import Mark, Readable, Sheet
+from muonclip_jax._core.tables import Mark, Readable, Sheet, number
 from muonclip_jax._diagnostics.activations import KEYS, read_activations
 from muonclip_jax._diagnostics.measures import (
     effective_rank,
@@ -511,7 +511,7 @@ def extent(values: np.ndarray | None) -> str:
     """Lowest and highest, for a cell of a table."""
     if values is None:
         return ""
-    ends = [f"{end:.3g}" for end in (np.min(values), np.max(values))]
+    ends = [number(float(end)) for end in (np.min(values), np.max(values))]
     return " … ".join(dict.fromkeys(ends))
 
 
