@@ -119,6 +119,15 @@ def matrices() -> Any:
     }
 
 
+def muonclip() -> optax.GradientTransformationExtraArgs:
+    return mc.muonclip(1e-3, layout=LAYOUTS["mha"], newton_schulz=HOW)
+
+
+def quack() -> optax.GradientTransformationExtraArgs:
+    direction = mc.muon_direction(layout=LAYOUTS["mha"], newton_schulz=HOW)
+    return mc.quack(1e-3, layout=LAYOUTS["mha"], direction=direction)
+
+
 def sharded_step() -> Program:
     """A step of all of MuonClip on eight devices; the parameters' types say how they are split."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Explicit,) * 2)
@@ -129,7 +138,7 @@ def sharded_step() -> Program:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     params = jax.tree.map(placed, decoder())
-    tx = mc.muonclip(1e-3, layout=LAYOUTS["mha"])
+    tx = muonclip()
     with jax.set_mesh(mesh):
         return step(tx, params)._replace(mesh=mesh)
 
@@ -160,6 +169,8 @@ def orthogonalization(method: str, dtype: str, *shape: int) -> Program:
     return Program(lambda x: mc.orthogonalize(x, method=method, dtype=dtype), (array(*shape),))
 
 
+# The same programs on every processor.
+HOW = mc.NewtonSchulz(rates=mc.Rates(bfloat16=1470, float32=290))
 QKV = (array(BATCH, LENGTH, HEADS, FEATURES),) * 3
 PROGRAMS: dict[str, Callable[[], Program]] = {
     "orthogonalize, standard, float32": lambda: orthogonalization("standard", "float32", 256, 256),
@@ -168,19 +179,17 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     ),
     "orthogonalize, gram, float32": lambda: orthogonalization("gram", "float32", 256, 1024),
     "orthogonalize, gram, bfloat16": lambda: orthogonalization("gram", "bfloat16", 256, 1024),
-    "scale_by_muon": lambda: step(mc.scale_by_muon(), matrices()),
-    "muonclip": lambda: step(mc.muonclip(1e-3, layout=LAYOUTS["mha"]), decoder()),
+    "scale_by_muon": lambda: step(mc.scale_by_muon(newton_schulz=HOW), matrices()),
+    "muonclip": lambda: step(muonclip(), decoder()),
     "muonclip, eight devices": sharded_step,
-    "quack": lambda: step(mc.quack(1e-3, layout=LAYOUTS["mha"]), decoder()),
+    "quack": lambda: step(quack(), decoder()),
     **{
         f"qk_clip, {kind}": lambda kind=kind: step(
             mc.qk_clip(LAYOUTS[kind]), decoder(kind, layers=2)
         )
         for kind in LAYOUTS
     },
-    "accumulate": lambda: step(
-        mc.accumulate(mc.muonclip(1e-3, layout=LAYOUTS["mha"]), 4), decoder()
-    ),
+    "accumulate": lambda: step(mc.accumulate(muonclip(), 4), decoder()),
     "attention": lambda: Program(attention, QKV),
     "attention, gradient": lambda: Program(attention_gradient, QKV),
     "attention_report": report,

@@ -32,6 +32,17 @@ settings.register_profile("few", settings.get_profile("default"), max_examples=1
 settings.load_profile("default")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_kind_of_processor():
+    """On every machine the defaults are those of a CPU with AMX: bfloat16, as on accelerators.
+    What other kinds get is told by rates that a test declares (orthogonalize/test_rates.py)."""
+    from muonclip_jax._orthogonalize import rates
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "processor_flags", lambda: frozenset(("amx_tile", "amx_bf16")))
+        yield
+
+
 # What runs again on the newest Python, with the newest JAX, Flax and Optax: files in which we use
 # what changes between their versions. All else computes with `jax.numpy`, which does not.
 VERSIONS = {

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize import rates as module
+from muonclip_jax._orthogonalize.rates import processor_flags
 
 SLOW_BFLOAT16 = mc.Rates(bfloat16=165, float32=291)
 IN_FLOAT32 = mc.NewtonSchulz(rates=SLOW_BFLOAT16)
@@ -81,11 +82,11 @@ def test_flags_are_those_that_linux_lists(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "Path", lambda _: listed)
     for machine, flags in (("x86_64", {"fpu", "amx_bf16", "amx_tile"}), ("aarch64", set())):
         monkeypatch.setattr(module.platform, "machine", lambda machine=machine: machine)
-        assert module.processor_flags.__wrapped__() >= flags
-        assert bool(module.processor_flags.__wrapped__()) == bool(flags)
+        assert processor_flags.__wrapped__() >= flags
+        assert bool(processor_flags.__wrapped__()) == bool(flags)
     listed.unlink()
     monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
-    assert module.processor_flags.__wrapped__() == frozenset()
+    assert processor_flags.__wrapped__() == frozenset()
 
 
 def trees():
