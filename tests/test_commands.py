@@ -89,7 +89,7 @@ def check_module(module: str) -> pathlib.Path:
 def check_pip(words: list[str]) -> None:
     for wanted in words[2:]:
         local = re.fullmatch(r"\.(?:\[([\w,]+)\])?", wanted)
-        assert local or wanted == "wandb", f"{wanted} is on no package index"
+        assert local or wanted in ("pyarrow", "wandb"), f"{wanted} is on no package index"
         for extra in ((local and local[1]) or "").split(","):
             assert not extra or extra in EXTRAS, f"there is no extra {extra}"
 
