@@ -1,4 +1,4 @@
-"""Pictures of heads and activations, drawn with matplotlib: `pip install 'muonclip_jax[plots]'`.
+"""Pictures of heads and activations, drawn with matplotlib: `pip install matplotlib`.
 
 Each takes what the other diagnostics give, most often numbers by block, and returns a `Figure` to
 save, `mc.plots.head_map(...).savefig("heads.png")`. Nothing is shown on a screen.
@@ -50,7 +50,7 @@ def _drawing(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
         except ImportError as error:
             raise ImportError(
                 f"plots.{draw.__name__} draws with matplotlib, which is not installed: "
-                "pip install 'muonclip_jax[plots]'."
+                "pip install 'matplotlib>=3.10'."
             ) from error
         with matplotlib.rc_context(STYLE):
             return draw(*args, **options)
