@@ -33,6 +33,9 @@ PAGES = [
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PYTHON = re.compile(r"(\S*/)?python3?")
 KNOWN = ("text", "python", "sh", "diff")  # what blocks may be
+MISTAKES = (
+    ROOT / "docs/how-to/errors.md"
+)  # tests/test_mistakes.py makes them, and reads the answers
 
 
 def commands(text: str) -> Iterator[str]:
@@ -130,7 +133,11 @@ def test_its_flags_are_known(command):
         assert flag in help_of(module), f"{FOUND[command]}: {module} knows no {flag}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page != MISTAKES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_blocks_have_a_kind_that_is_checked(page):
     """`text` is a part of a tested file, which a mark names: its lines up to their arguments."""
     text = page.read_text()
