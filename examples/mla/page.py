@@ -87,7 +87,7 @@ def formatted(value: object) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return f"{value:.4g}"
+            return f"{value:,.0f}" if value.is_integer() else f"{value:.4g}"
         case _:
             return str(value)
 

@@ -332,7 +332,7 @@ def test_tables_escape_and_have_headers():
 
 def test_numbers_are_written_for_readers():
     values = (None, True, False, 12345, 0.0123456, 10_000.0, "text")
-    expected = ["none", "yes", "no", "12,345", "0.01235", "1e+04", "text"]
+    expected = ["none", "yes", "no", "12,345", "0.01235", "10,000", "text"]
     assert [page.formatted(value) for value in values] == expected
     assert [report.duration(s) for s in (3.4, 171, 7260)] == ["3 s", "2 min 51 s", "2 h 1 min"]
 
