@@ -161,9 +161,10 @@ def _backward(tiling: Tiling, saved: _Residuals, cotangents) -> tuple[Operands]:
         kept = (weights * dropout).astype(tile.value.dtype)
         d_weights = tiling.matmul("...kgtv,...ksv->...kgts", d_rows, tile.value) * dropout
         d_raw, d_bias = logits_vjp(weights * (d_weights - slope))
-        d_raw = d_raw.astype(tile.query.dtype)
-        d_query = tiling.matmul("...kgts,...ksh->...kgth", d_raw, tile.key)
-        d_key = tiling.matmul("...khgt,...kgts->...khs", query_columns, d_raw)
+        # Scaled here, where other factors are, and not in passes over the gradients.
+        d_product = (tiling.scale * d_raw).astype(tile.query.dtype)
+        d_query = tiling.matmul("...kgts,...ksh->...kgth", d_product, tile.key)
+        d_key = tiling.matmul("...khgt,...kgts->...khs", query_columns, d_product)
         d_value = tiling.matmul("...kvgt,...kgts->...kvs", d_columns, kept)
         return grads._replace(
             query=tiling.queries.add(grads.query, d_query, ij[0]),
@@ -179,8 +180,7 @@ def _backward(tiling: Tiling, saved: _Residuals, cotangents) -> tuple[Operands]:
     zeros = zeros._replace(key=zeros.key.mT, value=zeros.value.mT)
     grads, _ = lax.scan(step, zeros, tiling.tiles())
     grads = grads._replace(
-        query=tiling.scale * grads.query,
-        key=tiling.scale * grads.key.mT,
+        key=grads.key.mT,
         value=grads.value.mT,
         sinks=_sinks_gradient(saved, slope),
     )
