@@ -11,7 +11,7 @@ from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muonclip_jax._orthogonalize import schedules
+from muonclip_jax._orthogonalize import products, schedules
 from muonclip_jax._orthogonalize.iterations import steps_between_restarts, with_margins
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
@@ -175,6 +175,21 @@ def test_blocks_and_copies_change_rounding_only(iteration, n, m):
     whole = in_float32(x, method=Method(iteration))
     cut = in_float32(x, method=Method(iteration, smallest_block=2, row_major=True))
     np.testing.assert_allclose(cut, whole, atol=1e-4)  # a dozen sums in another order, grown
+
+
+@pytest.mark.parametrize("n", [8, 9, 17])
+def test_products_of_cut_matrices_are_those_of_whole_ones(n):
+    """Halves of what is cut, in both directions and at all levels, also of uneven sides."""
+    method, whole = Method("standard", smallest_block=2), Method("standard")
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (2, n, n + 3)), jnp.float32)
+    square = products.gram(x, method)
+    assert isinstance(square, tuple)
+    expected = products.matmul(x, x.mT, whole)  # whole numbers, which no order rounds
+    np.testing.assert_array_equal(products.joined(square), expected)
+    fourth = products.symmetric(square, square, method)
+    np.testing.assert_array_equal(
+        products.joined(fourth), products.matmul(expected, expected, whole)
+    )
 
 
 def hard_matrices(n=64, m=160):
