@@ -65,7 +65,8 @@ def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
 
 def gram(x: jax.Array, method: Method) -> Symmetric:
     """XXᵀ, at the cost of `symmetric`."""
-    return symmetric(x, x.mT, method)
+    # Copied whole: XLA on CPU takes twice as long to transpose a half while it cuts it out.
+    return symmetric(x, row_major(x.mT) if method.row_major else x.mT, method)
 
 
 def symmetric(left: Symmetric, right: Symmetric, method: Method) -> Symmetric:
