@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.compiled import collectives, totals
+from benchmarks.compiled import collectives
 from tests.tpu.test_train_step import CONFIG, SETTINGS, check_arithmetic, compile_step
 
 
@@ -21,12 +21,3 @@ def test_fsdp_and_tp(gpu_mesh, topology, axes):
     # As much as the logits and their gradient alone would take if they were not split.
     logits = 4 * SETTINGS.batch_size * SETTINGS.context_length * CONFIG.vocab_size
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * logits
-
-
-def test_data_parallel(gpu_mesh):
-    """Devices tell each other their gradients, in bfloat16, and nothing else of size."""
-    mesh = gpu_mesh("h200:1x1x8", data=8)
-    compiled, parameters = compile_step(mesh)
-    check_arithmetic(compiled, parameters, mesh)
-    moved = totals(collectives(compiled))
-    assert moved["all-reduce"].bytes <= 1.01 * 2 * parameters

