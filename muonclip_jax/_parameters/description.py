@@ -63,7 +63,9 @@ class Description(Readable, tuple[ParameterRow, ...]):
 
     Attributes:
       stacks: The rows of the second table: for the matrices of one shape that Muon orthogonalizes
-        together, the `Plan` with its costs per device.
+        together, the `Plan` with its costs per device. Times are estimates for comparing plans, by
+        the peaks of the devices and their links, where the mesh says what they are. Most sending
+        goes on while products run.
       newton_schulz: How they are orthogonalized, with the dtype that "auto" is on JAX's default
         backend and the `Rates` that it goes by: kept with a run, it gives the same program on
         another machine.
@@ -98,10 +100,12 @@ class Description(Readable, tuple[ParameterRow, ...]):
     def _stacks(self) -> Sheet:
         devices = max(plan.stack.devices for plan in self.stacks)
         where = ("matrices", "split by", "devices each", "on a device")
-        costs = ("GFLOP", "of even share", "MB sent")
+        costs = ("GFLOP", "of even share", "MB sent", "ms of products", "ms of sending")
         rows = []
         for plan in self.stacks:
             stack = plan.stack
+            sent = plan.bytes_sent / 1e6, plan.seconds_of_sending * 1e3
+            unknown = "unknown" in stack.stored
             row = (
                 f"{stack.count} × [{stack.n}, {stack.m}]",
                 ", ".join(f"{axis}: {split}" for axis, split in stack.split.items()),
@@ -109,10 +113,14 @@ class Description(Readable, tuple[ParameterRow, ...]):
                 str(plan.matrices_per_device),
                 f"{plan.flops / 1e9:.3g}",
                 f"{plan.ratio_to_even_share:.2f}",
-                "?" if "unknown" in stack.stored else f"{plan.bytes_sent / 1e6:.3g}",
+                "?" if unknown else f"{sent[0]:.3g}",
+                f"{plan.seconds_of_products * 1e3:.2g}",
+                "?" if unknown else f"{sent[1]:.2g}",
             )
             rows.append(row)
-        title = f"One update's matrices on {devices} devices"
+        machine = self.stacks[0].machine
+        rates = f"{machine.name}'s peaks" + ", for want of theirs" * machine.assumed
+        title = f"One update's matrices on {devices} devices; times by a {rates}"
         return Sheet((*where, *costs), rows, title=title, numbers=costs)
 
     def _parameters(self) -> Sheet:

@@ -12,6 +12,9 @@ The stored sharding is that of the parameters. In the working sharding, in which
 orthogonalized, the devices along `stack` work on their own matrices, those along `cols` are a
 device group, each with some columns of the same matrices, and those along `replicated` all do the
 same work.
+
+Which machine the mesh is made of decides the device groups, and by them the rounding of results:
+nothing else in them depends on it.
 """
 
 import itertools
@@ -19,19 +22,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from muonclip_jax._spread.machine import UNKNOWN, Machine
 
 Split = Literal["stack", "rows", "cols", "replicated", "unknown"]
 
 # How many devices make a device group; by matrix shape {(n, m): devices} where they differ.
 DevicesPerMatrix = int | Mapping[tuple[int, int], int]
-
-# What the plans are chosen by: the rates of a TPU v5p (peak in bfloat16; one axis of its torus,
-# both ways) and a collective's latency. Only their ratios matter, which other TPUs and GPUs within
-# one NVLink domain share to a factor of 2.
-FLOPS_PER_SECOND = 459e12
-BYTES_PER_SECOND = 180e9
-SECONDS_PER_COLLECTIVE = 5e-6
 
 # What to make a device group of: least to move first.
 _GROUP_FIRST: tuple[Split, ...] = ("cols", "replicated", "rows", "stack")
@@ -84,6 +82,35 @@ class Factor:
     stored: Split
     working: Split
 
+    @property
+    def moves(self) -> bool:
+        """Whether matrices are exchanged along it, for it to split them otherwise."""
+        return self.stored not in (self.working, "replicated")
+
+    @property
+    def shared(self) -> bool:
+        """Whether its devices have the same, and work on a share each."""
+        return self.stored == "replicated" != self.working
+
+    @property
+    def grouped(self) -> bool:
+        """Whether its devices work on the same matrices, as a device group."""
+        return self.working == "cols"
+
+
+class Sent(NamedTuple):
+    """Bytes that a device sends to a group of others, or receives from it.
+
+    Attributes:
+      bytes: How many.
+      along: The factors in which the group's devices differ.
+      same: Whether all get the same, as in an all-gather, or each a part of its own.
+    """
+
+    bytes: int
+    along: Callable[[Factor], bool]
+    same: bool
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -96,23 +123,30 @@ class Plan:
       factors: The mesh, in its axes' order.
       steps: Of the iteration.
       cubic: How many of them are cubic, which need no square of the Gram matrix.
+      machine: What the devices are.
     """
 
     stack: MatrixStack
     factors: tuple[Factor, ...]
     steps: int
     cubic: int = 0
+    machine: Machine = UNKNOWN
 
     @property
     def devices_per_matrix(self) -> int:
-        return self._size(lambda f: f.working == "cols")
+        return self._size(lambda f: f.grouped)
 
     @property
     def matrices_per_device(self) -> int:
         """Including the zeros that make the shares equal."""
-        coming = self._size(lambda f: f.working == "stack" != f.stored)
+        coming = self.matrices_to_share
         leaving = self._size(lambda f: f.stored == "stack" != f.working)
         return self._padded("stack") // coming * leaving
+
+    @property
+    def matrices_to_share(self) -> int:
+        """How many of a device's matrices, as stored, give every device one to work on."""
+        return self._size(lambda f: f.working == "stack" != f.stored)
 
     @property
     def flops(self) -> int:
@@ -128,36 +162,71 @@ class Plan:
     @property
     def bytes_sent(self) -> int:
         """Per device: to the stored sharding, the working one and back, and within groups."""
-        share = math.prod(map(self._padded, ("stack", "rows", "cols"))) * self.stack.item_bytes
-        shared = self._size(lambda f: f.stored == "replicated" != f.working)
-        return (
-            self.stack.sent
-            + 2 * share // shared * self._exchanges
-            + share * (shared > 1)
-            + self.matrices_per_device * self._bytes_in_group
-        )
+        return sum(sent.bytes for sent in self._sent)
 
     @property
     def collectives(self) -> int:
         """How many times devices wait for each other."""
         split = self._size(lambda f: f.stored in ("rows", "cols")) > 1  # for the largest entry
-        shared = self._size(lambda f: f.stored == "replicated" != f.working) > 1
+        shared = self._size(lambda f: f.shared) > 1
         in_group = 3 * self.steps - self.cubic + 1  # the one is for the norm
         in_group *= self.devices_per_matrix > 1
         return 2 * self._exchanges + split + shared + in_group
 
     @property
+    def seconds_of_products(self) -> float:
+        """At the machine's peak."""
+        return self.flops / self.machine.flops
+
+    @property
+    def seconds_of_sending(self) -> float:
+        """At the peaks of the machine's links, and without any products meanwhile."""
+        return sum(map(self._seconds, self._sent)) + self.collectives * self.machine.latency
+
+    @property
     def seconds(self) -> float:
-        """By the rates at the top of this module: for comparing plans."""
+        """One after the other: for comparing plans."""
+        return self.seconds_of_products + self.seconds_of_sending
+
+    @property
+    def _sent(self) -> tuple[Sent, ...]:
+        share = math.prod(map(self._padded, ("stack", "rows", "cols"))) * self.stack.item_bytes
+        shared = self._size(lambda f: f.shared)
+        in_groups = self.matrices_per_device * self._bytes_in_group
         return (
-            self.flops / FLOPS_PER_SECOND
-            + self.bytes_sent / BYTES_PER_SECOND
-            + self.collectives * SECONDS_PER_COLLECTIVE
+            Sent(self.stack.sent, lambda _: True, same=False),
+            Sent(2 * share // shared * self._exchanges, lambda f: f.moves, same=False),
+            Sent(share * (shared > 1), lambda f: f.shared, same=True),
+            Sent(in_groups, lambda f: f.grouped, same=True),
         )
+
+    def _seconds(self, sent: Sent) -> float:
+        """What stays within a domain goes at its rate, the rest at that of the network, over which
+        what is the same for all comes into each domain once."""
+        machine, group = self.machine, self._size(sent.along)
+        near = self._near(sent.along)
+        beyond = sent.bytes * (1 - near / group)
+        if sent.same:
+            within, beyond = sent.bytes, beyond / near
+        else:
+            within = (sent.bytes - beyond) * machine.hops(group, self.stack.devices)
+        return within / machine.near + (beyond / machine.far if beyond else 0.0)
+
+    def _near(self, along: Callable[[Factor], bool]) -> int:
+        """How many of the devices that differ in some factors are in one domain."""
+        # Domains of 8, factors 4, 2 and 4 in the mesh's order: a device's neighbours along the last
+        # are 1 apart, so all 4 are near; along the second 4, so both are; along the first 8: none.
+        domain = self.machine.domain or self.stack.devices
+        near, apart = 1, 1
+        for factor in reversed(self.factors):
+            if along(factor):
+                near *= min(factor.size, max(1, domain // apart))
+            apart *= factor.size
+        return near
 
     @property
     def _exchanges(self) -> bool:
-        return any(f.stored not in (f.working, "replicated") for f in self.factors)
+        return any(f.moves for f in self.factors)
 
     @property
     def _flops(self) -> int:
@@ -207,6 +276,7 @@ def choose(
     steps: int,
     devices_per_matrix: DevicesPerMatrix | None = None,
     cubic: int = 0,
+    machine: Machine = UNKNOWN,
 ) -> Plan:
     """The plan that takes the least time by `Plan.seconds`.
 
@@ -216,6 +286,7 @@ def choose(
       devices_per_matrix: Only plans with device groups of so many; by shape `{(n, m): devices}`
         for those that differ, either side first. None: all plans. One device makes no groups.
       cubic: How many of the steps are cubic.
+      machine: What the devices are.
 
     Raises:
       ValueError: No device group of that size can be made of the mesh's axes.
@@ -223,7 +294,7 @@ def choose(
     forced = devices_per_matrix if stack.devices > 1 else None
     if isinstance(forced, Mapping):
         forced = forced.get((stack.n, stack.m), forced.get((stack.m, stack.n)))
-    every = list(_plans(stack, steps, cubic))
+    every = [Plan(stack, factors, steps, cubic, machine) for factors in _all_factors(stack)]
     plans = [plan for plan in every if forced in (None, plan.devices_per_matrix)]
     if not plans:
         shown = " × ".join(f"{axis}={size}" for axis, size in stack.mesh)
@@ -235,28 +306,28 @@ def choose(
     return min(plans, key=lambda plan: plan.seconds)
 
 
-def _plans(stack: MatrixStack, steps: int, cubic: int) -> Iterator[Plan]:
-    """Every size of device group, with replicated work shared or repeated."""
+def _all_factors(stack: MatrixStack) -> Iterator[tuple[Factor, ...]]:
+    """Every size of device group, of devices between which the least moves or which are nearest;
+    with replicated work shared or repeated."""
+    axes = list(zip(stack.mesh, stack.stored, strict=True))
+    least_to_move = sorted(axes, key=lambda axis: _GROUP_FIRST.index(axis[1]))
+    nearest = axes[::-1]
     sizes = [size for size in range(1, stack.devices + 1) if stack.devices % size == 0]
     options: tuple[Split, ...] = ("stack", "replicated")
-    for size, replicated in itertools.product(sizes, options):
-        factors = _factors(stack, size, replicated)
-        if factors is not None:
-            yield Plan(stack, factors, steps, cubic)
+    for size, replicated, first in itertools.product(sizes, options, (least_to_move, nearest)):
+        inner = {}
+        for (axis, length), _ in first:
+            inner[axis] = math.gcd(size, length)
+            size //= inner[axis]
+        if size == 1:
+            yield _factors(stack, inner, replicated)
 
 
-def _factors(stack: MatrixStack, group: int, replicated: Split) -> tuple[Factor, ...] | None:
-    """The mesh's axes, each cut in two where only its faster part belongs to the device group."""
+def _factors(stack: MatrixStack, inner: Mapping[str, int], replicated: Split) -> tuple[Factor, ...]:
+    """The mesh's axes, each cut in two where only its faster part, `inner`, belongs to the device
+    group."""
     # Mesh fsdp=4 × tp=2, stored as ("rows", "cols"), a group of 4: tp first, of "cols", takes 2;
     # 2 of fsdp's 4 are left to take. Factors: 2 rows → stack, 2 rows → cols, 2 cols → cols.
-    inner = {}
-    for split in _GROUP_FIRST:
-        for (axis, size), stored in zip(stack.mesh, stack.stored, strict=True):
-            if stored == split:
-                inner[axis] = math.gcd(group, size)
-                group //= inner[axis]
-    if group > 1:
-        return None
     factors = []
     for (axis, size), stored in zip(stack.mesh, stack.stored, strict=True):
         outer = replicated if stored == "replicated" else "stack"

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from muonclip_jax._orthogonalize.orthogonalize import (
 )
 from muonclip_jax._orthogonalize.products import concatenate
 from muonclip_jax._orthogonalize.schedules import is_cubic
-from muonclip_jax._spread.exchange import orthogonalize_spread
+from muonclip_jax._spread.exchange import Share, exchange_group, orthogonalize_spread
+from muonclip_jax._spread.machine import machine_of
 from muonclip_jax._spread.plan import DevicesPerMatrix, MatrixStack, Plan, Split, choose
 
 # Entries of a stack on one device. Beyond it matrices make no larger kernels, only more
@@ -123,6 +124,7 @@ def plans(
     cubic = sum(map(is_cubic, how.schedule.coefficients))
     sizes = {} if mesh is None else {axis: mesh.shape[axis] for axis in free_axes(mesh)}
     on_mesh = tuple((axis, size) for axis, size in sizes.items() if size > 1)
+    machine = machine_of(mesh)
     groups: dict[Any, list[int]] = {}
     for i, array in enumerate(arrays):
         kind = (*sorted(array.shape[1:]), array.stored(dict(on_mesh)), dtypes[i])
@@ -133,16 +135,23 @@ def plans(
         if alone is not None:
             unknown: tuple[Split, ...] = ("unknown",) * len(on_mesh)
             yield (
-                Plan(MatrixStack(arrays[alone].shape[0], n, m, on_mesh, unknown), (), steps, cubic),
+                Plan(
+                    MatrixStack(arrays[alone].shape[0], n, m, on_mesh, unknown),
+                    (),
+                    steps,
+                    cubic,
+                    machine,
+                ),
                 members,
             )
             continue
-        devices = math.prod(size for _, size in on_mesh)
-        for some in _limited(members, [arrays[i].values.size // devices for i in members]):
+        # On a mesh units keep stacks small.
+        each = [members] if on_mesh else _limited(members, [arrays[i].values.size for i in members])
+        for some in each:
             count = sum(arrays[i].shape[0] for i in some)
             sent = sum(arrays[i].sent for i in some)
             stack = MatrixStack(count, n, m, on_mesh, stored, dtype.itemsize, sent)
-            yield choose(stack, steps, devices_per_matrix, cubic), some
+            yield choose(stack, steps, devices_per_matrix, cubic, machine), some
 
 
 def orthogonalize_all(
@@ -185,52 +194,81 @@ def _in_stacks(
     devices_per_matrix: DevicesPerMatrix | None,
 ) -> list[jax.Array]:
     results: dict[int, jax.Array] = {}
+    spread: list[tuple[Plan, list[int]]] = []
     for plan, members in plans(arrays, mesh, how, devices_per_matrix):
+        if plan.factors:
+            spread.append((plan, members))
+            continue
         some = [arrays[i] for i in members]
         this = how.for_matrices(some[0].values)
-        run: Callable[..., tuple[jax.Array, ...]]
-        run = functools.partial(_stack, arrays=some, plan=plan, how=this)
-        if "unknown" in plan.stack.stored:
-            run = functools.partial(_by_xla, some[0], this)
-        elif plan.factors and mesh is not None:
-            specs = tuple(array.spec for array in some)
-            run = jax.shard_map(
-                run,
-                mesh=mesh,
-                in_specs=specs,
-                out_specs=specs,
-                axis_names=set(free_axes(mesh)),
-                check_vma=False,
-            )
-        values = [array.values for array in some]
-        results |= zip(members, run(*values), strict=True)
+        run = _by_xla if "unknown" in plan.stack.stored else _on_one_device
+        results |= zip(members, run(some, this), strict=True)
+    if not spread:
+        return [results[i] for i in range(len(arrays))]
+    # Between the same devices what comes and what goes can travel together.
+    spread.sort(key=lambda each: _exchange_groups(each[0]))
+    order = [i for _, members in spread for i in members]
+    specs = tuple(arrays[i].spec for i in order)
+    stacks = [(plan, [arrays[i] for i in members]) for plan, members in spread]
+    assert mesh is not None, "without a mesh no plan has factors"
+    run = jax.shard_map(
+        functools.partial(_spread, stacks=stacks, how=how),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=specs,
+        axis_names=set(free_axes(mesh)),
+        check_vma=False,
+    )
+    results |= zip(order, run(*(arrays[i].values for i in order)), strict=True)
     return [results[i] for i in range(len(arrays))]
 
 
-def _stack(
-    *values: jax.Array, arrays: Sequence[MatrixArray], plan: Plan, how: NewtonSchulz
+def _spread(
+    *values: jax.Array, stacks: Sequence[tuple[Plan, Sequence[MatrixArray]]], how: NewtonSchulz
 ) -> tuple[jax.Array, ...]:
-    """Orthogonalizes the arrays of one stack, or a device's share of them."""
+    """Orthogonalizes a device's share of the stacks' arrays, inside `jax.shard_map`."""
+    rest = iter(values)
+    local = [[(array, next(rest)) for array in arrays] for _, arrays in stacks]
+    flat = [[array.flat(x) for array, x in some] for some in local]
+    shares = [
+        Share.of(concatenate(some, 0), plan, how.for_matrices(arrays[0].values))
+        for some, (plan, arrays) in zip(flat, stacks, strict=True)
+    ]
+    results: list[jax.Array] = []
+    for some, each, done in zip(local, flat, orthogonalize_spread(shares), strict=True):
+        parts = _apart(done, [len(x) for x in each])
+        results += [array.unflat(part, x) for (array, x), part in zip(some, parts, strict=True)]
+    return tuple(results)
+
+
+def _exchange_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """The devices between which matrices are exchanged; none first."""
+    group = exchange_group(plan)
+    return group.groups if group else ()
+
+
+def _on_one_device(arrays: Sequence[MatrixArray], how: NewtonSchulz) -> list[jax.Array]:
+    """Orthogonalizes the arrays of one stack."""
     # Arrays [3, 16, 32] and [32, 16]: flat [3, 16, 32] and [1, 16, 32], a stack [4, 16, 32]; back
     # from places 0 and 3 of it.
-    flat = [array.flat(x) for array, x in zip(arrays, values, strict=True)]
-    if plan.factors:
-        done = orthogonalize_spread(concatenate(flat, 0), plan, how)
-    else:
-        dtype = jnp.dtype(how.dtype)
-        # Rounded before they are copied, if that cannot overflow.
-        narrow = [
-            x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x
-            for x in flat
-        ]
-        done = orthogonalize_stack(concatenate(narrow, 0), how)
-    starts = list(map(jnp.uint32, [0, *itertools.accumulate(map(len, flat[:-1]))]))
+    dtype = jnp.dtype(how.dtype)
+    flat = [array.flat(array.values) for array in arrays]
+    # Rounded before they are copied, if that cannot overflow.
+    narrow = [
+        x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x for x in flat
+    ]
+    done = orthogonalize_stack(concatenate(narrow, 0), how)
+    parts = _apart(done, [len(x) for x in flat])
+    return [array.unflat(part, array.values) for array, part in zip(arrays, parts, strict=True)]
+
+
+def _apart(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """The parts of these lengths."""
+    starts = list(map(jnp.uint32, [0, *itertools.accumulate(lengths[:-1])]))
     # On CPU every new kernel takes some 9 ms to compile. A slice at a constant place is one of its
     # own; at places that XLA cannot know, slices share one.
     starts = lax.platform_dependent(starts, cpu=_hidden, default=lambda starts: starts)
-    sizes = map(len, flat)
-    parts = [lax.dynamic_slice_in_dim(done, *part) for part in zip(starts, sizes, strict=True)]
-    return tuple(a.unflat(p, x) for a, p, x in zip(arrays, parts, values, strict=True))
+    return [lax.dynamic_slice_in_dim(x, *part) for part in zip(starts, lengths, strict=True)]
 
 
 def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
@@ -238,9 +276,10 @@ def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
     return lax.while_loop(lambda x: x[0] > 0, lambda x: [*x[1:], x[0]], numbers)
 
 
-def _by_xla(array: MatrixArray, how: NewtonSchulz, values: jax.Array) -> tuple[jax.Array]:
+def _by_xla(arrays: Sequence[MatrixArray], how: NewtonSchulz) -> list[jax.Array]:
     """A parameter whose batch axes stay apart, since they may be split over a mesh."""
-    return (orthogonalize_as(array.apart(values), how).reshape(values.shape),)
+    (array,) = arrays
+    return [orthogonalize_as(array.apart(array.values), how).reshape(array.values.shape)]
 
 
 def _limited(members: list[int], sizes: list[int]) -> Iterator[list[int]]:
