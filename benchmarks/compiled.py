@@ -87,9 +87,9 @@ def collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
       ValueError: one is in a loop whose number of executions depends on data.
     """
     return [
-        Collective(_kind(op), sum(map(bytes_of, shapes)), shapes, times, conditional)
-        for op, times, conditional in executed(text_of(compiled), _kind)
-        for shapes in [_transferred(op)]
+        Collective(kind_of(op), sum(map(bytes_of, shapes)), shapes, times, conditional)
+        for op, times, conditional in executed(text_of(compiled), kind_of)
+        for shapes in [transferred(op)]
     ]
 
 
@@ -129,7 +129,7 @@ def text_of(compiled: jax.stages.Compiled | str) -> str:
 CONTINUES = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 
 
-def _kind(op: Operation) -> str | None:
+def kind_of(op: Operation) -> str | None:
     """Of a collective where its result is: at the done of an asynchronous one."""
     kind = op.code.removesuffix("-done")
     wrapped = kind != op.code and op.operands[0].called("calls")  # its own text follows there
@@ -139,7 +139,7 @@ def _kind(op: Operation) -> str | None:
     return "reduce-scatter" if sliced else kind
 
 
-def _transferred(op: Operation) -> tuple[str, ...]:
+def transferred(op: Operation) -> tuple[str, ...]:
     if not op.code.startswith("reduce-scatter"):
         return op.shapes
     start = op.operands[0] if op.code.endswith("-done") else op

@@ -1,11 +1,10 @@
 """What hides behind matrix products in a compiled program, read from XLA's text of it.
 
-An accelerator's compiler writes operations down in the order in which they start. A collective that
-is asynchronous has a start and a done; while it is on its way, the device executes what stands
-between the two.
+    overlap(compiled)      # Overlap(bytes=1000000, behind_products=875000)
 
-    hidden = overlap(compiled)
-    hidden.bytes, hidden.behind_products      # 1_000_000, 875_000
+A compiler for accelerators writes operations down in the order in which they start. A collective
+that is asynchronous has a start and a done; while it is on its way, the device executes what stands
+between the two. Whether that takes as long nobody knows here.
 """
 
 import itertools
@@ -13,8 +12,10 @@ from typing import NamedTuple
 
 import jax
 
-from benchmarks.compiled import bytes_of, multiplies, text_of
-from benchmarks.hlo import Computation, Operation, executed
+from benchmarks.compiled import bytes_of, kind_of, multiplies, text_of, transferred
+from benchmarks.hlo import Operation, executed
+
+CALLS = ("calls", "called_computations", "body", "to_apply", "branch_computations")
 
 
 class Overlap(NamedTuple):
@@ -22,7 +23,7 @@ class Overlap(NamedTuple):
 
     Attributes:
       bytes: All of them, as `benchmarks.compiled.Collective` counts them.
-      behind_products: Those of collectives with matrix products between start and done.
+      behind_products: Those of collectives with matrix products between their start and done.
     """
 
     bytes: int
@@ -34,10 +35,14 @@ class Overlap(NamedTuple):
 
 
 def overlap(compiled: jax.stages.Compiled | str) -> Overlap:
-    """Raises ValueError as `benchmarks.compiled.collectives` does."""
+    """Of a compiled program, or of its text.
+
+    Raises:
+      ValueError: A collective is in a loop whose number of executions depends on data.
+    """
     total = hidden = 0
-    for op, times, _ in executed(_text(compiled), _kind):
-        size = times * sum(map(_bytes, _transferred(op)))
+    for op, times, _ in executed(text_of(compiled), kind_of):
+        size = times * sum(map(bytes_of, transferred(op)))
         total += size
         hidden += size * any(map(_has_products, _meanwhile(op)))
     return Overlap(total, hidden)
@@ -47,14 +52,12 @@ def _meanwhile(done: Operation) -> list[Operation]:
     """What stands between a collective's start and its done."""
     if not done.code.endswith("-done"):
         return []
-    start = done.operands[0].name
+    (start,) = done.operands
     operations = iter(done.computation.operations.values())
-    since = itertools.dropwhile(lambda op: op.name != start, operations)
+    since = itertools.dropwhile(lambda op: op is not start, operations)
     return list(itertools.takewhile(lambda op: op is not done, since))[1:]
 
 
 def _has_products(op: Operation) -> bool:
-    names = "calls", "called_computations", "body", "condition", "to_apply", "branch_computations"
-    return bool(_multiplies(op)) or any(
-        any(map(_has_products, called.operations.values())) for called in op.called(*names)
-    )
+    called = (each for computation in op.called(*CALLS) for each in computation.operations.values())
+    return multiplies(op) or any(map(_has_products, called))

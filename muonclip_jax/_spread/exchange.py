@@ -119,7 +119,8 @@ class Share:
             if group := _sharing(self.plan, split):
                 x = group.gathered(x, axis)
         x = x[: part.stop - part.start, :, : self.values.shape[2]]
-        return replace(self, values=lax.dynamic_update_slice_in_dim(self.values, x, part.start, 0))
+        values = lax.dynamic_update_slice_in_dim(self.values, x, part.start, 0)
+        return replace(self, values=values)
 
 
 def orthogonalize_spread(shares: Sequence[Share]) -> list[jax.Array]:

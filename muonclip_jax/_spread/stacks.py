@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from muonclip_jax._orthogonalize.schedules import is_cubic
 from muonclip_jax._spread.exchange import Share, exchange_group, orthogonalize_spread
 from muonclip_jax._spread.machine import machine_of
 from muonclip_jax._spread.plan import DevicesPerMatrix, MatrixStack, Plan, Split, choose
+
+T = TypeVar("T")
 
 # Entries of a stack on one device. Beyond it matrices make no larger kernels, only more
 # temporaries: parameters go to a new stack.
@@ -145,9 +147,8 @@ def plans(
                 members,
             )
             continue
-        # On a mesh units keep stacks small.
-        each = [members] if on_mesh else _limited(members, [arrays[i].values.size for i in members])
-        for some in each:
+        # On a mesh the plan is that of all; see `_spread`.
+        for some in [members] if on_mesh else _limited(members, [arrays[i] for i in members]):
             count = sum(arrays[i].shape[0] for i in some)
             sent = sum(arrays[i].sent for i in some)
             stack = MatrixStack(count, n, m, on_mesh, stored, dtype.itemsize, sent)
@@ -228,17 +229,18 @@ def _spread(
 ) -> tuple[jax.Array, ...]:
     """Orthogonalizes a device's share of the stacks' arrays, inside `jax.shard_map`."""
     rest = iter(values)
-    local = [[(array, next(rest)) for array in arrays] for _, arrays in stacks]
-    flat = [[array.flat(x) for array, x in some] for some in local]
-    shares = [
-        Share.of(concatenate(some, 0), plan, how.for_matrices(arrays[0].values))
-        for some, (plan, arrays) in zip(flat, stacks, strict=True)
-    ]
-    results: list[jax.Array] = []
-    for some, each, done in zip(local, flat, orthogonalize_spread(shares), strict=True):
-        parts = _apart(done, [len(x) for x in each])
-        results += [array.unflat(part, x) for (array, x), part in zip(some, parts, strict=True)]
-    return tuple(results)
+    shares: list[Share] = []
+    lengths: list[list[int]] = []
+    for plan, arrays in stacks:
+        flat = [array.flat(next(rest)) for array in arrays]
+        this = how.for_matrices(arrays[0].values)
+        for some in _limited(flat, flat, plan.matrices_to_share):
+            shares.append(Share.of(concatenate(some, 0), plan, this))
+            lengths.append([len(x) for x in some])
+    done = orthogonalize_spread(shares)
+    parts = (part for each in zip(done, lengths, strict=True) for part in _apart(*each))
+    arrays = (array for _, arrays in stacks for array in arrays)
+    return tuple(a.unflat(*each) for a, *each in zip(arrays, parts, values, strict=True))
 
 
 def _exchange_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
@@ -282,15 +284,21 @@ def _by_xla(arrays: Sequence[MatrixArray], how: NewtonSchulz) -> list[jax.Array]
     return [orthogonalize_as(array.apart(array.values), how).reshape(array.values.shape)]
 
 
-def _limited(members: list[int], sizes: list[int]) -> Iterator[list[int]]:
-    """The members in groups of at most `_LARGEST_STACK` entries a device, or one alone."""
-    some: list[int] = []
-    entries = 0
-    for member, size in zip(members, sizes, strict=True):
-        if some and entries + size > _LARGEST_STACK:
+def _limited(members: Sequence[T], sizes: Sequence[Any], least: int = 1) -> Iterator[list[T]]:
+    """The members in groups of at most `_LARGEST_STACK` entries a device, or one alone; those of
+    each group, but for the last, are a multiple of `least` matrices.
+
+    Args:
+      sizes: For each member what has its `shape`, `[matrices, n, m]`.
+    """
+    some: list[T] = []
+    entries = count = 0
+    for member, sized in zip(members, sizes, strict=True):
+        size = math.prod(sized.shape)
+        if some and entries + size > _LARGEST_STACK and count % least == 0:
             yield some
-            some, entries = [], 0
-        some, entries = [*some, member], entries + size
+            some, entries, count = [], 0, 0
+        some, entries, count = [*some, member], entries + size, count + sized.shape[0]
     yield some
 
 

@@ -6,12 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
 from benchmarks.compiled import collectives, dots, flops, totals
+from muonclip_jax._spread.machine import UNKNOWN, Machine, machine_of
 from muonclip_jax._spread.plan import MatrixStack, choose
 
 POD = (("fsdp", 64), ("tp", 8))
@@ -47,6 +48,77 @@ def test_part_of_an_axis_can_be_a_device_group():
 def test_small_replicated_stacks_stay():
     plan = choose(MatrixStack(8, 64, 64, (("data", 8),), ("replicated",)), STEPS)
     assert (plan.collectives, plan.matrices_per_device, plan.ratio_to_even_share) == (0, 8, 8)
+
+
+@pytest.mark.parametrize("devices", [8, 512])
+@pytest.mark.parametrize("places", [("rows", "cols"), ("stack", "cols"), ("cols", "stack")])
+def test_many_matrices_travel_with_few_zeros(devices, places):
+    """Whatever their number, from 20 for each device on."""
+    mesh = (("fsdp", devices // 2), ("tp", 2))
+    held = math.prod(n for (_, n), place in zip(mesh, places, strict=True) if place == "stack")
+    for more in range(0, 2 * devices, held):
+        stack = MatrixStack(20 * devices + more, 1024, 4096, mesh, places)
+        shard = stack.count * stack.n * stack.m * 2 / devices
+        assert choose(stack, STEPS).bytes_sent <= 1.05 * 2 * shard
+
+
+# Eight GPUs share a switch, and what goes beyond it is a hundred times slower.
+SLOW_NETWORK = Machine("cluster", 1e15, near=400e9, far=4e9, domain=8)
+
+
+def test_device_groups_stay_near():
+    """Two hosts: one matrix is split by columns between them, and by rows within. In a group its
+    products are summed at every step, which is worth bringing the columns together first."""
+    stack = MatrixStack(8, 8192, 8192, (("host", 2), ("gpu", 8)), ("cols", "rows"))
+    near = choose(stack, STEPS, 2, machine=SLOW_NETWORK)
+    assert [(f.size, f.working) for f in near.factors] == [(2, "stack"), (4, "stack"), (2, "cols")]
+    alike = choose(stack, STEPS, 2)
+    assert [(f.size, f.working) for f in alike.factors] == [(2, "cols"), (8, "stack")]
+    assert near.seconds < alike.__class__(stack, alike.factors, STEPS, 0, SLOW_NETWORK).seconds
+
+
+def test_a_slow_network_is_paid_for():
+    """An exchange between 16 devices, half of which are beyond the network."""
+    stack = MatrixStack(16, 1024, 1024, (("fsdp", 16),), ("rows",))
+    plan = choose(stack, STEPS, 1, machine=SLOW_NETWORK)
+    half = plan.bytes_sent / 2
+    waiting = plan.collectives * SLOW_NETWORK.latency
+    assert plan.seconds_of_sending == pytest.approx(half / 400e9 + half / 4e9 + waiting)
+    assert plan.seconds_of_products == plan.flops / 1e15
+    # All get the same from each other domain once, a share for each of their links.
+    shared = choose(
+        MatrixStack(16, 2**13, 2**13, (("data", 16),), ("replicated",)), 5, 1, machine=SLOW_NETWORK
+    )
+    sent = shared.bytes_sent
+    waiting = shared.collectives * SLOW_NETWORK.latency
+    assert shared.seconds_of_sending == pytest.approx(sent / 400e9 + sent / 16 / 4e9 + waiting)
+
+
+def test_on_a_torus_what_is_sent_passes_links_on_its_way():
+    torus = Machine("torus", 1e15, near=100e9, torus=3)
+    stack = MatrixStack(512, 1024, 1024, (("fsdp", 64), ("tp", 8)), ("rows", "cols"))
+    plan = choose(stack, STEPS, 1, machine=torus)
+    waiting = plan.collectives * torus.latency
+    # Sides of 8, on which the mean way is of 2 links.
+    assert plan.seconds_of_sending == pytest.approx(2 * plan.bytes_sent / 100e9 + waiting)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", None),  # without a switch
+        ("TPU v5", "TPU v5p"),
+        ("TPU v5 lite", "TPU v5e"),
+        ("cpu", None),
+    ],
+)
+def test_machines_by_their_kind(kind, name):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="gpu")
+    mesh = AbstractMesh((8,), ("fsdp",), abstract_device=device)
+    machine = machine_of(mesh)
+    assert machine.name == name if name else machine is UNKNOWN
+    assert machine_of(None) is UNKNOWN
 
 
 def test_one_device():
@@ -113,6 +185,9 @@ def test_describe_prints_the_plan(monkeypatch):
     assert plan.devices_per_matrix == 2 and plan.matrices_per_device == 1
     text = str(rows)
     assert "3 × [8192, 28672]" in text and "fsdp: rows, tp: cols" in text and "1.33" in text
+    assert "times by a TPU v5p's peaks, for want of theirs" in text
+    assert f"{plan.seconds_of_products * 1e3:.2g}" in text
+    assert f"{plan.seconds_of_sending * 1e3:.2g}" in text
     assert "devices" not in str(mc.describe(params))  # one device: no plan to print
 
 

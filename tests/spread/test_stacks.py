@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import muonclip_jax as mc
 from benchmarks.compiled import collectives, totals
+from muonclip_jax._spread import exchange, stacks
 
 AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
 MATRIX = MuonDimensionNumbers(-2, -1)
@@ -158,6 +159,48 @@ def moved(tx, grads, state):
 
 LAYER_BYTES = 8 * 32 * 64 * 4  # eight matrices [32, 64], float32
 PER_DEVICE = LAYER_BYTES // 8
+
+
+@pytest.mark.parametrize(
+    ("specs", "axis_type", "devices_per_matrix"),
+    [
+        ("both", AxisType.Auto, None),
+        pytest.param("columns", AxisType.Explicit, 2, marks=pytest.mark.slow),
+        pytest.param("replicated", AxisType.Auto, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_parts_of_stacks_take_turns(specs, axis_type, devices_per_matrix, monkeypatch):
+    """Stacks cut as far as they can be: all other parts are on their way meanwhile."""
+    monkeypatch.setattr(exchange, "_SMALLEST_PART", 1)
+    monkeypatch.setattr(exchange, "_PARTS", 1000)
+    test_as_on_one_device(specs, axis_type, devices_per_matrix)
+
+
+def test_parts_move_as_much_as_whole_stacks(monkeypatch):
+    """21 matrices on 8 devices, in parts of 8, 8 and 5. The first goes back while the last comes, in
+    one exchange; the others are alone. Only the last part travels with zeros."""
+    monkeypatch.setattr(exchange, "_SMALLEST_PART", 1)
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P(None, "fsdp", "tp"))
+    grads = {"w": jax.ShapeDtypeStruct((21, 32, 64), jnp.float32, sharding=sharding)}
+    tx = mc.scale_by_muon(
+        dimension_numbers={"w": MATRIX},
+        newton_schulz=FLOAT32,
+        shardings=sharding,
+        devices_per_matrix=1,
+    )
+    found = moved(tx, grads, jax.eval_shape(tx.init, grads))
+    assert found["all-to-all"] == (5, 2 * 24 * 32 * 64 * 4 // 8)
+
+
+@pytest.mark.parametrize("least", [1, 4])
+def test_stacks_are_limited_to_multiples_of_the_devices(least, monkeypatch):
+    monkeypatch.setattr(stacks, "_LARGEST_STACK", 100)
+    sizes = [jax.ShapeDtypeStruct((2, 5, 5), jnp.float32)] * 7  # of 50 entries each
+    groups = list(stacks._limited(range(7), sizes, least))
+    assert [len(group) for group in groups] == [2, 2, 2, 1]
+    sizes[0] = jax.ShapeDtypeStruct((1, 5, 5), jnp.float32)
+    groups = list(stacks._limited(range(7), sizes, least))
+    assert [len(group) for group in groups] == ([2, 2, 2, 1] if least == 1 else [7])
 
 
 @pytest.mark.slow
