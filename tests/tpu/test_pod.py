@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import pod
-from benchmarks.compiled import collectives, dots, flops, totals
+from benchmarks.compiled import dots, flops
+from benchmarks.overlap import overlap
 
 POD = "v5p:8x8x8"
 
@@ -26,15 +27,20 @@ def test_dense_matrices(tpu_mesh):
     assert ours["optimal_seconds"] / 61 <= optax["optimal_seconds"] / 8 / 4
     assert ours["temp_bytes"] <= 1e9
     assert ours["largest_all_gather_bytes"] < 7168 * 18432  # a whole matrix, at a byte an entry
+    assert sum(ours["collective_bytes"].values()) <= 5.4 * pod.least_bytes(model, mesh)
 
 
 def test_experts(tpu_mesh):
-    """4608 matrices: each device has its own."""
+    """4608 matrices: each device has its own, nine of them, which come and go one by one."""
     model, mesh = pod.CASES["b"], tpu_mesh(POD, **pod.MESHES[POD])
     compiled = pod.compile_ours(model, mesh)
     assert flops(dots(compiled)) <= 1.1 * pod.even_share(model, mesh)
-    moved = totals(collectives(compiled)).values()
-    assert sum(each.bytes for each in moved) <= 2.2 * pod.local_shard_bytes(model, mesh)
+    moved = overlap(compiled)
+    # In bfloat16, there and back: what the parameters have in float32.
+    assert moved.bytes <= 1.05 * pod.local_shard_bytes(model, mesh)
+    # All but the first on its way there and the last on its way back.
+    assert moved.share >= 0.88
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.85e9
 
 
 def test_optimal_seconds_has_all_executions(tpu_mesh):
@@ -66,6 +72,8 @@ def test_record(tpu_mesh, monkeypatch, tmp_path, capsys):
     small = {"kernel": pod.Leaf((256, 512), P("fsdp", "tp"))}
     large = {"kernel": pod.Leaf((512, 256), P("fsdp", "tp"))}
     monkeypatch.setattr(pod, "CASES", {"a": small, "b": large})
+    monkeypatch.setattr(pod, "WHERE", dict.fromkeys("ab", ("v5p:2x2x2",)))
+    monkeypatch.setattr(pod, "maxtext_missing", lambda: "There is no MaxText.")
     compile_optax = pod.compile_optax
 
     def compile_small(model, mesh):
@@ -73,17 +81,19 @@ def test_record(tpu_mesh, monkeypatch, tmp_path, capsys):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99G\nand more")
         return compile_optax(model, mesh)
 
-    monkeypatch.setattr(pod, "compile_optax", compile_small)
+    monkeypatch.setitem(pod.PEERS, "optax", compile_small)
     file = tmp_path / "record.json"
-    record = pod.main(pod.Options(topologies=("v5p:2x2x2",), json=file))
+    record = pod.main(pod.Options(cases=("a", "b"), topologies=("v5p:2x2x2",), json=file))
     assert json.loads(file.read_text()) == record
-    assert {"jax", "libtpu", "optax"} == record["versions"].keys()
+    assert {"jax", "libtpu", "optax"} <= record["versions"].keys()
     figures = {
         *("flops_per_device", "ratio_to_even_share", "optimal_seconds", "temp_bytes"),
-        *("collective_counts", "collective_bytes", "largest_all_gather_bytes"),
+        *("collective_counts", "collective_bytes", "largest_all_gather_bytes", "behind_products"),
     }
     about = {"case", "topology", "mesh", "even_share_standard_flops", "local_shard_bytes"}
+    about |= {"least_bytes", "maxtext_error"}
     compared, alone = record["rows"]
     assert compared.keys() == about | figures | {f"optax_{figure}" for figure in figures}
     assert alone.keys() == about | figures | {"optax_error"}
-    assert "RESOURCE_EXHAUSTED: 99G" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "RESOURCE_EXHAUSTED: 99G" in printed and "There is no MaxText." in printed
