@@ -141,25 +141,24 @@ def orthogonalize_spread(shares: Sequence[Share]) -> list[jax.Array]:
     everything = sum(share.values.size for share in shares)
     entries = min(_LARGEST_PART, max(_SMALLEST_PART, everything // _PARTS))
     parts = [Part(i, cut) for i, share in enumerate(shares) for cut in share.cut(entries)]
-    there: jax.Array | None = None
-    done: jax.Array | None = None
+    there: list[jax.Array] = []
+    done: list[jax.Array] = []
     for coming, here, going in zip(
         [*parts, None, None], [None, *parts, None], [None, None, *parts], strict=True
     ):
         sent = [] if coming is None else [shares[coming.share].packed(coming.matrices)]
-        sent += [] if going is None else [done]
+        sent += done
         groups = [exchange_group(shares[part.share].plan) for part in (coming, going) if part]
-        done = None if here is None else shares[here.share].orthogonalized(there)
-        moved, done = _exchanged(sent, groups, done)
+        done = [] if here is None else [shares[here.share].orthogonalized(*there)]
+        there, done = _exchanged(sent, groups, done)
         if going is not None:
-            shares[going.share] = shares[going.share].stored(going.matrices, moved.pop())
-        there = moved.pop() if moved else None
+            shares[going.share] = shares[going.share].stored(going.matrices, there.pop())
     return [share.values for share in shares]
 
 
 def _exchanged(
-    sent: Sequence[jax.Array], groups: Sequence[DeviceGroup | None], meanwhile: jax.Array | None
-) -> tuple[list[jax.Array], jax.Array | None]:
+    sent: Sequence[jax.Array], groups: Sequence[DeviceGroup | None], meanwhile: list[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """What arrives of each; all of one group and dtype travels together.
 
     Args:

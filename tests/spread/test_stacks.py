@@ -177,8 +177,8 @@ def test_parts_of_stacks_take_turns(specs, axis_type, devices_per_matrix, monkey
 
 
 def test_parts_move_as_much_as_whole_stacks(monkeypatch):
-    """21 matrices on 8 devices, in parts of 8, 8 and 5. The first goes back while the last comes, in
-    one exchange; the others are alone. Only the last part travels with zeros."""
+    """21 matrices on 8 devices, in parts of 8, 8 and 5. The first goes back while the last comes,
+    in one exchange; the others are alone. Only the last part travels with zeros."""
     monkeypatch.setattr(exchange, "_SMALLEST_PART", 1)
     sharding = NamedSharding(mesh_of(AxisType.Auto), P(None, "fsdp", "tp"))
     grads = {"w": jax.ShapeDtypeStruct((21, 32, 64), jnp.float32, sharding=sharding)}
