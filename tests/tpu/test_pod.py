@@ -27,7 +27,7 @@ def test_dense_matrices(tpu_mesh):
     assert ours["optimal_seconds"] / 61 <= optax["optimal_seconds"] / 8 / 4
     assert ours["temp_bytes"] <= 1e9
     assert ours["largest_all_gather_bytes"] < 7168 * 18432  # a whole matrix, at a byte an entry
-    assert sum(ours["collective_bytes"].values()) <= 5.4 * pod.least_bytes(model, mesh)
+    assert sum(ours["collective_bytes"].values()) <= 5.6 * pod.least_bytes(model, mesh)
 
 
 def test_experts(tpu_mesh):
