@@ -170,12 +170,13 @@ def _compile(tx: optax.GradientTransformation, model: Model, mesh: Mesh) -> jax.
         name: jax.ShapeDtypeStruct(model[name].shape, jnp.float32, sharding=sharding)
         for name, sharding in _shardings(model, mesh).items()
     }
-    # The state is the momentum, sharded as parameters of its shape are, and a few numbers.
-    like = {grad.shape: grad.sharding for grad in grads.values()}
     replicated = NamedSharding(mesh, P())
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.get(x.shape, replicated)),
+    state = optax.tree_map_params(
+        tx,
+        lambda x, grad: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=grad.sharding),
         jax.eval_shape(tx.init, grads),
+        grads,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
     )
     out = jax.tree.map(lambda x: x.sharding, (grads, state))
     lowered = jax.jit(tx.update, out_shardings=out, donate_argnums=1).lower(grads, state)
