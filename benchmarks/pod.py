@@ -258,7 +258,11 @@ def optimal_seconds(
     """The compiler counts the body of a loop once. So if products or collectives are in one, this
     is of the same program with its scans and maps written out."""
     if _has_loops(compiled):
-        scan = functools.partial(jax.lax.scan, unroll=True)
+        original = jax.lax.scan
+
+        def scan(*args, **kwargs):
+            return original(*args, **kwargs | {"unroll": True})
+
         with mock.patch.multiple(
             jax.lax,
             scan=scan,
