@@ -81,7 +81,7 @@ docs: $(VENV)/.docs-$(JAX)  ## the documentation, strictly, into site/
 	DOCS_EDITION='$(EDITION)' $(BIN)/python -m zensical build --strict --clean
 
 notebooks: $(VENV)/.test-$(JAX)  ## run the notebooks of docs/notebooks again, and keep what they show
-	JAX_PLATFORMS=cpu $(BIN)/jupyter-execute --inplace docs/notebooks/*.ipynb $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/jupyter-execute --inplace --NotebookClient.record_timing=False docs/notebooks/*.ipynb $(ARGS)
 
 # Reports of runs that are there are looked at too. Pictures go to bench/pages.
 accessibility: docs $(VENV)/.pages-$(JAX)  ## pages on a wide screen and a phone, light and dark, by axe; needs Chromium
