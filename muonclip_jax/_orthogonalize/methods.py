@@ -1,11 +1,10 @@
 """How a schedule is carried out: by which iteration, and by which products."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -14,6 +13,8 @@ from muonclip_jax._orthogonalize.rates import Rates
 
 Iteration = Literal["standard", "gram"]
 Kernel = Literal["xla", "pallas"]
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,26 @@ def cpu_method(iteration: Iteration, dtype: str, rates: Rates) -> Method:
 
 
 def on_each_backend(
-    run: Callable[..., jax.Array],
-    x: jax.Array,
+    run: Callable[..., _Result],
+    x: Any,
+    sides: Sequence[int],
     method: MethodName | Method,
     dtype: jnp.dtype,
     rates: Rates | None,
-) -> jax.Array:
-    """Calls `run(x, method=)` with the method for wide matrices `x` iterated in `dtype`, on the
-    backend that it will be compiled for. `rates` are a CPU's, None where a `Method` is given."""
+) -> _Result:
+    """Calls `run(x, method=)` with the method for the backend that it will be compiled for.
+
+    Args:
+      run: What is to be compiled.
+      x: An array, or a tree of them.
+      sides: Of its matrices, either first.
+      method: The method, or how to choose it.
+      dtype: In which they are iterated.
+      rates: A CPU's; None where a `Method` is given.
+    """
     if isinstance(method, Method) or rates is None:
         return run(x, method=method)
-    iteration = iteration_for(method, *x.shape[-2:])
+    iteration = iteration_for(method, *sorted(sides))
     cpu = cpu_method(iteration, dtype.name, rates)
     gpu, other = (replace(each, iteration=iteration) for each in (_GPU, _ACCELERATOR))
     return lax.platform_dependent(

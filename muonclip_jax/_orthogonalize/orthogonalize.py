@@ -4,7 +4,8 @@ Leading axes are a batch and stay one: every product is a single batched matmul.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -24,6 +25,7 @@ from muonclip_jax._orthogonalize.methods import (
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_matrices
 from muonclip_jax._orthogonalize.normalization import in_range
 from muonclip_jax._orthogonalize.products import concatenate, matmul
+from muonclip_jax._orthogonalize.row_major import row_major
 from muonclip_jax._orthogonalize.schedules import Schedule, polar_express
 
 
@@ -130,8 +132,9 @@ def _orthogonalize(x: jax.Array, how: NewtonSchulz) -> jax.Array:
 def _in_dtype(x: jax.Array, how: NewtonSchulz) -> jax.Array:
     run = functools.partial(iterate, schedule=how.schedule)
     wide = in_range(turned_wide(x), jnp.dtype(how.dtype))
-    result = on_each_backend(run, wide, how.method, wide.dtype, how.rates)
-    return (result if result.shape == x.shape else result.mT).astype(x.dtype)
+    sides = x.shape[-2:]
+    result = on_each_backend(run, wide, sides, how.method, wide.dtype, how.rates)
+    return _turned_like(x, result).astype(x.dtype)
 
 
 _Result = TypeVar("_Result")
@@ -156,17 +159,68 @@ def turned_wide(x: jax.Array) -> jax.Array:
 
 def orthogonalize_stack(x: jax.Array, how: NewtonSchulz) -> jax.Array:
     """Orthogonalizes wide matrices `[k, n, m]`, some at a time, to a stack in `how.dtype`."""
-    dtype = jnp.dtype(how.dtype)
+    (done,) = orthogonalize_as_stack([x], how)
+    return done
 
-    def run(x, method):
+
+def orthogonalize_as_stack(arrays: Sequence[jax.Array], how: NewtonSchulz) -> list[jax.Array]:
+    """Orthogonalizes the matrices of several arrays, some at a time, in `how.dtype`.
+
+    Args:
+      arrays: `[k, n, m]` or `[k, m, n]`, with n and m the same in all.
+      how: The polynomials, the dtype and the method.
+    """
+    # Arrays [3, 16, 32] and [1, 32, 16]: a stack [4, 16, 32]; back from places 0 and 3 of it.
+    dtype, lengths = jnp.dtype(how.dtype), [len(x) for x in arrays]
+
+    def run(arrays, method):
         def chunk(x):
             return iterate(in_range(x, dtype), how.schedule, method)
 
-        # Without the barrier, whoever reads a stack may make it anew out of its parameters.
-        stack = lax.optimization_barrier(x) if method.lean else x
-        return in_chunks(chunk, stack, method.chunk_entries)
+        wide = [turned_wide(_narrowed(x, dtype)) for x in arrays]
+        done = in_chunks(chunk, concatenate(wide, 0), method.chunk_entries)
+        return [_turned_like(x, part) for x, part in zip(arrays, apart(done, lengths), strict=True)]
 
-    return on_each_backend(run, x, how.method, dtype, how.rates)
+    def run_lean(arrays, method):
+        # Rounded and laid out as they are: of what a transpose reads, XLA would transpose the
+        # momentum and the gradient, which are wider. In range one by one: a stack would be read
+        # and written for that once more.
+        still = [row_major(lax.optimization_barrier(_narrowed(x, dtype))) for x in arrays]
+        wide = [turned_wide(in_range(x, dtype)) for x in still]
+        chunk = functools.partial(iterate, schedule=how.schedule, method=method)
+        done = in_chunks(chunk, concatenate(wide, 0), method.chunk_entries)
+        parts = zip(arrays, apart(done, lengths), strict=True)
+        return [row_major(_turned_like(x, part)) for x, part in parts]
+
+    def choose(arrays, method):
+        return (run_lean if method.lean else run)(arrays, method)
+
+    sides = arrays[0].shape[-2:]
+    return on_each_backend(choose, list(arrays), sides, how.method, dtype, how.rates)
+
+
+def _narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rounded before it is copied, if that cannot overflow."""
+    return x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x
+
+
+def _turned_like(x: jax.Array, wide: jax.Array) -> jax.Array:
+    """Undoes `turned_wide(x)`."""
+    return wide.mT if x.shape[-2] > x.shape[-1] else wide
+
+
+def apart(stack: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """The parts of these lengths."""
+    starts = list(map(jnp.uint32, [0, *itertools.accumulate(lengths[:-1])]))
+    # On CPU every new kernel takes some 9 ms to compile. A slice at a constant place is one of its
+    # own; at places that XLA cannot know, slices share one.
+    starts = lax.platform_dependent(starts, cpu=_hidden, default=lambda starts: starts)
+    return [lax.dynamic_slice_in_dim(stack, *part) for part in zip(starts, lengths, strict=True)]
+
+
+def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
+    """The numbers, the first of which is 0, from a loop that ends before it begins."""
+    return lax.while_loop(lambda x: x[0] > 0, lambda x: [*x[1:], x[0]], numbers)
 
 
 def in_chunks(run: Callable[[jax.Array], jax.Array], x: jax.Array, entries: int) -> jax.Array:

@@ -1,7 +1,6 @@
 """Many parameters' matrices as stacks: all of one shape are orthogonalized as one array."""
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +8,15 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import (
+    apart,
     on_each_dtype,
     orthogonalize_as,
-    orthogonalize_stack,
+    orthogonalize_as_stack,
 )
 from muonclip_jax._orthogonalize.products import concatenate
 from muonclip_jax._orthogonalize.schedules import is_cubic
@@ -79,10 +78,13 @@ class MatrixArray:
                 splits |= dict.fromkeys(mesh_axes(spec.get(i)), split)
         return tuple(splits.get(axis, "replicated") for axis in mesh)
 
+    def matrices(self, values: jax.Array) -> jax.Array:
+        """The values, or a device's share of them, as `[count, in, out]`."""
+        return values.reshape(*(math.prod(values.shape[i] for i in axes) for axes in self._axes))
+
     def flat(self, values: jax.Array) -> jax.Array:
-        """The values, or a device's share of them, as wide matrices `[count, n, m]`."""
-        batch, rows, cols = (math.prod(values.shape[i] for i in axes) for axes in self._axes)
-        matrices = values.reshape(batch, rows, cols)
+        """The same as wide matrices `[count, n, m]`."""
+        matrices = self.matrices(values)
         return matrices.mT if self.turned else matrices
 
     def apart(self, values: jax.Array) -> jax.Array:
@@ -238,7 +240,7 @@ def _spread(
             shares.append(Share.of(concatenate(some, 0), plan, this))
             lengths.append([len(x) for x in some])
     done = orthogonalize_spread(shares)
-    parts = (part for each in zip(done, lengths, strict=True) for part in _apart(*each))
+    parts = (part for each in zip(done, lengths, strict=True) for part in apart(*each))
     arrays = (array for _, arrays in stacks for array in arrays)
     return tuple(a.unflat(*each) for a, *each in zip(arrays, parts, values, strict=True))
 
@@ -251,31 +253,11 @@ def _exchange_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
 
 def _on_one_device(arrays: Sequence[MatrixArray], how: NewtonSchulz) -> list[jax.Array]:
     """Orthogonalizes the arrays of one stack."""
-    # Arrays [3, 16, 32] and [32, 16]: flat [3, 16, 32] and [1, 16, 32], a stack [4, 16, 32]; back
-    # from places 0 and 3 of it.
-    dtype = jnp.dtype(how.dtype)
-    flat = [array.flat(array.values) for array in arrays]
-    # Rounded before they are copied, if that cannot overflow.
-    narrow = [
-        x.astype(dtype) if jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp else x for x in flat
+    done = orthogonalize_as_stack([array.matrices(array.values) for array in arrays], how)
+    return [
+        x.reshape(array.values.shape).astype(array.values.dtype)
+        for array, x in zip(arrays, done, strict=True)
     ]
-    done = orthogonalize_stack(concatenate(narrow, 0), how)
-    parts = _apart(done, [len(x) for x in flat])
-    return [array.unflat(part, array.values) for array, part in zip(arrays, parts, strict=True)]
-
-
-def _apart(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
-    """The parts of these lengths."""
-    starts = list(map(jnp.uint32, [0, *itertools.accumulate(lengths[:-1])]))
-    # On CPU every new kernel takes some 9 ms to compile. A slice at a constant place is one of its
-    # own; at places that XLA cannot know, slices share one.
-    starts = lax.platform_dependent(starts, cpu=_hidden, default=lambda starts: starts)
-    return [lax.dynamic_slice_in_dim(x, *part) for part in zip(starts, lengths, strict=True)]
-
-
-def _hidden(numbers: list[jax.Array]) -> list[jax.Array]:
-    """The numbers, the first of which is 0, from a loop that ends before it begins."""
-    return lax.while_loop(lambda x: x[0] > 0, lambda x: [*x[1:], x[0]], numbers)
 
 
 def _by_xla(arrays: Sequence[MatrixArray], how: NewtonSchulz) -> list[jax.Array]:
