@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import muonclip_jax as mc
@@ -116,3 +117,28 @@ def test_the_gradient_is_that_of_the_usual_form(iteration):
 def test_a_flag_is_true_or_false():
     with pytest.raises(TypeError, match="lean"):
         mc.Method("gram", lean=1)  # type: ignore[arg-type]
+
+
+@each_iteration
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parameters_that_share_a_stack(iteration, dtype):
+    """Each is rounded where it lies, and turned and brought into range as it joins its stack."""
+    rng = np.random.default_rng(3)
+    shapes = {"wide": (16, 64), "tall": (64, 16), "scanned": (3, 64, 16)}
+    updates = {
+        name: jnp.asarray(rng.standard_normal(shape) * 10.0**place, jnp.float32)
+        for place, (name, shape) in enumerate(shapes.items())
+    }
+
+    def step(method):
+        how = mc.NewtonSchulz(SCHEDULE, dtype, method)
+        numbers = dict.fromkeys(shapes, optax.contrib.MuonDimensionNumbers(-2, -1))
+        tx = mc.scale_by_orthogonalization(how, dimension_numbers=numbers)
+        return tx.update(updates, tx.init(updates))[0]
+
+    lean, usual = step(LEAN[iteration]), step(plain(iteration))
+    for name, shape in shapes.items():
+        assert lean[name].shape == shape and lean[name].dtype == jnp.float32
+        np.testing.assert_allclose(
+            lean[name], usual[name], atol=2e-4 if dtype == "float32" else 0.02
+        )
