@@ -24,9 +24,9 @@ from muonclip_jax._core.options import check_count, check_number
 class Rates:
     """What a CPU's matrix products reach, in GFLOP/s: `NewtonSchulz` chooses its dtype by it there.
 
-    Only their ratio decides the dtype; their size decides which products are worth halving. A CPU
-    of the same rates gets the same program, so keep them with a run that another machine may
-    continue: `dataclasses.asdict(rates)` is plain JSON, and `Rates(**saved)` brings them back.
+    Their ratio decides, not their size. A CPU of the same rates gets the same program, so keep them
+    with a run that another machine may continue: `dataclasses.asdict(rates)` is plain JSON, and
+    `Rates(**saved)` brings them back.
 
     Attributes:
       bfloat16: Of bfloat16 factors, row-major, summed in float32 and kept so.
