@@ -45,7 +45,7 @@ _LARGEST_PART = 2**27
 _AXES: tuple[Split, ...] = ("stack", "rows", "cols")
 
 
-class Part(NamedTuple):
+class Parcel(NamedTuple):
     """Matrices of a share that travel and are orthogonalized together."""
 
     share: int
@@ -140,8 +140,8 @@ def orthogonalize_spread(shares: Sequence[Share]) -> list[jax.Array]:
     shares = list(shares)
     everything = sum(share.values.size for share in shares)
     entries = min(_LARGEST_PART, max(_SMALLEST_PART, everything // _PARTS))
-    parts = [Part(i, cut) for i, share in enumerate(shares) for cut in share.cut(entries)]
-    there: list[jax.Array] = []
+    parts = [Parcel(i, cut) for i, share in enumerate(shares) for cut in share.cut(entries)]
+    arrived: list[jax.Array] = []
     done: list[jax.Array] = []
     for coming, here, going in zip(
         [*parts, None, None], [None, *parts, None], [None, None, *parts], strict=True
@@ -149,10 +149,10 @@ def orthogonalize_spread(shares: Sequence[Share]) -> list[jax.Array]:
         sent = [] if coming is None else [shares[coming.share].packed(coming.matrices)]
         sent += done
         groups = [exchange_group(shares[part.share].plan) for part in (coming, going) if part]
-        done = [] if here is None else [shares[here.share].orthogonalized(*there)]
-        there, done = _exchanged(sent, groups, done)
+        done = [] if here is None else [shares[here.share].orthogonalized(*arrived)]
+        arrived, done = _exchanged(sent, groups, done)
         if going is not None:
-            shares[going.share] = shares[going.share].stored(going.matrices, there.pop())
+            shares[going.share] = shares[going.share].stored(going.matrices, arrived.pop())
     return [share.values for share in shares]
 
 
