@@ -89,9 +89,9 @@ _CPU = Method(
     # One matrix of 768 rows at a time: three are slower by 5%, a whole stack by up to 80%.
     chunk_entries=2**20,
 )
-# Not measured. On TPU the blocks' transposes and joins become copies that cost more than is saved,
+# Not measured. The blocks' transposes and joins become copies that cost more than is saved,
 # as XLA's own estimates tell (docs/log.md).
-_ACCELERATOR = Method("standard", chunk_entries=2**24)
+_TPU = Method("standard", chunk_entries=2**24)
 # Not measured. What it saves is read off the compiled programs (`python -m benchmarks.roofline`).
 _GPU = Method("standard", chunk_entries=2**26, lean=True)
 
@@ -141,11 +141,11 @@ def on_each_backend(
         return run(x, method=method)
     iteration = iteration_for(method, *sorted(sides))
     cpu = cpu_method(iteration, dtype.name, rates)
-    gpu, other = (replace(each, iteration=iteration) for each in (_GPU, _ACCELERATOR))
+    gpu, tpu = (replace(each, iteration=iteration) for each in (_GPU, _TPU))
+    # Each is traced, whatever it is compiled for: GPUs of all makers share one.
     return lax.platform_dependent(
         x,
         cpu=functools.partial(run, method=cpu),
-        cuda=functools.partial(run, method=gpu),
-        rocm=functools.partial(run, method=gpu),
-        default=functools.partial(run, method=other),
+        tpu=functools.partial(run, method=tpu),
+        default=functools.partial(run, method=gpu),
     )

@@ -182,11 +182,7 @@ def orthogonalize_as_stack(arrays: Sequence[jax.Array], how: NewtonSchulz) -> li
         return [_turned_like(x, part) for x, part in zip(arrays, apart(done, lengths), strict=True)]
 
     def run_lean(arrays, method):
-        # Rounded and laid out as they are: of what a transpose reads, XLA would transpose the
-        # momentum and the gradient, which are wider. In range one by one: a stack would be read
-        # and written for that once more.
-        still = [row_major(lax.optimization_barrier(_narrowed(x, dtype))) for x in arrays]
-        wide = [turned_wide(in_range(x, dtype)) for x in still]
+        wide = [_joining(x, dtype) for x in arrays]
         chunk = functools.partial(iterate, schedule=how.schedule, method=method)
         done = in_chunks(chunk, concatenate(wide, 0), method.chunk_entries)
         parts = zip(arrays, apart(done, lengths), strict=True)
@@ -197,6 +193,15 @@ def orthogonalize_as_stack(arrays: Sequence[jax.Array], how: NewtonSchulz) -> li
 
     sides = arrays[0].shape[-2:]
     return on_each_backend(choose, list(arrays), sides, how.method, dtype, how.rates)
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)  # traced once for each shape
+def _joining(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rounded in the layout that they have: of what a transpose reads, XLA would transpose momentum
+    and gradient, which are wider. In range one by one: for that a stack would be read and written
+    once more."""
+    still = row_major(lax.optimization_barrier(_narrowed(x, dtype)))
+    return turned_wide(in_range(still, dtype))
 
 
 def _narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

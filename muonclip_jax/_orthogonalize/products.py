@@ -175,6 +175,7 @@ def with_identity(x: Symmetric, number: ArrayLike, group: OneDevice = ONE_DEVICE
     if isinstance(x, tuple):
         return with_identity(x[0], number), x[1], with_identity(x[2], number)
     identity = jnp.eye(x.shape[-1], dtype=precision.accumulation_dtype(x.dtype))
+    identity = lax.expand_dims(identity, range(x.ndim - 2))
     return weighted_sum((number, group.own_rows(identity)), (1, x))
 
 

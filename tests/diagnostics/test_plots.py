@@ -84,5 +84,5 @@ def test_refuses(draw, words):
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"head_map draws.*pip install 'muonclip_jax\[plots\]'"):
+    with pytest.raises(ImportError, match=r"head_map draws.*pip install 'matplotlib"):
         mc.plots.head_map({"a": [1.0]}, "x")

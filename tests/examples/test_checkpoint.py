@@ -139,7 +139,9 @@ def test_no_checkpoint_to_resume(tmp_path):
     missing, empty = tmp_path / "missing", tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     for run_dir in (missing, empty):
-        with pytest.raises(InputError, match=rf"{run_dir.name}: no complete checkpoint to resume"):
+        with pytest.raises(
+            InputError, match=rf"{run_dir.name}: no complete checkpoint there; give"
+        ):
             Checkpoints.existing(run_dir)
     assert not missing.exists()
 
