@@ -114,7 +114,7 @@ def test_a_process_killed_in_a_save_and_then_one_stopped(uninterrupted, flags, t
         statuses, (said, _) = two.end()
     assert statuses == [128 + signal.SIGTERM] * 2, said
     # Step 5 was under way when the second process told the first.
-    assert f"SIGTERM: saved step 5; to go on: --resume --run-dir {run_dir}" in said
+    assert f"SIGTERM: saved step 5; to go on: --resume {run_dir}" in said
     assert sorted(os.listdir(run_dir / "checkpoints")) == ["3", "5"]
     assert [row["step"] for row in select(metrics.read(run_dir), "start")] == [0, 3]
     same = measured(run_dir)

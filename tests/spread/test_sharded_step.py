@@ -119,14 +119,15 @@ LAYOUTS = {
     },
 }
 # Two for each stack of matrices that lie on several devices, and for each parameter that is split
-# across its matrices.
+# across its matrices; less those in which one stack comes while another goes, between the same
+# devices.
 ALL_TO_ALLS = {
     "data parallel": 0,
-    "fsdp": 12,
-    "fsdp and tp": 16,
+    "fsdp": 8,
+    "fsdp and tp": 13,
     "experts and layers": 4,
-    "head features": 18,
-    "columns": 14,
+    "head features": 16,
+    "columns": 13,
 }
 
 
