@@ -36,6 +36,27 @@ def free_axes(mesh: AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
 
 
+def on_each_device(
+    fn: Callable[..., Any], mesh: AbstractMesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`fn` of each device's shares, which tells itself what devices send each other.
+
+    Args:
+      fn: A function of arrays, as `jax.shard_map` takes it over all free axes of the mesh.
+      mesh: The mesh.
+      in_specs: How the arguments are split.
+      out_specs: How the results are. Nobody checks that replicated ones are equal.
+    """
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(free_axes(mesh)),
+        check_vma=False,
+    )
+
+
 def specs_of(tree: Any) -> Any:
     """Each array's `PartitionSpec` as its type gives it: Explicit axes only."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax._core.options import check_choice, check_count, check_flag
-from muonclip_jax._orthogonalize.rates import Rates
 
 Iteration = Literal["standard", "gram"]
 Kernel = Literal["xla", "pallas"]
@@ -113,19 +112,12 @@ def check_method(owner: str, method: Any) -> None:
         )
 
 
-def cpu_method(iteration: Iteration, dtype: str, rates: Rates) -> Method:
-    """By which products a CPU of these rates multiplies best in `dtype`."""
-    # XLA's bfloat16 product takes row-major factors. It converts others to float32.
-    return replace(_CPU, iteration=iteration, row_major=dtype == "bfloat16")
-
-
 def on_each_backend(
     run: Callable[..., _Result],
     x: Any,
     sides: Sequence[int],
     method: MethodName | Method,
     dtype: jnp.dtype,
-    rates: Rates | None,
 ) -> _Result:
     """Calls `run(x, method=)` with the method for the backend that it will be compiled for.
 
@@ -135,13 +127,13 @@ def on_each_backend(
       sides: Of its matrices, either first.
       method: The method, or how to choose it.
       dtype: In which they are iterated.
-      rates: A CPU's; None where a `Method` is given.
     """
-    if isinstance(method, Method) or rates is None:
+    if isinstance(method, Method):
         return run(x, method=method)
     iteration = iteration_for(method, *sorted(sides))
-    cpu = cpu_method(iteration, dtype.name, rates)
-    gpu, tpu = (replace(each, iteration=iteration) for each in (_GPU, _TPU))
+    cpu, gpu, tpu = (replace(each, iteration=iteration) for each in (_CPU, _GPU, _TPU))
+    # XLA's bfloat16 product on CPU takes row-major factors. It converts others to float32.
+    cpu = replace(cpu, row_major=dtype == jnp.bfloat16)
     # Each is traced, whatever it is compiled for: GPUs of all makers share one.
     return lax.platform_dependent(
         x,

@@ -132,8 +132,7 @@ def _orthogonalize(x: jax.Array, how: NewtonSchulz) -> jax.Array:
 def _in_dtype(x: jax.Array, how: NewtonSchulz) -> jax.Array:
     run = functools.partial(iterate, schedule=how.schedule)
     wide = in_range(turned_wide(x), jnp.dtype(how.dtype))
-    sides = x.shape[-2:]
-    result = on_each_backend(run, wide, sides, how.method, wide.dtype, how.rates)
+    result = on_each_backend(run, wide, x.shape[-2:], how.method, wide.dtype)
     return _turned_like(x, result).astype(x.dtype)
 
 
@@ -175,24 +174,20 @@ def orthogonalize_as_stack(arrays: Sequence[jax.Array], how: NewtonSchulz) -> li
 
     def run(arrays, method):
         def chunk(x):
-            return iterate(in_range(x, dtype), how.schedule, method)
+            return iterate(x if method.lean else in_range(x, dtype), how.schedule, method)
 
-        wide = [turned_wide(_narrowed(x, dtype)) for x in arrays]
-        done = in_chunks(chunk, concatenate(wide, 0), method.chunk_entries)
-        return [_turned_like(x, part) for x, part in zip(arrays, apart(done, lengths), strict=True)]
-
-    def run_lean(arrays, method):
-        wide = [_joining(x, dtype) for x in arrays]
-        chunk = functools.partial(iterate, schedule=how.schedule, method=method)
+        join = _joining if method.lean else _wide
+        wide = [join(x, dtype) for x in arrays]
         done = in_chunks(chunk, concatenate(wide, 0), method.chunk_entries)
         parts = zip(arrays, apart(done, lengths), strict=True)
-        return [row_major(_turned_like(x, part)) for x, part in parts]
+        back = [_turned_like(x, part) for x, part in parts]
+        return list(map(row_major, back)) if method.lean else back
 
-    def choose(arrays, method):
-        return (run_lean if method.lean else run)(arrays, method)
+    return on_each_backend(run, list(arrays), arrays[0].shape[-2:], how.method, dtype)
 
-    sides = arrays[0].shape[-2:]
-    return on_each_backend(choose, list(arrays), sides, how.method, dtype, how.rates)
+
+def _wide(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return turned_wide(_narrowed(x, dtype))
 
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)  # traced once for each shape

@@ -1,4 +1,4 @@
-"""What a CPU multiplies fast: by it "auto" chooses the dtype and the products there.
+"""What a CPU multiplies fast: by it "auto" chooses the dtype there.
 
 Two kinds of processor are told apart by what they declare to have. Nothing is timed unless
 `measured_rates` is called, so that a run starts with the same program every time.

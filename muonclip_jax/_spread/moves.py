@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip_jax._core.axes import View
-from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of
+from muonclip_jax._core.meshes import mesh_axes, mesh_of, on_each_device
 
 Entries = tuple[tuple[str, ...], ...]  # the mesh axes that split each axis of a parameter
 
@@ -77,14 +77,7 @@ class Way:
                 x = lax.all_to_all(x, move.mesh_axes, move.target, move.source, tiled=True)
             return x
 
-        return jax.shard_map(
-            exchange,
-            mesh=mesh,
-            in_specs=before.spec,
-            out_specs=after.spec,
-            axis_names=set(free_axes(mesh)),
-            check_vma=False,
-        )(x)
+        return on_each_device(exchange, mesh, before.spec, after.spec)(x)
 
 
 def way_to_matrices(views: Sequence[View], sharding: NamedSharding | None) -> Way:

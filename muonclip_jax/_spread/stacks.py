@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of
+from muonclip_jax._core.meshes import free_axes, mesh_axes, mesh_of, on_each_device
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import (
     apart,
@@ -214,14 +214,7 @@ def _in_stacks(
     specs = tuple(arrays[i].spec for i in order)
     stacks = [(plan, [arrays[i] for i in members]) for plan, members in spread]
     assert mesh is not None, "without a mesh no plan has factors"
-    run = jax.shard_map(
-        functools.partial(_spread, stacks=stacks, how=how),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=specs,
-        axis_names=set(free_axes(mesh)),
-        check_vma=False,
-    )
+    run = on_each_device(functools.partial(_spread, stacks=stacks, how=how), mesh, specs, specs)
     results |= zip(order, run(*(arrays[i].values for i in order)), strict=True)
     return [results[i] for i in range(len(arrays))]
 

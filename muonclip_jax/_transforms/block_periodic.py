@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from muonclip_jax._core import paths
 from muonclip_jax._core.dtypes import accumulation_dtype
-from muonclip_jax._core.meshes import free_axes, in_auto_axes, mesh_axes, mesh_of, specs_of
+from muonclip_jax._core.meshes import in_auto_axes, mesh_axes, mesh_of, on_each_device, specs_of
 from muonclip_jax._core.options import check_count, check_number
 from muonclip_jax._core.paths import Path
 from muonclip_jax._core.shardings import Shardings, check_shardings, shardings_of
@@ -199,14 +199,7 @@ def _on_each_device(
     results = dict(zip(others, local(*(arrays[i].values for i in others), of=others), strict=True))
     if mesh is not None and known:
         specs = tuple(arrays[i].spec for i in known)
-        run = jax.shard_map(
-            functools.partial(local, of=known),
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=specs,
-            axis_names=set(free_axes(mesh)),
-            check_vma=False,
-        )
+        run = on_each_device(functools.partial(local, of=known), mesh, specs, specs)
         results |= zip(known, run(*(arrays[i].values for i in known)), strict=True)
     return [results[i] for i in range(len(arrays))]
 

@@ -68,6 +68,16 @@ def check_arithmetic(compiled, parameters, mesh):
     assert flops(products) <= 1.5 * 6 * parameters * tokens / mesh.size
 
 
+def check_exchange_and_memory(compiled, parameters, most_collectives):
+    """Of a step that is split over a mesh."""
+    moved = collectives(compiled)
+    assert max(each.bytes for each in moved) < 2 * parameters  # all of them in bfloat16
+    assert sum(each.times for each in moved) <= most_collectives
+    # As much as the logits and their gradient alone would take if they were not split.
+    logits = 4 * SETTINGS.batch_size * SETTINGS.context_length * CONFIG.vocab_size
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * logits
+
+
 @pytest.mark.parametrize(
     ("topology", "fsdp", "tp"), [("v5e:4x4", 4, 4), ("v5p:2x2x2", 4, 2), ("v6e:2x2", 2, 2)]
 )
@@ -75,13 +85,8 @@ def test_fsdp_and_tp(tpu_mesh, topology, fsdp, tp):
     mesh = tpu_mesh(topology, fsdp=fsdp, tp=tp)
     compiled, parameters = compile_step(mesh)
     check_arithmetic(compiled, parameters, mesh)
-    moved = collectives(compiled)
-    assert max(each.bytes for each in moved) < 2 * parameters  # all of them in bfloat16
     # Some 100; when the compiler spreads Muon's matrices by itself, 400.
-    assert sum(each.times for each in moved) <= 150
-    # As much as the logits and their gradient alone would take if they were not split.
-    logits = 4 * SETTINGS.batch_size * SETTINGS.context_length * CONFIG.vocab_size
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * logits
+    check_exchange_and_memory(compiled, parameters, most_collectives=150)
 
 
 def test_data_parallel(tpu_mesh):
