@@ -6,6 +6,7 @@ PyTorch's work on JAX's device and return when they are done.
 
 import functools
 import os
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ else:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 STEPS = 5  # of Newton–Schulz, the default of both
+_TOO_MANY_TIMES = 20  # slower than float32, where other processors are twice as slow at most
 
 Function = Callable[[], Any]
 
@@ -60,7 +62,26 @@ def torch_missing() -> str | None:
         return "torch with torch.optim.Muon (2.9 or later) is not installed: no rows of it."
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
         return "This torch sees no GPU: no rows of it."
-    return None
+    return _too_slow()
+
+
+@functools.cache
+def _too_slow() -> str | None:
+    """Its Muon computes in bfloat16. Without AVX-512 its product of a 2048×2048 takes a minute."""
+    seconds = {dtype: _seconds_of_product(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    times = seconds[torch.bfloat16] / seconds[torch.float32]
+    if times < _TOO_MANY_TIMES:
+        return None
+    return f"This torch multiplies bfloat16 {times:.0f} times slower than float32: no rows of it."
+
+
+def _seconds_of_product(dtype: Any) -> float:
+    x = torch.ones(256, 256, dtype=dtype, device=_device())
+    run = _waiting(lambda: x @ x)
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def torch_compile_missing() -> str | None:

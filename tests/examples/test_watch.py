@@ -90,6 +90,7 @@ def test_tensorboard_has_what_the_metrics_have(flags, tmp_path):
 
 @pytest.mark.slow
 def test_wandb_without_a_network_keeps_everything_in_the_run_folder(tmp_path, monkeypatch):
+    wandb.teardown()  # or what it read of the environment before, in this process, would hold
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     with watch.watching(Settings(wandb=True, run_dir=tmp_path), done=0) as send:
