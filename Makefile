@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JAX ?= cpu
 VENV ?= .venv
+MODELS ?= .venv-models
 ARGS ?=
 BIN := $(VENV)/bin
 # What each page of the documentation says it is.
@@ -12,7 +13,6 @@ EXTRAS_test := examples,test
 EXTRAS_bench := bench
 EXTRAS_docs := examples,docs
 EXTRAS_dev := dev
-EXTRAS_models := test
 EXTRAS_release := release
 EXTRAS_pages := pages
 $(if $(filter $(JAX),cpu cuda12 cuda13 tpu),,$(error JAX=$(JAX) is no build of JAX: say cpu, cuda12, cuda13 or tpu))
@@ -103,9 +103,9 @@ kills: $(VENV)/.test-$(JAX)  ## the example's training, killed 24 times, half of
 	KILLS=24 $(BIN)/python -m pytest tests/examples/test_kills.py -s $(ARGS)
 
 test-models:  ## the tests on models from Gemma, Tunix, Transformers and (Python >= 3.12) MaxText
-	$(MAKE) .venv-models/.models-cpu VENV=.venv-models JAX=cpu
-	.venv-models/bin/python -m pip install --quiet --no-deps -r tests/models/requirements.txt
-	.venv-models/bin/python -m pytest tests/models -n auto --dist loadfile -W ignore $(ARGS)
+	$(MAKE) $(MODELS)/.test-cpu VENV=$(MODELS) JAX=cpu
+	$(MODELS)/bin/python -m pip install --quiet --no-deps -r tests/models/requirements.txt
+	$(MODELS)/bin/python -m pytest tests/models -n auto --dist loadfile -W ignore $(ARGS)
 
 test-gpu:  ## compiles for GPUs what they would run; needs no GPU, but JAX's CUDA plugin (400 MB)
 	@$(call with_compiler,gpu,-m pytest tests/gpu $(OF_COMPILED) -n auto -rs $(ARGS))
@@ -124,7 +124,8 @@ roofline-%:
 	@$(call with_compiler,$*,-m pip install --quiet --no-deps maxtext) || true  # for Python >= 3.12
 	@$(call with_compiler,$*,-m benchmarks.roofline --chips $(CHIP_$*) --json bench/roofline-$*.json $(ARGS))
 
-# Compilers for GPUs and TPUs, each in an environment of its own, and the tests that both run.
+# Compilers for GPUs and TPUs in an environment of their own, and the tests that both run.
+COMPILERS ?= .venv-compilers
 COMPILER_gpu := jax[cuda13-local]
 COMPILER_tpu := jax[tpu]
 CHIP_gpu := h100
@@ -133,8 +134,8 @@ OF_COMPILED := $(addprefix tests/benchmarks/test_,compiled.py kernels.py rooflin
 
 # $(call with_compiler,gpu,ARGUMENTS): Python with these, where there is such a compiler.
 define with_compiler
-$(MAKE) .venv-$1/.test-cpu VENV=.venv-$1 JAX=cpu && \
-if .venv-$1/bin/python -m pip install --quiet "$(COMPILER_$1)"; then .venv-$1/bin/python $2; \
+$(MAKE) $(COMPILERS)/.test-cpu VENV=$(COMPILERS) JAX=cpu && \
+if $(COMPILERS)/bin/python -m pip install --quiet "$(COMPILER_$1)"; then $(COMPILERS)/bin/python $2; \
 else echo "Skipped: $(COMPILER_$1) cannot be installed here. It exists for Linux on x86-64."; fi
 endef
 
@@ -144,7 +145,7 @@ test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-gpu .venv-tpu bench dist site site-source
+	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-compilers bench dist site site-source
 
 .NOTPARALLEL:  # benchmarks must have the machine for themselves
 

@@ -33,7 +33,7 @@ def make_mesh(topology: str, **axes: int) -> Mesh:
         raise ImportError(
             "Compiling for GPUs needs JAX's CUDA plugin, which there is for Linux: pip install "
             "jax-cuda13-plugin jax-cuda13-pjrt, of jax's version (make test-gpu makes an "
-            "environment with it, .venv-gpu)."
+            "environment with it, .venv-compilers)."
         )
     name, _, shape = topology.partition(":")
     chip = CHIPS.get(name)

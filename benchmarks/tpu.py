@@ -33,7 +33,7 @@ def make_mesh(topology: str, **axes: int) -> Mesh:
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "Compiling for TPUs needs libtpu, which there is for Linux on x86-64: "
-            "pip install 'jax[tpu]' (make test-tpu makes an environment with it, .venv-tpu)."
+            "pip install 'jax[tpu]' (make test-tpu makes an environment with it, .venv-compilers)."
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

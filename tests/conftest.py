@@ -78,8 +78,8 @@ VERSIONS = {
 }
 
 
-# What tests no code that a user imports or runs.
-ASIDE = ["benchmarks", "studies"]
+# What tests no code that a user imports or runs, and many cells of a kind: last in `.ci/run`.
+ASIDE = ["benchmarks", "contract", "studies"]
 
 
 def pytest_collection_modifyitems(items):
@@ -91,6 +91,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.versions)
         if any(item.path.is_relative_to(place) for place in aside):
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.aside)
 
 
 def pytest_collection_finish():
