@@ -145,7 +145,7 @@ test-lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS="-c .venv-lowest/constraints.txt"
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-compilers bench dist site site-source
+	rm -rf .venv .venv-lowest .venv-newest .venv-models .venv-compilers .venv-others bench dist site site-source
 
 .NOTPARALLEL:  # benchmarks must have the machine for themselves
 

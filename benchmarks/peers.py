@@ -6,7 +6,7 @@ PyTorch's work on JAX's device and return when they are done.
 
 import functools
 import os
-import time
+import timeit
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -32,7 +32,7 @@ else:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 STEPS = 5  # of Newton–Schulz, the default of both
-_TOO_MANY_TIMES = 20  # slower than float32, where other processors are twice as slow at most
+_TOO_MANY_TIMES = 20  # slower than float32; without AVX-512 it was 120 and more
 
 Function = Callable[[], Any]
 
@@ -67,7 +67,8 @@ def torch_missing() -> str | None:
 
 @functools.cache
 def _too_slow() -> str | None:
-    """Its Muon computes in bfloat16. Without AVX-512 its product of a 2048×2048 takes a minute."""
+    """Why PyTorch's Muon, which computes in bfloat16, would take hours: without AVX-512 one product
+    of 2048×2048 takes a minute."""
     seconds = {dtype: _seconds_of_product(dtype) for dtype in (torch.bfloat16, torch.float32)}
     times = seconds[torch.bfloat16] / seconds[torch.float32]
     if times < _TOO_MANY_TIMES:
@@ -77,11 +78,7 @@ def _too_slow() -> str | None:
 
 def _seconds_of_product(dtype: Any) -> float:
     x = torch.ones(256, 256, dtype=dtype, device=_device())
-    run = _waiting(lambda: x @ x)
-    run()
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    return min(timeit.repeat(_waiting(lambda: x @ x), number=1))  # of five: one may be interrupted
 
 
 def torch_compile_missing() -> str | None:

@@ -18,15 +18,15 @@ GRAM = STEPS * 8 * N**3 + RESTARTS * (4 * N**2 * M - 6 * N**3)
 
 
 @pytest.mark.parametrize(
-    ("topology", "method", "expected"),
+    ("topology", "method", "expected", "stacks"),
     [
-        ("v5e:2x2", "auto", GRAM),
-        ("v5p:2x2x1", "auto", GRAM),
-        ("v6e:2x2", "auto", GRAM),
-        ("v5p:2x2x1", "standard", STANDARD),
+        ("v5e:2x2", "auto", GRAM, 2),
+        ("v5p:2x2x1", "auto", GRAM, 2.2),  # 2.13 by libtpu of JAX 0.12
+        ("v6e:2x2", "auto", GRAM, 2),
+        ("v5p:2x2x1", "standard", STANDARD, 2),
     ],
 )
-def test_one_device(tpu_mesh, topology, method, expected):
+def test_one_device(tpu_mesh, topology, method, expected, stacks):
     """No more products than the iteration has, and those in bfloat16."""
     replicated = NamedSharding(tpu_mesh(topology, data=4), P())
     x = jax.ShapeDtypeStruct((3, N, M), jnp.float32, sharding=replicated)
@@ -37,8 +37,7 @@ def test_one_device(tpu_mesh, topology, method, expected):
     assert {each.dtypes for each in products} == {("bf16", "bf16")}
     assert collectives(compiled) == []
     # The stack in float32 twice over: a few matrices in bfloat16, their Gram matrices in float32.
-    # A tenth more: libtpu of JAX 0.12 takes 2.13 times on a v5p.
-    assert compiled.memory_analysis().temp_size_in_bytes <= 2.2 * 4 * 3 * N * M
+    assert compiled.memory_analysis().temp_size_in_bytes <= stacks * 4 * 3 * N * M
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
