@@ -7,9 +7,9 @@ operation needs, read from XLA's text.
 
 The rule, for every program alike: an operation reads each array that it takes once, however often
 it names it, and writes each of its results once. Of an array of which it takes only slices it
-reads these; where it updates a slice of an array in place, it reads none of that and writes the
-slice. What only names memory (a bitcast, a tuple) moves nothing, and neither do the arrays in a
-TPU's VMEM. Caches are left out: what does not fit them is read again.
+reads these; where it updates a slice or entries of an array in place, it reads none of that and
+writes those. What only names memory (a bitcast, a tuple) moves nothing, and neither do the arrays
+in a TPU's VMEM. Caches are left out: what does not fit them is read again.
 """
 
 import math
@@ -145,6 +145,8 @@ def _entries(op: Operation, number: int) -> int:
             return min(_size(operand), _size(op))
         case "dynamic-update-slice" if number == 0 and _in_place(op):
             return 0
+        case "scatter" if number == 0 and _in_place(op):
+            return _updated(op)  # which it may add to
     return _size(operand)
 
 
@@ -167,15 +169,15 @@ _EACH_ENTRY = ("bitcast", "reshape", "convert", "transpose", "copy")
 
 
 def _written(op: Operation) -> int:
-    shapes = _in_memory(op)
-    if CUBLAS.match(target(op)):
+    shapes, body = _in_memory(op), _body(op)
+    if CUBLAS.match(target(body.root if body else op)):
         shapes = shapes[:1]  # then a workspace
     results = _results(_started(op))
     if len(results) != len(shapes):
         return sum(map(bytes_of, shapes))
     return sum(
-        bytes_of(shape) * _size(result.operands[1]) // _size(result)
-        if result.code == "dynamic-update-slice" and _in_place(result)
+        bytes_of(shape) * _updated(result) // _size(result)
+        if result.code in _UPDATES and _in_place(result)
         else bytes_of(shape)
         for shape, result in zip(shapes, results, strict=True)
     )
@@ -192,6 +194,14 @@ def _results(op: Operation) -> list[Operation]:
 
 def _named(op: Operation) -> Operation:
     return _named(op.operands[0]) if op.code == "bitcast" else op
+
+
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the new entries
+
+
+def _updated(update: Operation) -> int:
+    """How many entries are written, where it is in place."""
+    return _size(update.operands[_UPDATES[update.code]])
 
 
 def _in_place(update: Operation) -> bool:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,18 @@ from rich.table import Table
 
 import muonclip_jax as mc
 from muonclip_jax import schedules
+from muonclip_jax._orthogonalize import lean, methods
 from muonclip_jax.schedules import Schedule
 
 # By how much rounding may take a singular value above the top of the exact polynomial.
 ALLOWED = 0.1
 _AT_ONCE = 512  # matrices
 Name = Literal["bfloat16", "float16", "float32"]
+MethodName = Literal["auto", "standard", "gram", "lean standard", "lean gram"]
+METHODS: dict[str, mc.Method] = {
+    f"lean {iteration}": mc.Method(iteration, lean=True)
+    for iteration in get_args(methods.Iteration)
+}
 
 CLASSIC = Schedule("classic cubic", ((1.5, -0.5, 0.0),) * 12, lower=0.1)
 SCHEDULES = {
@@ -67,7 +73,8 @@ class Options:
     schedules: tuple[str, ...] = ()
     """Their names; none: all."""
     dtypes: tuple[Name, ...] = ("bfloat16", "float16", "float32")
-    methods: tuple[Literal["auto", "standard", "gram"], ...] = ("auto", "standard", "gram")
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    """"lean" is what GPUs take, computed here, in the form for large matrices."""
     shapes: tuple[tuple[int, int], ...] = ((2, 3), (3, 6), (6, 12), (8, 8), (8, 64), (16, 24))
     count: int = 2000
     """Random matrices of each shape, kind and draw."""
@@ -115,7 +122,8 @@ def largest(x: jax.Array, schedule: Schedule, method: str, dtype: str) -> jax.Ar
 
     The Schatten-128 norm, tr(G⁶⁴)^(1/128), G the result's Gram matrix: no eigenvalues are needed.
     """
-    out = mc.orthogonalize(x, schedule, method=method, dtype=dtype).astype(jnp.float32)
+    how = METHODS.get(method, method)
+    out = mc.orthogonalize(x, schedule, method=how, dtype=dtype).astype(jnp.float32)
     power, log_norm = jnp.matmul(out, out.mT, precision="highest"), jnp.zeros(len(x))
     for doubled in range(7):
         size = jnp.max(jnp.abs(power), (-2, -1))
@@ -143,7 +151,8 @@ def exactly(
 ) -> float:
     """The largest singular value of one result, in float64."""
     x = np.pad(x, [(0, size - length) for size, length in zip(inside, x.shape, strict=True)])
-    out = np.asarray(mc.orthogonalize(x, schedule, method=method, dtype=dtype), np.float64)
+    how = METHODS.get(method, method)
+    out = np.asarray(mc.orthogonalize(x, schedule, method=how, dtype=dtype), np.float64)
     return float(np.linalg.norm(out, 2)) if np.isfinite(out).all() else math.inf
 
 
@@ -206,6 +215,7 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
 
 def main(options: Options) -> list[dict[str, Any]]:
     """Runs the command."""
+    lean._MANY = lean._LARGE = 1  # all forms at once
     console, found = rich.console.Console(width=110), []
     table = Table("schedule", "dtype", "method", title="largest singular values")
     for column in ("exact", "allowed", "random", "climbed", "shape", "matrices"):

@@ -8,17 +8,15 @@ restarts. The standard iteration is the one that restarts at every step.
 Factors of products are in the dtype of X; sums, norms and coefficients in its accumulation dtype.
 """
 
-import dataclasses
 import functools
 import itertools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from muonclip_jax._core.dtypes import accumulation_dtype
+from muonclip_jax._orthogonalize import lean
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.normalization import rescaled_rows, scale_at
 from muonclip_jax._orthogonalize.products import (
@@ -33,7 +31,8 @@ from muonclip_jax._orthogonalize.products import (
     weighted_sum,
     with_identity,
 )
-from muonclip_jax._orthogonalize.schedules import Schedule, Step, is_cubic, widen
+from muonclip_jax._orthogonalize.restarts import steps_between_restarts
+from muonclip_jax._orthogonalize.schedules import Schedule, is_cubic
 
 
 def iterate(
@@ -65,7 +64,9 @@ def iterate(
     restarts = [(step,) for step in schedule.coefficients]
     if method.iteration == "gram":
         restarts = steps_between_restarts(schedule, x.dtype)
-    first, first_apart = True, method.lean or group.size > 1
+    if method.lean:
+        return lean.iterate(x, restarts, schedule, method)
+    first, first_apart = True, group.size > 1
     # Restarts of a kind compile once: equally many steps, of which the same are cubic.
     for cubic, some in itertools.groupby(restarts, key=lambda steps: tuple(map(is_cubic, steps))):
         take = functools.partial(
@@ -76,10 +77,7 @@ def iterate(
             x, coefficients, first = take(x, coefficients[0], True), coefficients[1:], False
         firsts = None if first_apart else first & (jnp.arange(len(coefficients)) == 0)
         x, _ = lax.scan(
-            lambda x, this, take=take: (take(x, *this), None),
-            x,
-            (coefficients, firsts),
-            unroll=method.lean,
+            lambda x, this, take=take: (take(x, *this), None), x, (coefficients, firsts)
         )
         first = False
     return x
@@ -111,24 +109,19 @@ def _until_restart(
     square = group.sum_rows(gram(x, method))
     # Products are scaled, not X: that costs and rounds nothing.
     scale = scale_at(first, x, square, schedule, group)
-    if method.lean and dtype != jnp.float16:
-        r, size = square, scale**2  # R is r times `size`, and is not written again
-    else:  # float16 has no room for the square of what is not scaled
-        r, size = rounded(weighted_sum((scale**2, square)), dtype), 1
+    r = rounded(weighted_sum((scale**2, square)), dtype)
     product: Symmetric = jnp.zeros((), dtype)  # of the W, once there is one
     for number in range(last + 1):
         a, b, c = coefficients[number]
-        z = _polynomial(r, b * size, None if cubic[number] else c * size**2, method, group)
+        z = _polynomial(r, b, None if cubic[number] else c, method, group)
         w = with_identity(z, a, group)
         w = rounded(weighted_sum((scale, w)) if number == last else w, dtype)
         product = rounded(symmetric(w, product, method), dtype) if number else w
         if number < last:
             rz = symmetric(r, rounded(z, dtype), method)
-            rw = rounded(weighted_sum((a * size, r), (size, rz)), dtype)
-            r, size = rounded(symmetric(rw, w, method), dtype), 1
+            rw = rounded(weighted_sum((a, r), (1, rz)), dtype)
+            r = rounded(symmetric(rw, w, method), dtype)
     product = group.all_rows(joined(product))
-    if method.lean and first is True and last and x.size >= method.chunk_entries:
-        return _written_over(x, product, method)
     return matmul(product, x, method).astype(dtype)
 
 
@@ -146,54 +139,3 @@ def _polynomial(
     # Device groups do not cut R, but have some rows of it each.
     whole = r if group.size == 1 else group.all_rows(joined(r))
     return weighted_sum((b, r), (c, symmetric(r, whole, method)))
-
-
-def _written_over(x: jax.Array, w: jax.Array, method: Method) -> jax.Array:
-    """WX as X + (W - I)X: XLA can write a sum over X, and a product not. So there are two X at a
-    time, with the next product's result, and not three."""
-    rest = joined(rounded(with_identity(w, -1), x.dtype))
-    return joined(rounded(weighted_sum((1, x), (1, matmul(rest, x, method))), x.dtype))
-
-
-class _Limits(NamedTuple):
-    """Of the steps between restarts: how many, and how much they may make small σ grow."""
-
-    steps: int
-    growth: float
-
-
-# Found by `benchmarks.largest_singular_values` in bfloat16. X is exact before the first steps,
-# rounded before the others, and nothing makes good the rounding of the last.
-_FIRST = _Limits(2, 36.0)
-_LATER = _Limits(2, 18.0)
-_LAST = _Limits(2, 6.0)
-# X is made smaller by it at every restart.
-_MARGIN = {"bfloat16": 1.2, "float16": 1.03, "float32": 1.0, "float64": 1.0}
-
-
-def steps_between_restarts(schedule: Schedule, dtype: jnp.dtype) -> list[tuple[Step, ...]]:
-    """The schedule's steps as `gram_iteration` takes them in `dtype`, by restart.
-
-    At every restart but the first X is made smaller by a margin, so that rounding cannot take
-    singular values beyond the interval that the steps are made for: 20% in bfloat16, 3% in float16.
-    Small ones grow less by as much.
-    """
-    margin = _MARGIN[jnp.dtype(dtype).name]
-    found: list[tuple[Step, ...]] = []
-    for number, step in enumerate(schedule.coefficients, start=1):
-        limits = _FIRST if len(found) < 2 else _LATER
-        if number == len(schedule.coefficients):
-            limits = _LAST
-        longer = (*found[-1], step) if found else ()
-        growth = math.prod(a for a, _, _ in longer)
-        if longer and len(longer) <= limits.steps and growth <= limits.growth:
-            found[-1] = longer
-        else:
-            found.append((widen(step, margin if found else 1.0),))
-    return found
-
-
-def with_margins(schedule: Schedule, dtype: jnp.dtype) -> Schedule:
-    """The steps of `steps_between_restarts`, as a schedule for the standard iteration."""
-    steps = steps_between_restarts(schedule, dtype)
-    return dataclasses.replace(schedule, coefficients=tuple(itertools.chain(*steps)))

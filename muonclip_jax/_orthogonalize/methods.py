@@ -26,7 +26,7 @@ class Method:
       iteration: `"standard"` multiplies the matrix `[n, m]`, n <= m, at every step: 4n²m + 2n³
         FLOPs. `"gram"` multiplies polynomials of its Gram matrix XXᵀ, which is smaller, and the
         matrix itself at restarts, every two steps: 8n³ FLOPs a step, and 4n²m - 6n³ a
-        restart (see `iterations.gram_iteration`). A cubic step, c = 0, takes 2n³ less in both.
+        restart (see `iterations`). A cubic step, c = 0, takes 2n³ less in both.
       smallest_block: Symmetric products compute only blocks on and below the diagonal, cut in
         halves of at least so many rows. None: they compute both sides of it.
       row_major: Copy factors that are transposed views before multiplying them.
@@ -36,13 +36,16 @@ class Method:
         `jax.shard_map`, which Muon uses wherever it knows how parameters are split.
       chunk_entries: The chunk size: of a stack, as many matrices at a time as have so many entries.
       lean: Move and keep fewer bytes, for GPUs, whose products memory holds up. Products are
-        rounded to the dtype of their factors as they are written, instead of afterwards. Steps are
-        written out, since a loop copies X: that takes longer to compile. Matrices as large as a
-        chunk are written over at the first restart of the Gram iteration.
+        rounded to the dtype of their factors as they are written, instead of afterwards, and
+        polynomials are a square and two diagonals, without sums of whole matrices. Steps are
+        written out, since a loop copies X: that takes longer to compile. Matrices of 2²⁴ entries
+        and more are written over once; where they are at least twice as wide as high, XXᵀ is
+        computed by half twice.
 
     Raises:
       TypeError: `row_major` or `lean` is neither True nor False.
-      ValueError: Another iteration or kernel, or a number below 1.
+      ValueError: Another iteration or kernel, or a number below 1; `lean` with `smallest_block`,
+        `row_major` or `kernel="pallas"`, which it has no use for.
 
     Example:
       >>> method = mc.Method("gram", smallest_block=256)
@@ -65,6 +68,11 @@ class Method:
         check_count("Method: chunk_entries", self.chunk_entries)
         if self.smallest_block is not None:
             check_count("Method: smallest_block", self.smallest_block)
+        if self.lean and (self.smallest_block or self.row_major or self.kernel != "xla"):
+            raise ValueError(
+                f"Method: lean=True goes with whole products by XLA, found {self}; leave out "
+                "smallest_block, row_major and kernel"
+            )
 
 
 DENSE = Method("standard")  # whole products by XLA

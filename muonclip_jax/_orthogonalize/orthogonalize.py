@@ -57,7 +57,7 @@ def orthogonalize(
         method: How they are computed: "standard", "gram" (`Method`), or "auto", which chooses by
             shape, dtype and the backend it is compiled for. In 16 bits "gram" needs margins: with
             the default schedule in bfloat16 the smallest singular values grow by a third less
-            (`iterations.steps_between_restarts`). A `Method` also says by which products.
+            (`restarts.steps_between_restarts`). A `Method` also says by which products.
         dtype: What the factors of the matmuls are rounded to, one of the four dtypes; None for
             that of `x`. "auto" is bfloat16, but float32 on CPUs that multiply that faster
             (`NewtonSchulz`). Sums and the normalization are float32 at least, and float32 is full
@@ -82,7 +82,7 @@ def orthogonalize(
 
     Source: the iteration is Björck and Bowie's, as used by Jordan et al.,
     https://kellerjordan.github.io/posts/muon/; on Gram matrices, Dao-AILab's, see
-    `iterations.gram_iteration`.
+    `iterations`.
     """
     return orthogonalize_as(jnp.asarray(x), NewtonSchulz(schedule, dtype, method))
 

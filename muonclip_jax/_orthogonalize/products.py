@@ -4,6 +4,7 @@ without their upper half, and the parts of matrices on several devices."""
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,8 @@ ONE_DEVICE = OneDevice()
 
 # [[A, Bᵀ], [B, C]] as (A, B, C), of which A and C may be cut again; an array where it is not cut.
 Symmetric = jax.Array | tuple["Symmetric", jax.Array, "Symmetric"]
+# Cut or not, as it came.
+_AsItCame = TypeVar("_AsItCame", jax.Array, Symmetric)
 
 
 def matmul(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
@@ -90,6 +93,23 @@ def symmetric(left: Symmetric, right: Symmetric, method: Method) -> Symmetric:
         matmul(bottom, ahead, method),
         symmetric(bottom, behind, method),
     )
+
+
+def mirrored(left: jax.Array, right: jax.Array, method: Method) -> jax.Array:
+    """`left @ right.mT`, where the caller knows it to be symmetric, without the quarter above the
+    diagonal: 3/4 of the FLOPs.
+
+    For GPUs, whose products read some of the rows where they lie. [[A, Bᵀ], [B, C]] is joined from
+    A and [B, C] as it is read by the sum that follows.
+    """
+    rows = left.shape[-2]
+    half = rows // 2
+    above = matmul(left[..., :half, :], right[..., :half, :].mT, method)
+    below = matmul(left[..., half:, :], right.mT, method)
+    missing = [(0, 0)] * (left.ndim - 1) + [(0, rows - half)]
+    lower = concatenate([jnp.pad(above, missing), below], -2)
+    is_above = jnp.arange(rows) < half
+    return jnp.where(is_above[:, None] & ~is_above, lower.mT, lower)
 
 
 def _halves(x: Symmetric, axis: int) -> Sequence[jax.Array]:
@@ -151,12 +171,12 @@ def _concatenate_jvp(axis, primals, tangents):
     return concatenate(arrays, axis), jnp.concatenate(dots, axis)
 
 
-def each(fn: Callable[..., jax.Array], *matrices: Symmetric) -> Symmetric:
+def each(fn: Callable[..., jax.Array], *matrices: _AsItCame) -> _AsItCame:
     """Applies `fn` entry by entry."""
     return jax.tree.map(fn, *matrices)
 
 
-def weighted_sum(*terms: tuple[ArrayLike, Symmetric]) -> Symmetric:
+def weighted_sum(*terms: tuple[ArrayLike, _AsItCame]) -> _AsItCame:
     """The sum of numbers times matrices, in the accumulation dtype."""
     numbers, matrices = zip(*terms, strict=True)
 
@@ -167,6 +187,10 @@ def weighted_sum(*terms: tuple[ArrayLike, Symmetric]) -> Symmetric:
     return each(of_blocks, *matrices)
 
 
+@overload
+def with_identity(x: jax.Array, number: ArrayLike, group: OneDevice = ...) -> jax.Array: ...
+@overload
+def with_identity(x: Symmetric, number: ArrayLike, group: OneDevice = ...) -> Symmetric: ...
 def with_identity(x: Symmetric, number: ArrayLike, group: OneDevice = ONE_DEVICE) -> Symmetric:
     """`number` I + x, in the accumulation dtype; a device group has some rows of x on each device.
 
@@ -177,6 +201,22 @@ def with_identity(x: Symmetric, number: ArrayLike, group: OneDevice = ONE_DEVICE
     identity = jnp.eye(x.shape[-1], dtype=precision.accumulation_dtype(x.dtype))
     identity = lax.expand_dims(identity, range(x.ndim - 2))
     return weighted_sum((number, group.own_rows(identity)), (1, x))
+
+
+def diagonal(x: jax.Array) -> jax.Array:
+    """The entries on the diagonal, `[..., n]`, in the accumulation dtype."""
+    return jnp.diagonal(x, axis1=-2, axis2=-1).astype(precision.accumulation_dtype(x.dtype))
+
+
+def with_diagonal(x: jax.Array, entries: jax.Array) -> jax.Array:
+    """x with these entries `[..., n]` on its diagonal, rounded to its dtype.
+
+    XLA writes them over those of x, where nothing else reads x any more.
+    """
+    places = jnp.arange(x.shape[-1])
+    return x.at[..., places, places].set(
+        entries.astype(x.dtype), unique_indices=True, indices_are_sorted=True
+    )
 
 
 def trace(x: Symmetric) -> jax.Array:
@@ -196,6 +236,6 @@ def sum_of_squares(x: Symmetric) -> jax.Array:
     )
 
 
-def rounded(x: Symmetric, dtype: jnp.dtype) -> Symmetric:
+def rounded(x: _AsItCame, dtype: jnp.dtype) -> _AsItCame:
     """Rounds all entries to `dtype`."""
     return each(lambda block: block.astype(dtype), x)

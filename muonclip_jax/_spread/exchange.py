@@ -22,12 +22,13 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from muonclip_jax._orthogonalize.iterations import iterate, with_margins
+from muonclip_jax._orthogonalize.iterations import iterate
 from muonclip_jax._orthogonalize.methods import DENSE, iteration_for
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.normalization import in_range
 from muonclip_jax._orthogonalize.orthogonalize import in_chunks, orthogonalize_stack
 from muonclip_jax._orthogonalize.products import ONE_DEVICE, concatenate
+from muonclip_jax._orthogonalize.restarts import with_margins
 from muonclip_jax._spread.device_group import DeviceGroup
 from muonclip_jax._spread.plan import Factor, Plan, Split
 

@@ -86,6 +86,26 @@ HEAD = """
   ROOT %update = f32[64,8]{1,0} dynamic-update-slice(%turned, %new, %i, %zero)
 }
 
+%set (p: f32[], q: f32[]) -> f32[] {
+  %p = f32[] parameter(0)
+  ROOT %q = f32[] parameter(1)
+}
+
+%scattered (a: f32[64,64], n: f32[64]) -> f32[64,64] {
+  %a = f32[64,64]{1,0} parameter(0)
+  %n = f32[64]{0} parameter(1)
+  %places = s32[64,2]{1,0} iota(), iota_dimension=0
+  ROOT %updated = f32[64,64]{1,0} scatter(%a, %places, %n), update_window_dims={}, to_apply=%set
+}
+
+%product (a: f32[64,8]) -> (f32[32,64], s8[4194304]) {
+  %a = f32[64,8]{1,0} parameter(0)
+  %half = f32[32,8]{1,0} slice(%a), slice={[32:64], [0:8]}
+  ROOT %c = (f32[32,64]{1,0}, s8[4194304]{0}) custom-call(%half, %a), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
+{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+}
+
 """
 
 
@@ -125,6 +145,20 @@ custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
   ROOT %r = f32[64,64]{1,0} get-tuple-element(%k), index=0""",
             64 * 8 * 4 + 64 * 64 * 4,
             64 * 64 * 4,
+        ),
+        # In a fusion, of some rows: no more than all of the array.
+        (
+            """%k = (f32[32,64]{1,0}, s8[4194304]{0}) fusion(%x), kind=kCustom, calls=%product
+  ROOT %r = f32[32,64]{1,0} get-tuple-element(%k), index=0""",
+            64 * 8 * 4,
+            32 * 64 * 4,
+        ),
+        # Entries of %z and the new ones; these.
+        (
+            """%d = f32[64]{0} constant({...})
+  ROOT %k = f32[64,64]{1,0} fusion(%z, %d), kind=kInput, calls=%scattered""",
+            2 * 64 * 4,
+            64 * 4,
         ),
         # An asynchronous one, where it is done.
         (

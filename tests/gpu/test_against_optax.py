@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import roofline
+from benchmarks.chips import CHIPS
 from benchmarks.compiled import collectives, dots, flops
 from benchmarks.gpu import CUBLAS
 from benchmarks.kernels import kernels, traffic
@@ -29,7 +30,7 @@ def temporaries(compiled):
 
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize(
-    ("work", "memory", "executed"), [("4096x4096", ALMOST, 1.0), ("4096x16384", 1.3, 7 / 9)]
+    ("work", "memory", "executed"), [("4096x4096", ALMOST, 1.0), ("4096x16384", ALMOST, 0.75)]
 )
 def test_a_matrix(compile_both, work, memory, executed, products):
     ours, optax = compile_both(work, products)
@@ -40,9 +41,12 @@ def test_a_matrix(compile_both, work, memory, executed, products):
 
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_a_step(compile_both, products):
-    """Its products are Muon's, in bfloat16."""
+    """Its products are Muon's, in bfloat16; at the chip's peaks it takes little more than the least
+    that the standard steps could take."""
     ours, optax = compile_both("step", products)
     assert {each.dtypes for each in dots(ours)} == {("bf16", "bf16")}
     assert flops(dots(ours)) <= roofline.standard_flops("step")
     assert collectives(ours) == []
+    estimate = roofline.Estimate(kernels(ours), CHIPS["h100"])
+    assert estimate.total_seconds <= 1.2 * roofline.bound("step", ours, CHIPS["h100"])
     assert temporaries(ours) <= temporaries(optax)

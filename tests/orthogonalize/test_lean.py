@@ -1,6 +1,7 @@
 """The form of the iterations for GPUs: fewer bytes, the same numbers but for rounding."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,25 @@ import optax
 import pytest
 
 import muonclip_jax as mc
+from muonclip_jax._orthogonalize import lean as lean_iterations
+from muonclip_jax._orthogonalize.products import diagonal, mirrored, with_diagonal
 
 LEAN = {each: mc.Method(each, lean=True) for each in ("standard", "gram")}
 each_iteration = pytest.mark.parametrize("iteration", LEAN)
 SCHEDULE = mc.schedules.polar_express(5)
+
+
+@pytest.fixture(params=["small", "many", "large"])
+def size(request, monkeypatch):
+    """Which form the matrices of a test take: that of small ones, that of small ones of which there
+    are many, that of large ones."""
+    if request.param != "small":
+        monkeypatch.setattr(lean_iterations, "_MANY", 1)
+    if request.param == "large":
+        monkeypatch.setattr(lean_iterations, "_LARGE", 1)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
 
 
 def gaussian(*shape):
@@ -35,6 +51,7 @@ def plain(iteration):
     [("float32", 2e-4), ("bfloat16", 0.12), ("float16", 0.02)],
 )
 @pytest.mark.parametrize("shape", [(16, 16), (3, 16, 64), (64, 16)])
+@pytest.mark.usefixtures("size")
 def test_the_same_numbers(iteration, dtype, tolerance, shape):
     x = gaussian(*shape).astype(np.float32)
     lean, usual = (run(x, how(iteration), dtype) for how in (LEAN.get, plain))
@@ -44,6 +61,7 @@ def test_the_same_numbers(iteration, dtype, tolerance, shape):
 
 @each_iteration
 @pytest.mark.parametrize("schedule", ["polar_express", "jordan", "aol", "cubic", "cans"])
+@pytest.mark.usefixtures("size")
 def test_singular_values_stay_below_the_schedules_top(iteration, schedule):
     """Few rows of hard spectra; RW with a rounded identity took `cans` to 1e4 here."""
     rng = np.random.default_rng(1)
@@ -59,6 +77,7 @@ def test_singular_values_stay_below_the_schedules_top(iteration, schedule):
 @each_iteration
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
+@pytest.mark.usefixtures("size")
 def test_any_scale(iteration, dtype, scale):
     """R is not scaled before it is squared; in float16, which has no room for that, it is."""
     x = gaussian(16, 2048).astype(np.float32)
@@ -70,6 +89,7 @@ def test_any_scale(iteration, dtype, scale):
 
 
 @each_iteration
+@pytest.mark.usefixtures("size")
 def test_zero_and_what_is_not_finite(iteration):
     x = gaussian(3, 8, 16).astype(np.float32)
     x[0], x[1, 2, 3] = 0, np.inf
@@ -77,14 +97,10 @@ def test_zero_and_what_is_not_finite(iteration):
     assert not out[0].any() and np.isnan(out[1]).all() and np.isfinite(out[2]).all()
 
 
-def test_matrices_as_large_as_a_chunk_are_written_over():
-    """X + (W - I)X is another program than WX, and the same numbers."""
+def test_large_matrices_are_written_over(size):
+    """X + (W - I)X is another program than WX."""
     x = gaussian(16, 64).astype(np.float32)
-    over, product = (
-        mc.Method("gram", lean=True, chunk_entries=entries) for entries in (x.size, x.size + 1)
-    )
-    np.testing.assert_allclose(run(x, over, "float32"), run(x, product, "float32"), atol=1e-5)
-    assert adds_to_x(x, over) and not adds_to_x(x, product)
+    assert adds_to_x(x, LEAN["gram"]) == (size == "large")
 
 
 def adds_to_x(x, method):
@@ -93,6 +109,7 @@ def adds_to_x(x, method):
 
 
 @each_iteration
+@pytest.mark.usefixtures("size")
 def test_nothing_in_float32_is_stored(iteration):
     """Every product of 16-bit factors is one: the sums are rounded as they are written."""
     x = jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)
@@ -102,6 +119,7 @@ def test_nothing_in_float32_is_stored(iteration):
 
 
 @each_iteration
+@pytest.mark.usefixtures("size")
 def test_the_gradient_is_that_of_the_usual_form(iteration):
     x = gaussian(8, 12).astype(np.float32)
 
@@ -114,6 +132,76 @@ def test_the_gradient_is_that_of_the_usual_form(iteration):
     np.testing.assert_allclose(lean, usual, atol=1e-3 * np.abs(usual).max())
 
 
+# What it is made of.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])  # whose sums are exact beside them
+@pytest.mark.parametrize(("a", "b"), [(4.0, -5.0), (2.5, -3.3), (1.6, 0.7)])
+def test_a_square_and_two_diagonals_are_the_polynomial(dtype, a, b):
+    """The diagonal is as exact as if R² had been rounded once, and the sum once."""
+    x = gaussian(4, 24, 96) / 24
+    r = jnp.asarray(x @ x.swapaxes(-1, -2), dtype)
+    exact = np.asarray(r, np.float64)
+    exact = a * np.eye(24) + b * exact + exact @ exact
+    found = np.asarray(lean_iterations._by_square(r, a, b, LEAN["gram"]), np.float64)
+    rounding = float(jnp.finfo(dtype).eps) / 2
+    off = ~np.eye(24, dtype=bool)
+    # Off the diagonal each entry of R is multiplied by a rounded b/2, twice.
+    np.testing.assert_allclose(found[:, off], exact[:, off], rtol=2 * rounding, atol=rounding)
+    largest = np.square(np.diagonal(np.asarray(r, np.float64), axis1=-2, axis2=-1) + b / 2).max()
+    error = np.diagonal(found - exact, axis1=-2, axis2=-1)
+    assert np.abs(error).max() <= 1.05 * rounding * 2 ** np.ceil(np.log2(largest)) + 5 * rounding
+
+
+@pytest.mark.parametrize("schedule", ["polar_express", "jordan", "aol", "cubic", "cans", "you"])
+def test_steps_of_multiples_are_the_same_polynomial(schedule):
+    restarts = [(step,) for step in getattr(mc.schedules, schedule)().coefficients]
+    found = list(itertools.chain(*lean_iterations._monic(restarts)))
+    later = zip(restarts[1:], found[1:], strict=True)
+    assert all(c == 1 for ((_, _, old),), (_, _, c) in later if old > 0)
+
+    def value(steps):
+        x = np.linspace(0, 1, 101)
+        for a, b, c in steps:
+            x = a * x + b * x**3 + c * x**5
+        return x
+
+    np.testing.assert_allclose(value(found), value(itertools.chain(*restarts)), rtol=1e-9)
+
+
+def test_the_first_step_of_multiples_takes_x_itself():
+    """Of another first coefficient the norm would have to know."""
+    (a, b, c), *_ = mc.schedules.polar_express(5).coefficients
+    [[(first, second, third)], *_] = lean_iterations._monic(
+        [(step,) for step in mc.schedules.polar_express(5).coefficients]
+    )
+    np.testing.assert_allclose([second / first, third / first], [b / a, c / a])
+
+
+def test_a_step_whose_square_would_round_more_is_a_sum(size):
+    """b²/4c = 57 a: what the diagonals would add is far above the sum."""
+    steps = ((2.0, -1.5, 0.5), (1.4, -0.4, 0.0005), (1.5, -0.5, 0.0))
+    steep = mc.Schedule("steep", steps, lower=0.1)
+    x = gaussian(8, 12).astype(np.float32)
+    lean, usual = (run(x, how("standard"), "float32", steep) for how in (LEAN.get, plain))
+    np.testing.assert_allclose(lean, usual, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (2, 8, 8), (3, 7, 4)])
+def test_a_mirrored_square_is_the_square(shape):
+    x = jnp.asarray(gaussian(*shape), jnp.float32)
+    found = mirrored(x, x, LEAN["gram"])
+    np.testing.assert_allclose(found, x @ x.mT, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found, found.mT)
+
+
+def test_a_diagonal_is_read_and_replaced():
+    x = jnp.asarray(gaussian(2, 3, 3), jnp.bfloat16)
+    new = with_diagonal(x, diagonal(x) + 1)
+    assert new.dtype == x.dtype and diagonal(x).dtype == jnp.float32
+    np.testing.assert_allclose(new - x, np.broadcast_to(np.eye(3), (2, 3, 3)), atol=0.02)
+
+
 def test_a_flag_is_true_or_false():
     with pytest.raises(TypeError, match="lean"):
         mc.Method("gram", lean=1)  # type: ignore[arg-type]
@@ -121,6 +209,7 @@ def test_a_flag_is_true_or_false():
 
 @each_iteration
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.usefixtures("size")
 def test_parameters_that_share_a_stack(iteration, dtype):
     """Each is rounded where it lies, and turned and brought into range as it joins its stack."""
     rng = np.random.default_rng(3)

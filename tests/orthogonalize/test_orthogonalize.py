@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonclip_jax._orthogonalize import products, schedules
-from muonclip_jax._orthogonalize.iterations import steps_between_restarts, with_margins
 from muonclip_jax._orthogonalize.methods import Method
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muonclip_jax._orthogonalize.orthogonalize import in_chunks, orthogonality_error, orthogonalize
 from muonclip_jax._orthogonalize.products import concatenate, sum_of_squares, trace
+from muonclip_jax._orthogonalize.restarts import steps_between_restarts, with_margins
 
 SCHEDULES = [
     schedules.jordan(),
@@ -585,6 +585,10 @@ def test_a_wrong_method_says_what_is_wrong(method):
         (
             {"iteration": "gram", "kernel": "cuda"},
             'kernel must be one of "xla", "pallas"',
+        ),
+        *(
+            ({"iteration": "gram", "lean": True} | more, "lean=True goes with whole products .*")
+            for more in ({"smallest_block": 64}, {"row_major": True}, {"kernel": "pallas"})
         ),
     ],
 )
