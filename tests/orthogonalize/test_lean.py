@@ -148,9 +148,10 @@ def test_a_square_and_two_diagonals_are_the_polynomial(dtype, a, b):
     off = ~np.eye(24, dtype=bool)
     # Off the diagonal each entry of R is multiplied by a rounded b/2, twice.
     np.testing.assert_allclose(found[:, off], exact[:, off], rtol=2 * rounding, atol=rounding)
-    largest = np.square(np.diagonal(np.asarray(r, np.float64), axis1=-2, axis2=-1) + b / 2).max()
+    shifted = np.diagonal(np.asarray(r, np.float64), axis1=-2, axis2=-1) + b / 2
+    spacings = sum(2 ** np.floor(np.log2(np.abs(x).max())) for x in (shifted**2, found))
     error = np.diagonal(found - exact, axis1=-2, axis2=-1)
-    assert np.abs(error).max() <= 1.05 * rounding * 2 ** np.ceil(np.log2(largest)) + 5 * rounding
+    assert np.abs(error).max() <= 1.05 * rounding * spacings
 
 
 @pytest.mark.parametrize("schedule", ["polar_express", "jordan", "aol", "cubic", "cans", "you"])
@@ -180,11 +181,12 @@ def test_the_first_step_of_multiples_takes_x_itself():
 
 def test_a_step_whose_square_would_round_more_is_a_sum(size):
     """b²/4c = 57 a: what the diagonals would add is far above the sum."""
-    steps = ((2.0, -1.5, 0.5), (1.4, -0.4, 0.0005), (1.5, -0.5, 0.0))
+    steps = ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (1.4, -0.4, 0.0005))
     steep = mc.Schedule("steep", steps, lower=0.1)
     x = gaussian(8, 12).astype(np.float32)
-    lean, usual = (run(x, how("standard"), "float32", steep) for how in (LEAN.get, plain))
-    np.testing.assert_allclose(lean, usual, atol=2e-5)
+    lean, usual = (run(x, how("standard"), "bfloat16", steep) for how in (LEAN.get, plain))
+    # W rounded to bfloat16 makes 0.004; 57 a rounded to it made 0.03.
+    np.testing.assert_allclose(lean, usual, atol=0.01)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (2, 8, 8), (3, 7, 4)])
