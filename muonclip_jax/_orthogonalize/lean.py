@@ -21,8 +21,8 @@ from muonclip_jax._orthogonalize.products import (
     ONE_DEVICE,
     diagonal,
     matmul,
-    mirrored,
     rounded,
+    square_by_half,
     weighted_sum,
     with_diagonal,
     with_identity,
@@ -41,9 +41,9 @@ def iterate(
 ) -> jax.Array:
     """Normalizes matrices and takes the steps, as `iterations.iterate` does on one device."""
     # The default schedule restarts at every two steps of X [4096, 16384] in bfloat16:
-    #   R = XXᵀ [4096, 4096], of which the norm is read off, and R², both by half
-    #   W₁ of them;  R ← W₁RW₁;  W₂ of R and R²;  X ← X + (W₂W₁ - I)X
-    #   R = XXᵀ and R² by half, since a sum wrote X;  W₁, R as before
+    #   R = XXᵀ [4096, 4096] by half, of which the norm is read off
+    #   W₁ of R and R²;  R ← W₁RW₁;  W₂ as W₁;  X ← X + (W₂W₁ - I)X
+    #   R = XXᵀ by half, since a sum wrote X;  W₁ as before;  R ← W₁RW₁
     #   W₂ = (R + b/2 I)² + (a - b²/4) I;  X ← (W₂W₁)X
     #   R = XXᵀ;  W = (R + b/2 I)² + (a - b²/4) I;  X ← WX
     n, m = x.shape[-2:]
@@ -51,15 +51,15 @@ def iterate(
     for number, steps in enumerate(_monic(restarts)):
         # Half of the rows that a sum wrote are read where they lie; a product's would be copied.
         by_half = large and m >= 2 * n and number < 2
-        r = _square(x, by_half, method)
+        r = square_by_half(x, method) if by_half else matmul(x, x.mT, method)
         scale = None if number else scale_at(True, x, r, schedule, ONE_DEVICE)
-        w = _until_restart(r, scale, steps, by_half, method)
+        w = _until_restart(r, scale, steps, method)
         x = _written_over(x, w, method) if large and not number else matmul(w, x, method)
     return x
 
 
 def _until_restart(
-    r: jax.Array, scale: jax.Array | None, steps: Sequence[Step], by_half: bool, method: Method
+    r: jax.Array, scale: jax.Array | None, steps: Sequence[Step], method: Method
 ) -> jax.Array:
     """W₂W₁, or as many as there are steps, from R = XXᵀ.
 
@@ -73,34 +73,27 @@ def _until_restart(
     *before, last = steps
     product = None
     for a, b, c in before:
-        z = rounded(_polynomial(r, size, b, c, by_half, method), dtype)
+        z = rounded(_polynomial(r, size, b, c, method), dtype)
         w = rounded(with_identity(z, a), dtype)
         product = w if product is None else matmul(w, product, method)
         # RW as aR + RZ, summed in float32: the identity is not rounded there (`iterations`).
         rw = rounded(weighted_sum((a * size, r), (size, matmul(r, z, method))), dtype)
-        r, size, by_half = matmul(rw, w, method), 1, False
+        r, size = matmul(rw, w, method), 1
     a, b, c = last
     # b²/4 is what the diagonals add and take away again: its rounding must not exceed that of W.
     if scale is None and r.size >= _MANY and c == 1 and b**2 / 4 <= 2 * a:
         w = _by_square(r, a, b, method)
     else:
-        w = with_identity(_polynomial(r, size, b, c, by_half, method), a)
+        w = with_identity(_polynomial(r, size, b, c, method), a)
         w = rounded(w if scale is None else weighted_sum((scale, w)), dtype)
     return w if product is None else matmul(w, product, method)
 
 
-def _square(x: jax.Array, by_half: bool, method: Method) -> jax.Array:
-    """XXᵀ."""
-    return mirrored(x, x, method) if by_half else matmul(x, x.mT, method)
-
-
-def _polynomial(
-    r: jax.Array, size: ArrayLike, b: float, c: float, by_half: bool, method: Method
-) -> jax.Array:
+def _polynomial(r: jax.Array, size: ArrayLike, b: float, c: float, method: Method) -> jax.Array:
     """Z = bR + cR², in the accumulation dtype, R being r times `size`."""
     if not c:
         return weighted_sum((b * size, r))
-    return weighted_sum((b * size, r), (c * size**2, _square(r, by_half, method)))
+    return weighted_sum((b * size, r), (c * size**2, matmul(r, r.mT, method)))
 
 
 def _by_square(r: jax.Array, a: float, b: float, method: Method) -> jax.Array:
@@ -111,7 +104,8 @@ def _by_square(r: jax.Array, a: float, b: float, method: Method) -> jax.Array:
     """
     old = diagonal(r)
     shifted = (old + b / 2).astype(r.dtype)
-    square = _square(with_diagonal(r, shifted), False, method)
+    t = with_diagonal(r, shifted)
+    square = matmul(t, t.mT, method)
     others = diagonal(square) - jnp.square(shifted.astype(old.dtype))
     return with_diagonal(square, a + b * old + jnp.square(old) + others)
 

@@ -78,6 +78,15 @@ class Method:
 DENSE = Method("standard")  # whole products by XLA
 
 MethodName = Iteration | Literal["auto"]
+Backend = Literal["cpu", "gpu", "tpu"]
+
+
+@dataclass(frozen=True)
+class MethodOn:
+    """A method by name, in a program for some backends: for the others nothing is traced."""
+
+    name: MethodName
+    backends: tuple[Backend, ...]
 
 
 # The least m/n at which "auto" takes the Gram iteration, on every backend, so that all give the
@@ -103,10 +112,12 @@ _TPU = Method("standard", chunk_entries=2**24)
 _GPU = Method("standard", chunk_entries=2**26, lean=True)
 
 
-def iteration_for(method: MethodName | Method, n: int, m: int) -> Iteration:
+def iteration_for(method: MethodName | Method | MethodOn, n: int, m: int) -> Iteration:
     """The iteration for matrices [n, m], n <= m."""
     if isinstance(method, Method):
         return method.iteration
+    if isinstance(method, MethodOn):
+        method = method.name
     if method == "auto":
         return "gram" if n >= _GRAM_ROWS and m >= _GRAM_FROM * n else "standard"
     return method
@@ -114,7 +125,7 @@ def iteration_for(method: MethodName | Method, n: int, m: int) -> Iteration:
 
 def check_method(owner: str, method: Any) -> None:
     """Raises TypeError for what is neither a `Method` nor the name of one."""
-    if not isinstance(method, Method) and method not in ("auto", *get_args(Iteration)):
+    if not isinstance(method, Method | MethodOn) and method not in ("auto", *get_args(Iteration)):
         raise TypeError(
             f'{owner}: method={method!r}; use "auto", "standard", "gram" or a muonclip_jax.Method'
         )
@@ -124,7 +135,7 @@ def on_each_backend(
     run: Callable[..., _Result],
     x: Any,
     sides: Sequence[int],
-    method: MethodName | Method,
+    method: MethodName | Method | MethodOn,
     dtype: jnp.dtype,
 ) -> _Result:
     """Calls `run(x, method=)` with the method for the backend that it will be compiled for.
@@ -138,14 +149,23 @@ def on_each_backend(
     """
     if isinstance(method, Method):
         return run(x, method=method)
+    backends = method.backends if isinstance(method, MethodOn) else get_args(Backend)
     iteration = iteration_for(method, *sorted(sides))
-    cpu, gpu, tpu = (replace(each, iteration=iteration) for each in (_CPU, _GPU, _TPU))
     # XLA's bfloat16 product on CPU takes row-major factors. It converts others to float32.
-    cpu = replace(cpu, row_major=dtype == jnp.bfloat16)
+    cpu = replace(_CPU, row_major=dtype == jnp.bfloat16)
     # Each is traced, whatever it is compiled for: GPUs of all makers share one.
-    return lax.platform_dependent(
-        x,
-        cpu=functools.partial(run, method=cpu),
-        tpu=functools.partial(run, method=tpu),
-        default=functools.partial(run, method=gpu),
-    )
+    runs = {
+        backend: functools.partial(run, method=replace(each, iteration=iteration))
+        for backend, each in (("cpu", cpu), ("tpu", _TPU), ("gpu", _GPU))
+        if backend in backends
+    }
+    if len(runs) == 1:
+        [only] = runs.values()
+        return only(x)
+    return lax.platform_dependent(x, default=runs.pop("gpu"), **runs)
+
+
+def only_on(method: MethodName | Method | MethodOn, *backends: Backend) -> Method | MethodOn:
+    """The same, in a program for these backends."""
+    name = method.name if isinstance(method, MethodOn) else method
+    return name if isinstance(name, Method) else MethodOn(name, backends)

@@ -3,6 +3,7 @@
 Leading axes are a batch and stay one: every product is a single batched matmul.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from muonclip_jax._orthogonalize.methods import (
     Method,
     MethodName,
     on_each_backend,
+    only_on,
 )
 from muonclip_jax._orthogonalize.newton_schulz import NewtonSchulz, check_matrices
 from muonclip_jax._orthogonalize.normalization import in_range
@@ -145,6 +147,8 @@ def on_each_dtype(run: Callable[..., _Result], how: NewtonSchulz, *arrays: Any) 
     cpu, other = how.on("cpu"), how.on("gpu")
     if cpu == other:
         return run(*arrays, how=cpu)
+    cpu = dataclasses.replace(cpu, method=only_on(cpu.method, "cpu"))
+    other = dataclasses.replace(other, method=only_on(other.method, "gpu", "tpu"))
     return lax.platform_dependent(
         *arrays, cpu=functools.partial(run, how=cpu), default=functools.partial(run, how=other)
     )

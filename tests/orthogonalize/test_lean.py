@@ -11,7 +11,7 @@ import pytest
 
 import muonclip_jax as mc
 from muonclip_jax._orthogonalize import lean as lean_iterations
-from muonclip_jax._orthogonalize.products import diagonal, mirrored, with_diagonal
+from muonclip_jax._orthogonalize.products import diagonal, square_by_half, with_diagonal
 
 LEAN = {each: mc.Method(each, lean=True) for each in ("standard", "gram")}
 each_iteration = pytest.mark.parametrize("iteration", LEAN)
@@ -190,9 +190,9 @@ def test_a_step_whose_square_would_round_more_is_a_sum(size):
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (2, 8, 8), (3, 7, 4)])
-def test_a_mirrored_square_is_the_square(shape):
+def test_a_square_by_half_is_the_square(shape):
     x = jnp.asarray(gaussian(*shape), jnp.float32)
-    found = mirrored(x, x, LEAN["gram"])
+    found = square_by_half(x, LEAN["gram"])
     np.testing.assert_allclose(found, x @ x.mT, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found, found.mT)
 
