@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muonclip_jax as mc
+from muonclip_jax._orthogonalize import orthogonalize
 from muonclip_jax._orthogonalize import rates as module
 from muonclip_jax._orthogonalize.rates import processor_flags
 
@@ -22,7 +23,7 @@ IN_FLOAT32 = mc.NewtonSchulz(rates=SLOW_BFLOAT16)
 
 # Three kinds of processor that were met, two cores each: their rates, and what both dtypes then
 # took, in ms, by shape. The second is benchmarks/records/2026-11-22-orthogonalize.json; the others
-# are of docs/explanation/performance.md.
+# are of docs/performance.md.
 MET = {
     "avx512_bf16, no AMX": (
         SLOW_BFLOAT16,
@@ -122,6 +123,23 @@ def test_the_dtype_is_that_of_the_backend_it_is_compiled_for(platform, bfloat16)
     assert (
         "bf16" in jax.export.export(step, platforms=[platform])(grads).mlir_module()
     ) == bfloat16
+
+
+@pytest.mark.parametrize("how", [IN_FLOAT32, mc.NewtonSchulz(dtype="bfloat16")])
+def test_every_backend_is_traced_once(how, monkeypatch):
+    """Not in the dtypes of the others, too: tracing is a part of what compiling a step takes."""
+    traced, original = [], orthogonalize.iterate
+
+    def iterate(x, schedule, method):
+        traced.append((method.lean, x.dtype.name))
+        return original(x, schedule, method)
+
+    monkeypatch.setattr(orthogonalize, "iterate", iterate)
+    jax.clear_caches()
+    tx, grads = mc.scale_by_muon(newton_schulz=how), {"dense": {"kernel": np.ones((8, 16))}}
+    jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0]).lower(grads)
+    on_cpu = how.on("cpu").dtype
+    assert sorted(traced) == sorted([(False, on_cpu), (False, "bfloat16"), (True, "bfloat16")])
 
 
 def test_an_export_for_two_backends_has_both_dtypes():
