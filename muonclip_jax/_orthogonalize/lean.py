@@ -8,6 +8,7 @@
 Steps are written out, since a loop copies X. That takes longer to compile.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -51,24 +52,29 @@ def iterate(
     for number, steps in enumerate(_monic(restarts)):
         # Half of the rows that a sum wrote are read where they lie; a product's would be copied.
         by_half = large and m >= 2 * n and number < 2
-        r = square_by_half(x, method) if by_half else matmul(x, x.mT, method)
+        # Before X is normalized, float16 has no room for sums over more than 65,504 columns.
+        how = dataclasses.replace(method, lean=bool(number) or x.dtype != jnp.float16)
+        r = square_by_half(x, how) if by_half else matmul(x, x.mT, how)
         scale = None if number else scale_at(True, x, r, schedule, ONE_DEVICE)
-        w = _until_restart(r, scale, steps, method)
+        w = _until_restart(r, scale, steps, x.dtype, method)
         x = _written_over(x, w, method) if large and not number else matmul(w, x, method)
     return x
 
 
 def _until_restart(
-    r: jax.Array, scale: jax.Array | None, steps: Sequence[Step], method: Method
+    r: jax.Array,
+    scale: jax.Array | None,
+    steps: Sequence[Step],
+    dtype: jnp.dtype,
+    method: Method,
 ) -> jax.Array:
-    """W₂W₁, or as many as there are steps, from R = XXᵀ.
+    """W₂W₁ in `dtype`, or as many as there are steps, from R = XXᵀ.
 
     With a `scale`, X is still to be multiplied by that: R is r times its square, and the result
     contains it.
     """
-    dtype = r.dtype
     size = 1 if scale is None else scale**2  # R is r times that, and is not written again
-    if scale is not None and dtype == jnp.float16:  # which has no room for r²
+    if scale is not None and dtype == jnp.float16:
         r, size = rounded(weighted_sum((size, r)), dtype), 1
     *before, last = steps
     product = None

@@ -4,6 +4,8 @@ A norm is read off the Gram matrix XXᵀ, which the first step forms anyway: the
 square root of its trace, the Schatten-4 norm that of its Frobenius norm.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,7 +49,9 @@ def rescaled_rows(
     """Divides each row as AOL does; for other norms, returns the matrices as they are."""
     if schedule.normalization != "aol":
         return x
-    rows = jnp.abs(joined(group.sum_rows(gram(x, method))))
+    # Not rounded, not even for GPUs: float16 has no room for sums over many columns.
+    square = gram(x, dataclasses.replace(method, lean=False))
+    rows = jnp.abs(joined(group.sum_rows(square)))
     sums = group.all_rows(jnp.sum(rows, axis=-1, keepdims=True))
     norms = jnp.sqrt(nonzero(sums)) * schedule.norm_factor
     return (x.astype(norms.dtype) / norms).astype(x.dtype)

@@ -89,6 +89,17 @@ def test_any_scale(iteration, dtype, scale):
 
 
 @each_iteration
+@pytest.mark.parametrize("schedule", ["polar_express", "jordan", "aol"])
+@pytest.mark.usefixtures("size")
+def test_more_columns_than_float16_can_count(iteration, schedule):
+    """XXᵀ of entries near 1 is 70,000, and float16 ends at 65,504."""
+    x = np.float32(0.999) * np.ones((2, 70_000), np.float32)
+    x[1, ::2] *= -1
+    out = run(x, LEAN[iteration], "float16", getattr(mc.schedules, schedule)())
+    np.testing.assert_allclose(out @ out.T, np.eye(2), atol=0.5)  # as far as `jordan` goes
+
+
+@each_iteration
 @pytest.mark.usefixtures("size")
 def test_zero_and_what_is_not_finite(iteration):
     x = gaussian(3, 8, 16).astype(np.float32)
