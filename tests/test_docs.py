@@ -88,6 +88,37 @@ def test_readme_s_figures_are_those_of_the_records():
     shares += [1 / avx2["ratio_vs_optax"], avx2["temp_share_of_optax"]]
     assert said.format(*shares) in text
 
+    moved = (on_an_h100("step", method)["hbm_bytes"] / 1e9 for method in ("ours", "optax"))
+    said = "Compiled for an H100, it moves {:.1f} GB of memory where Optax's moves {:.1f}."
+    assert said.format(*moved) in text
+
+
+def on_an_h100(work, method, products="triton"):
+    rows = json.loads((RECORDS / "2026-12-01-roofline-h100.json").read_text())["rows"]
+    [row] = (
+        row
+        for row in rows
+        if (row["work"], row["method"], row["products"]) == (work, method, products)
+    )
+    return row
+
+
+@pytest.mark.parametrize("work", ["4096x4096", "4096x16384", "step"])
+def test_performance_says_what_an_h100_would_do(work):
+    text = (ROOT / "docs/performance.md").read_text()
+    ours, optax = (on_an_h100(work, method) for method in ("ours", "optax"))
+    figures = [
+        (row["temp_bytes"] / 1e6, row["hbm_bytes"] / 1e9, sum(row["flops"].values()) / 1e12)
+        for row in (ours, optax)
+    ]
+    label = work.replace("x", "×").replace("step", "a whole step, GPT-2 small's parameters")
+    gigabytes = "{:.2f}" if figures[1][1] < 10 else "{:.1f}"
+    row = "| {} | {:.0f} | {:.2f} | {:.2f} T | {:.0f} MB, " + gigabytes + " GB, {:.2f} T |"
+    assert row.format(label, *figures[0], *figures[1]) in text
+    if work == "step":
+        ratios = [each["ratio_to_bound"] for each in (ours, optax)]
+        assert "{:.2f} times that on an H100 (Optax {:.2f})".format(*ratios) in text
+
 
 def test_the_reference_has_every_public_name():
     text = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
