@@ -12,7 +12,7 @@ import muonclip_jax as mc
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "muonclip_jax"
-LINES_OF_CODE = 13_180  # of the package, without docstrings, comments and empty lines
+LINES_OF_CODE = 13_260  # of the package, without docstrings, comments and empty lines
 PRIVATE_PER_THOUSAND = 22
 LONGEST = 60  # lines of code in a function, without its docstring
 IGNORES = 10  # of the type checker, in the package and the examples
