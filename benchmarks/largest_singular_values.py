@@ -117,13 +117,12 @@ def matrices(rng: np.random.Generator, count: int, n: int, m: int) -> np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "method", "dtype"))
-def largest(x: jax.Array, schedule: Schedule, method: str, dtype: str) -> jax.Array:
+def largest(x: jax.Array, schedule: Schedule, method: str | mc.Method, dtype: str) -> jax.Array:
     """Bounds each result's largest singular value from above, by n^(1/128) at most: `[count]`.
 
     The Schatten-128 norm, tr(G⁶⁴)^(1/128), G the result's Gram matrix: no eigenvalues are needed.
     """
-    how = METHODS.get(method, method)
-    out = mc.orthogonalize(x, schedule, method=how, dtype=dtype).astype(jnp.float32)
+    out = mc.orthogonalize(x, schedule, method=method, dtype=dtype).astype(jnp.float32)
     power, log_norm = jnp.matmul(out, out.mT, precision="highest"), jnp.zeros(len(x))
     for doubled in range(7):
         size = jnp.max(jnp.abs(power), (-2, -1))
@@ -147,12 +146,15 @@ def tops(x: np.ndarray, inside: tuple[int, int], *how: Any) -> np.ndarray:
 
 
 def exactly(
-    x: np.ndarray, inside: tuple[int, int], schedule: Schedule, method: str, dtype: str
+    x: np.ndarray,
+    inside: tuple[int, int],
+    schedule: Schedule,
+    method: str | mc.Method,
+    dtype: str,
 ) -> float:
     """The largest singular value of one result, in float64."""
     x = np.pad(x, [(0, size - length) for size, length in zip(inside, x.shape, strict=True)])
-    how = METHODS.get(method, method)
-    out = np.asarray(mc.orthogonalize(x, schedule, method=how, dtype=dtype), np.float64)
+    out = np.asarray(mc.orthogonalize(x, schedule, method=method, dtype=dtype), np.float64)
     return float(np.linalg.norm(out, 2)) if np.isfinite(out).all() else math.inf
 
 
@@ -189,7 +191,7 @@ def climb(
 def search(schedule: Schedule, method: str, dtype: str, options: Options) -> dict[str, Any]:
     """A row: the worst matrix of both searches."""
     rng = np.random.default_rng(options.seed)
-    how = (options.inside, schedule, method, dtype)
+    how = (options.inside, schedule, METHODS.get(method, method), dtype)
     row = {"schedule": schedule.name, "dtype": dtype, "method": method, "exact": schedule.top}
     row |= {"random": 0.0, "climbed": 0.0, "matrices": 0, "allowed": row["exact"] + ALLOWED}
     for (n, m), _ in itertools.product(options.shapes, range(options.draws)):

@@ -2,7 +2,8 @@
 
 - A product's result is rounded as it is written.
 - W = aI + bR + R² is (R + b/2 I)² + (a - b²/4) I, which is a product and two diagonals: XLA would
-  read R and R² once more to add them up. `_monic` makes c = 1.
+  read R and R² once more to add them up. So it is at the last step before each restart but the
+  first, where R is large. `_monic` makes c = 1.
 - Large matrices are written over once, and their XXᵀ is computed by half while that is free.
 
 Steps are written out, since a loop copies X. That takes longer to compile.

@@ -36,11 +36,11 @@ class Method:
         `jax.shard_map`, which Muon uses wherever it knows how parameters are split.
       chunk_entries: The chunk size: of a stack, as many matrices at a time as have so many entries.
       lean: Move and keep fewer bytes, for GPUs, whose products memory holds up. Products are
-        rounded to the dtype of their factors as they are written, instead of afterwards, and
-        polynomials are a square and two diagonals, without sums of whole matrices. Steps are
-        written out, since a loop copies X: that takes longer to compile. Matrices of 2²⁴ entries
-        and more are written over once; where they are at least twice as wide as high, XXᵀ is
-        computed by half twice.
+        rounded to the dtype of their factors as they are written, instead of afterwards. Where
+        matrices are many or large, most polynomials are a square and two diagonals, without sums
+        of whole matrices. Steps are written out, since a loop copies X: that takes longer to
+        compile. Matrices of 2²⁴ entries and more are written over once; where they are at least
+        twice as wide as high, XXᵀ is computed by half twice.
 
     Raises:
       TypeError: `row_major` or `lean` is neither True nor False.
@@ -167,5 +167,4 @@ def on_each_backend(
 
 def only_on(method: MethodName | Method | MethodOn, *backends: Backend) -> Method | MethodOn:
     """The same, in a program for these backends."""
-    name = method.name if isinstance(method, MethodOn) else method
-    return name if isinstance(name, Method) else MethodOn(name, backends)
+    return MethodOn(method, backends) if isinstance(method, str) else method

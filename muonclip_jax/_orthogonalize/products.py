@@ -101,7 +101,7 @@ def square_by_half(x: jax.Array, method: Method) -> jax.Array:
 
     For GPUs, whose products read some of the rows where they lie, if a sum wrote them.
     """
-    # [[A, Bᵀ], [B, C]], as A and [B, C]; XLA joins them as it writes it.
+    # [[A, Bᵀ], [B, C]], of A and [B, C]. XLA selects in one pass, where `joined` takes two.
     rows, half = x.shape[-2], x.shape[-2] // 2
     above = matmul(x[..., :half, :], x[..., :half, :].mT, method)
     below = matmul(x[..., half:, :], x.mT, method)
